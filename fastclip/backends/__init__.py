@@ -1,0 +1,105 @@
+"""The backends there are, and which one serves a device.
+
+`FASTCLIP_BACKEND` forces one on every device. A forced backend that cannot serve raises; one that was chosen
+automatically and cannot serve gives way to torch, and says so once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastclip.backends.interface import Plan
+
+ENVIRONMENT_VARIABLE = "FASTCLIP_BACKEND"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to reduce, scale and clamp; its module is imported when it is first needed.
+
+    Attributes:
+        name: What it is called in `FASTCLIP_BACKEND`.
+        summary: How it works, in a few words.
+        devices: The types of device for which it is the first choice.
+    """
+
+    name: str
+    summary: str
+    devices: frozenset[str]
+
+    @cached_property
+    def _module(self) -> ModuleType:
+        return importlib.import_module(f"fastclip.backends.{self.name}")
+
+    def plan(self, tensors: list[Tensor]) -> Plan:
+        """Prepare tensors of one device that do not overlap."""
+        plan: Plan = self._module.plan(tensors)
+        return plan
+
+    def obstacle(self, device: torch.device) -> str | None:
+        """Why this backend cannot serve the device, or None."""
+        reason: str | None = self._module.obstacle(device)
+        return reason
+
+
+TRITON = Backend("triton", "fused Triton kernels over a chunk table", frozenset({"cuda"}))
+NUMPY = Backend("numpy", "NumPy over zero-copy views, in cache-sized pieces", frozenset({"cpu"}))
+TORCH = Backend("torch", "torch's own operations, tensor by tensor", frozenset())
+BACKENDS = {backend.name: backend for backend in (TRITON, NUMPY, TORCH)}
+
+
+def for_device(device: torch.device) -> Backend:
+    """The backend for plain gradients on a device: the forced one, or the first choice that has no obstacle.
+
+    Raises:
+        RuntimeError: The forced backend does not exist or cannot serve the device.
+    """
+    backend, reason = choose(device)
+    if reason and backend is TORCH:
+        _warn_once(device.type, reason)
+    return backend
+
+
+def choose(device: torch.device) -> tuple[Backend, str | None]:
+    """As `for_device`, with the reason where the first choice had to give way to torch.
+
+    Raises:
+        RuntimeError: The forced backend does not exist or cannot serve the device.
+    """
+    forced = os.environ.get(ENVIRONMENT_VARIABLE)
+    if forced:
+        return _forced(forced, device), None
+    backend = next((backend for backend in BACKENDS.values() if device.type in backend.devices), TORCH)
+    reason = backend.obstacle(device)
+    return (TORCH, reason) if reason else (backend, None)
+
+
+def _forced(name: str, device: torch.device) -> Backend:
+    known = "; ".join(f"{backend.name}: {backend.summary}" for backend in BACKENDS.values())
+    if name not in BACKENDS:
+        raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={name!r} names no backend. There are: {known}")
+    reason = BACKENDS[name].obstacle(device)
+    if reason:
+        raise RuntimeError(
+            f"{ENVIRONMENT_VARIABLE}={name} cannot serve gradients on {device}: {reason}. There are: {known}. "
+            "Unset the variable to choose by the gradients' device"
+        )
+    return BACKENDS[name]
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(device_type: str, reason: str) -> None:
+    if device_type not in _warned:
+        _warned.add(device_type)
+        message = f"fastclip uses torch's own operations for gradients on {device_type}: {reason}"
+        warnings.warn(message, RuntimeWarning, stacklevel=6)

@@ -1,0 +1,70 @@
+"""What a backend must offer, and the rule of the global norm that all of them share.
+
+A backend is a module with two functions: ``obstacle(device)`` tells why it cannot serve a device, or None, and
+``plan(tensors)`` takes tensors of one device that do not overlap and returns a `Plan` for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+EPS = 1e-6
+"""Added to the norm before the division, as torch does: it keeps the coefficient finite where the norm is 0."""
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What one pass over gradients leaves; all three are 0-dim, on the gradients' device.
+
+    Attributes:
+        norm: The norm as it is returned, in the dtype asked for.
+        total: The same norm before it was rounded to that dtype, in fp64.
+        coefficient: ``min(max_norm / (total + 1e-6), 1)``, in fp64; NaN where the norm is.
+    """
+
+    norm: Tensor
+    total: Tensor
+    coefficient: Tensor
+
+
+class Plan(Protocol):
+    """Gradients of one device, ready to be reduced, scaled and clamped together."""
+
+    device: torch.device
+
+    def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
+        """Read every gradient once for the p-norm of all of them. For p = 0 that is the number of nonzero tensors."""
+
+    def scale_(self, coefficient: Tensor) -> None:
+        """Multiply the gradients by a 0-dim fp64 tensor on their device; write nothing where it is 1."""
+
+    def clamp_(self, minimum: float, maximum: float) -> None:
+        """Clamp the gradients to [minimum, maximum]; write nothing where nothing is outside."""
+
+
+def reduction(total: Tensor, max_norm: float, dtype: torch.dtype) -> Reduction:
+    """Apply the rule of the global norm to a total, by torch operations and so without a sync."""
+    return Reduction(total.to(dtype), total, clip_coefficient(total, max_norm))
+
+
+def clip_coefficient(total: Tensor, max_norm: float) -> Tensor:
+    """``min(max_norm / (total + 1e-6), 1)``, in fp64 where the device has it."""
+    return torch.clamp(max_norm / (total + EPS), max=1.0)
+
+
+def combine(norms: Sequence[Tensor], p: float) -> Tensor:
+    """The p-norm of norms, 0-dim tensors on one device: of all their elements, had they been one vector."""
+    # The 0-norms of groups are counts of tensors, and counts add up.
+    return stable_norm(torch.stack(list(norms)), 1.0 if p == 0 else p)
+
+
+def stable_norm(x: Tensor, p: float) -> Tensor:
+    """``‖x‖_p`` of a nonempty tensor in x's own precision, without overflow or underflow of the powers (p ≠ 0)."""
+    peak = x.abs().amax()
+    scale = torch.where(peak.isfinite() & (peak > 0), peak, 1.0)
+    return torch.linalg.vector_norm(x / scale, p) * scale

@@ -1,0 +1,296 @@
+"""The public functions: torch's gradient clipping, with torch's signatures.
+
+Each reads straight down: collect the gradients, refuse what cannot be clipped, group them into plans (one a backend and
+device), reduce the plans to one norm, turn that into a coefficient, scale. Where results differ from torch's it is on
+purpose, and listed in the README under "Better than torch's".
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+import warnings
+from collections.abc import Sequence
+from functools import reduce as fold
+
+import torch
+from torch import Tensor
+
+from fastclip import originals
+from fastclip.backends.interface import Plan, Reduction, clip_coefficient, combine, reduction
+from fastclip.gradients import (
+    Gradients,
+    Parameters,
+    as_gradients,
+    check_bounds,
+    check_dtypes,
+    check_writable,
+    collect,
+    partition,
+)
+
+_MOST_NAMED = 10  # culprits listed in an error message
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Parameters,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    norm_dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""Scale gradients in place so that their global norm is at most `max_norm`, and return the norm before that.
+
+    .. math::
+        \|g\|_p = \Big(\sum_t \sum_i |g_{t,i}|^p\Big)^{1/p}, \qquad
+        g_t \leftarrow g_t \cdot \min\Big(\frac{\text{max\_norm}}{\|g\|_p + 10^{-6}},\; 1\Big)
+
+    A drop-in replacement for :func:`torch.nn.utils.clip_grad_norm_`. The norm is accumulated in fp32 and fp64 whatever
+    the gradients' dtype, and does not overflow while they are finite. Nothing is written where the coefficient is 1.
+
+    Args:
+        parameters: A tensor, an iterable of tensors or of (name, tensor) pairs, or a module; their ``.grad`` is clipped.
+            Names, where given, are used in error messages.
+        max_norm: The largest norm allowed. ``inf`` only measures; 0 zeroes the gradients; a negative one flips them.
+        norm_type: The order p: any real number, ``inf`` for max|g|, ``-inf`` for min|g|, 0 for the number of gradients
+            with a nonzero element.
+        error_if_nonfinite: Raise, before any gradient is changed, where the norm is NaN or infinite. It looks at the
+            norm before its rounding to the returned dtype. On a GPU it waits for the device once.
+        foreach: Accepted for torch's sake; True raises on a device for which torch has no foreach operations.
+        norm_dtype: The dtype of the returned norm. By default torch's: the gradients' own, promoted where they differ.
+
+    Returns:
+        The norm before clipping: 0-dim, on the first gradient's device; ``tensor(0.)`` where there are no gradients.
+
+    Raises:
+        RuntimeError: The norm is non-finite and `error_if_nonfinite`; or a gradient cannot be written in place.
+        TypeError: `parameters` holds something other than tensors, or a number is not one.
+        ValueError: `norm_type` or `max_norm` is a string that is not a number.
+
+    Example:
+        >>> loss.backward()
+        >>> norm = fastclip.clip_grad_norm_(model.parameters(), max_norm=1.0)
+        >>> optimizer.step()
+    """
+    limit = _as_float("max_norm", max_norm)
+    p = _as_float("norm_type", norm_type)
+    grads = collect(parameters)
+    _warn_if_used_up(parameters, grads)
+    if not grads.tensors:
+        return torch.zeros((), dtype=norm_dtype)
+    if _has_dtensors(grads.tensors):
+        return _in_dtype(originals.clip_grad_norm_(grads.owners, limit, p, error_if_nonfinite, foreach), norm_dtype)
+    _check_foreach(foreach, grads)
+    check_dtypes(grads)
+    check_writable(grads)
+    plans = partition(grads, in_place=True)
+    reduced = _reduce(grads, plans, p, limit, norm_dtype)
+    if error_if_nonfinite:
+        _raise_if_nonfinite(grads, p, reduced.total)
+    _scale_(grads, plans, reduced.coefficient)
+    return reduced.norm
+
+
+@torch.no_grad()
+def get_total_norm(
+    tensors: Parameters,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    norm_dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""Return the norm of tensors, usually gradients, taken as one vector; nothing is written.
+
+    .. math:: \|g\|_p = \Big(\sum_t \sum_i |g_{t,i}|^p\Big)^{1/p}
+
+    A drop-in replacement for :func:`torch.nn.utils.get_total_norm`; arguments, result and errors are those of
+    :func:`clip_grad_norm_`.
+
+    Args:
+        tensors: A tensor, or an iterable of tensors or of (name, tensor) pairs: the tensors themselves, not their grads.
+        norm_type: The order p.
+        error_if_nonfinite: Raise where the norm is NaN or infinite.
+        foreach: Accepted for torch's sake.
+        norm_dtype: The dtype of the result; by default torch's.
+
+    Returns:
+        The norm: 0-dim, on the first tensor's device; ``tensor(0.)`` where there are no tensors.
+
+    Raises:
+        RuntimeError: The norm is non-finite and `error_if_nonfinite`.
+        TypeError: `tensors` holds something other than tensors.
+        ValueError: `norm_type` is a string that is not a number.
+    """
+    p = _as_float("norm_type", norm_type)
+    grads = as_gradients(tensors)
+    if not grads.tensors:
+        return torch.zeros((), dtype=norm_dtype)
+    if _has_dtensors(grads.tensors):
+        return _in_dtype(originals.get_total_norm(grads.tensors, p, error_if_nonfinite, foreach), norm_dtype)
+    _check_foreach(foreach, grads)
+    check_dtypes(grads)
+    reduced = _reduce(grads, partition(grads, in_place=False), p, float("inf"), norm_dtype)
+    if error_if_nonfinite:
+        _raise_if_nonfinite(grads, p, reduced.total)
+    return reduced.norm
+
+
+@torch.no_grad()
+def clip_grads_with_norm_(
+    parameters: Parameters,
+    max_norm: float,
+    total_norm: Tensor,
+    foreach: bool | None = None,
+) -> None:
+    r"""Scale gradients in place by a norm that is known already, as from :func:`get_total_norm`.
+
+    .. math:: g_t \leftarrow g_t \cdot \min\Big(\frac{\text{max\_norm}}{\text{total\_norm} + 10^{-6}},\; 1\Big)
+
+    A drop-in replacement for :func:`torch.nn.utils.clip_grads_with_norm_`. The coefficient is computed in fp64 and
+    applied in fp32 (fp64 to fp64 gradients), whatever the dtype of `total_norm`.
+
+    Args:
+        parameters: As in :func:`clip_grad_norm_`.
+        max_norm: The largest norm allowed.
+        total_norm: The norm, a tensor of one element on any device.
+        foreach: Accepted for torch's sake.
+
+    Raises:
+        RuntimeError: A gradient cannot be written in place.
+        TypeError: `parameters` holds something other than tensors, or a number is not one.
+        ValueError: `total_norm` has more than one element.
+    """
+    limit = _as_float("max_norm", max_norm)
+    grads = collect(parameters)
+    if not grads.tensors:
+        return
+    if _has_dtensors([*grads.tensors, total_norm]):
+        originals.clip_grads_with_norm_(grads.owners, limit, total_norm, foreach)
+        return
+    total = torch.as_tensor(total_norm)
+    if total.numel() != 1:
+        raise ValueError(f"`total_norm` must be one number, not a tensor of shape {tuple(total.shape)}")
+    _check_foreach(foreach, grads)
+    check_dtypes(grads)
+    check_writable(grads)
+    plans = partition(grads, in_place=True)
+    _scale_(grads, plans, clip_coefficient(total.reshape(()).double(), limit))
+
+
+@torch.no_grad()
+def clip_grad_value_(
+    parameters: Parameters,
+    clip_value: float,
+    foreach: bool | None = None,
+) -> None:
+    r"""Clamp every element of the gradients in place to [-clip_value, clip_value].
+
+    .. math:: g_i \leftarrow \min(\max(g_i, -\text{clip\_value}), \text{clip\_value})
+
+    A drop-in replacement for :func:`torch.nn.utils.clip_grad_value_`. NaN stays NaN, infinities become the bound. One
+    pass, which writes only where something is out of bounds.
+
+    Args:
+        parameters: As in :func:`clip_grad_norm_`. Of a sparse gradient the values are clamped.
+        clip_value: The largest magnitude allowed, in the units of the gradients, rounded to their dtype.
+        foreach: Accepted for torch's sake.
+
+    Raises:
+        NotImplementedError: A gradient is complex.
+        RuntimeError: `clip_value` is beyond a gradient's dtype, or a gradient cannot be written in place.
+        TypeError: `parameters` holds something other than tensors, or `clip_value` is not a number.
+        ValueError: `clip_value` is a string that is not a number.
+    """
+    bound = _as_float("clip_value", clip_value)
+    grads = collect(parameters)
+    if not grads.tensors:
+        return
+    if _has_dtensors(grads.tensors):
+        originals.clip_grad_value_(grads.owners, bound, foreach)
+        return
+    _check_foreach(foreach, grads)
+    check_dtypes(grads)
+    check_bounds(grads, bound)
+    check_writable(grads)
+    plans = partition(grads, in_place=True)
+    torch.autograd.graph.increment_version(grads.tensors)
+    for plan in plans:
+        plan.clamp_(-bound, bound)
+
+
+def _reduce(
+    grads: Gradients, plans: Sequence[Plan], p: float, max_norm: float, norm_dtype: torch.dtype | None
+) -> Reduction:
+    """Reduce all plans to one norm, on the first gradient's device."""
+    device = grads.tensors[0].device
+    dtype = norm_dtype or fold(torch.promote_types, {grad.dtype.to_real() for grad in grads.tensors})
+    if len(plans) == 1:
+        return plans[0].reduce(p, max_norm, dtype)
+    if not plans:  # no gradient has an element
+        return reduction(torch.zeros((), dtype=torch.float64, device=device), max_norm, dtype)
+    totals = [plan.reduce(p, max_norm, dtype).total.to(device, non_blocking=True) for plan in plans]
+    return reduction(combine(totals, p), max_norm, dtype)
+
+
+def _scale_(grads: Gradients, plans: Sequence[Plan], coefficient: Tensor) -> None:
+    # Raw writes do not bump the version counters by which autograd knows that a saved tensor was changed.
+    torch.autograd.graph.increment_version(grads.tensors)
+    for plan in plans:
+        plan.scale_(coefficient.to(plan.device, non_blocking=True))
+
+
+def _raise_if_nonfinite(grads: Gradients, p: float, total: Tensor) -> None:
+    if bool(total.isfinite()):
+        return
+    culprits = [i for i, grad in enumerate(grads.tensors) if not bool(_stored(grad).isfinite().all())]
+    named = "; ".join(_describe(grads, index) for index in culprits[:_MOST_NAMED])
+    more = f"; and {len(culprits) - _MOST_NAMED} more" if len(culprits) > _MOST_NAMED else ""
+    reason = f"Non-finite: {named}{more}" if culprits else "Every gradient is finite, but their norm is beyond fp64"
+    raise RuntimeError(
+        f"The total norm of order {p} for gradients from `{grads.argument}` is non-finite, so it cannot be clipped. "
+        "To disable this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`. "
+        f"{reason}"
+    )
+
+
+def _describe(grads: Gradients, index: int) -> str:
+    values = _stored(grads.tensors[index])
+    return f"{grads.label(index)} ({int(values.isnan().sum())} NaN, {int(values.isinf().sum())} inf)"
+
+
+def _stored(grad: Tensor) -> Tensor:
+    return grad.coalesce().values() if grad.layout is torch.sparse_coo else grad
+
+
+def _as_float(name: str, value: object) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]  # torch takes whatever float() takes
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"`{name}` must be a real number, not {value!r}") from None
+
+
+def _warn_if_used_up(parameters: object, grads: Gradients) -> None:
+    if isinstance(parameters, types.GeneratorType) and not grads.owners:
+        message = "`parameters` is an empty generator, no gradient clipping will occur."
+        warnings.warn(message, stacklevel=4)  # the caller of the public function, which `no_grad` wraps
+
+
+def _check_foreach(foreach: bool | None, grads: Gradients) -> None:
+    """Let torch itself raise where it has no foreach operations for a device, as it does for foreach=True."""
+    if foreach:
+        for device in {grad.device for grad in grads.tensors if grad.device.type not in ("cpu", "cuda")}:
+            originals.get_total_norm([torch.empty(1, device=device)], foreach=True)
+
+
+def _has_dtensors(tensors: Sequence[object]) -> bool:
+    """DTensors are left to torch's functions, which know their placements. No script has any before it imports them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
+
+
+def _in_dtype(norm: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return norm if dtype is None else norm.to(dtype)

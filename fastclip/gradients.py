@@ -1,0 +1,230 @@
+"""From what the caller passed to groups of gradients, each with the backend that clips it.
+
+    parameters --collect--> Gradients --check--> --partition--> [Plan, Plan, ...]
+
+A gradient is *plain* when it fills its memory without gaps or overlaps and holds real floating-point numbers: then it is
+an address and a number of elements, which is all that the Triton and NumPy backends need. Everything else (complex,
+strided views, tensor subclasses, meta tensors) is left to torch's own operations; a sparse gradient takes part by its
+values. Whatever the mixture, one norm is taken over all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastclip.backends import TORCH, Backend, for_device
+from fastclip.backends.interface import Plan
+
+Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+
+_PLAIN_TYPES = (Tensor, nn.Parameter)
+_PLAIN_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The gradients that are there, and what is needed to name one in an error message.
+
+    Attributes:
+        tensors: The gradients, without those that are None.
+        owners: What the caller passed, as a list.
+        positions: The position in `owners` of each gradient's owner.
+        names: The name of each owner, where the caller gave names.
+        argument: What the caller's argument is called.
+    """
+
+    tensors: list[Tensor]
+    owners: list[Tensor]
+    positions: Sequence[int]
+    names: list[str] | None
+    argument: str
+
+    def label(self, index: int) -> str:
+        """Name one of `tensors` as the caller knows it."""
+        position = self.positions[index]
+        name = f" {self.names[position]!r}" if self.names else ""
+        return f"{self.argument}[{position}]{name} of shape {tuple(self.tensors[index].shape)}"
+
+
+def collect(parameters: Parameters) -> Gradients:
+    """Collect the gradients of a tensor, of tensors, of (name, tensor) pairs, or of a module.
+
+    Raises:
+        TypeError: `parameters` is not iterable, or holds something that is neither a tensor nor such a pair.
+    """
+    owners, names = _listed(parameters, "parameters")
+    try:
+        grads = [owner.grad for owner in owners]
+    except AttributeError:
+        raise _not_a_tensor(owners, "parameters") from None
+    present = [grad for grad in grads if grad is not None]
+    positions: Sequence[int] = range(len(grads))
+    if len(present) < len(grads):
+        positions = [position for position, grad in enumerate(grads) if grad is not None]
+    return Gradients(present, owners, positions, names, "parameters")
+
+
+def as_gradients(tensors: Parameters) -> Gradients:
+    """Take the tensors themselves for gradients, as `get_total_norm` does.
+
+    Raises:
+        TypeError: `tensors` is not iterable, or holds something that is not a tensor.
+    """
+    owners, names = _listed(tensors, "tensors")
+    if not all(isinstance(owner, Tensor) for owner in owners):
+        raise _not_a_tensor(owners, "tensors")
+    return Gradients(owners, owners, range(len(owners)), names, "tensors")
+
+
+def _listed(parameters: Parameters, argument: str) -> tuple[list[Tensor], list[str] | None]:
+    if isinstance(parameters, Tensor):
+        return [parameters], None
+    if isinstance(parameters, nn.Module):
+        parameters = parameters.named_parameters()
+    try:
+        items: list[Any] = list(parameters)
+    except TypeError:
+        message = f"`{argument}` must be a tensor, an iterable of tensors or a module, not {type(parameters).__name__}"
+        raise TypeError(message) from None
+    if items and all(_is_named(item) for item in items):
+        return [tensor for _, tensor in items], [name for name, _ in items]
+    return items, None
+
+
+def _is_named(item: object) -> bool:
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor)
+
+
+def _not_a_tensor(items: Sequence[object], argument: str) -> TypeError:
+    position, culprit = next((i, item) for i, item in enumerate(items) if not isinstance(item, Tensor))
+    remedies = {dict: "pass the 'params' of a parameter group", str: "pass the values of a dict, not the dict"}
+    remedy = remedies.get(type(culprit), "pass tensors, or (name, tensor) pairs as model.named_parameters() yields")
+    return TypeError(f"{argument}[{position}] is a {type(culprit).__name__}, not a tensor: {remedy}")
+
+
+def check_dtypes(grads: Gradients) -> None:
+    """Refuse gradients that have no norm.
+
+    Raises:
+        RuntimeError: A gradient is neither floating-point nor complex.
+    """
+    for index, grad in enumerate(grads.tensors):
+        if not (grad.dtype.is_floating_point or grad.dtype.is_complex):
+            message = (
+                f"{grads.label(index)} is of {grad.dtype}: only floating-point and complex gradients can be clipped"
+            )
+            raise RuntimeError(message)
+
+
+def check_bounds(grads: Gradients, *bounds: float) -> None:
+    """Refuse gradients that cannot be clamped to the bounds, which are rounded to the gradients' own dtypes.
+
+    Raises:
+        NotImplementedError: A gradient is complex.
+        RuntimeError: A finite bound is beyond the largest value of a gradient's dtype.
+    """
+    for index, grad in enumerate(grads.tensors):
+        if grad.dtype.is_complex:
+            message = f"clamp is not supported for complex types, and {grads.label(index)} is of {grad.dtype}"
+            raise NotImplementedError(message)
+        largest = torch.finfo(grad.dtype).max
+        for bound in bounds:
+            if largest < abs(bound) < float("inf"):
+                message = f"{bound} cannot be converted to {grad.dtype} without overflow, for {grads.label(index)}"
+                raise RuntimeError(f"{message}: the largest value there is {largest}")
+
+
+def check_writable(grads: Gradients) -> None:
+    """Refuse gradients that torch would not write to, before any of them is written.
+
+    Raises:
+        RuntimeError: Elements of a gradient share memory, or it is an inference tensor outside of inference mode.
+    """
+    frozen = not torch.is_inference_mode_enabled()
+    for index, grad in enumerate(grads.tensors):
+        if grad.layout is torch.strided and not grad.is_contiguous() and _repeats_elements(grad):
+            message = "unsupported operation: more than one element of the written-to tensor refers to a single memory"
+            raise RuntimeError(f"{message} location. Please clone() {grads.label(index)} before clipping it")
+        if frozen and grad.is_inference():
+            message = "Inplace update to inference tensor outside InferenceMode is not allowed"
+            raise RuntimeError(f"{message}: clone() {grads.label(index)} before clipping it")
+
+
+def _repeats_elements(grad: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
+
+
+def partition(grads: Gradients, *, in_place: bool) -> list[Plan]:
+    """Group gradients by the backend that serves them and by device, in the order of their first members.
+
+    Gradients without elements contribute nothing and are left out. Of plain gradients that share memory (one listed
+    twice, overlapping views) all but the first are left to torch, one after another: there they are counted and scaled
+    once more, as torch does, and no two threads ever race for an address.
+
+    Raises:
+        RuntimeError: The forced backend (`FASTCLIP_BACKEND`) cannot serve a gradient's device.
+    """
+    groups: dict[tuple[Backend, torch.device], list[Tensor]] = {}
+    plain: dict[torch.device, list[Tensor]] = {}
+    for grad in grads.tensors:
+        tensor = _values(grad, in_place=in_place) if grad.layout is torch.sparse_coo else grad
+        if tensor.numel() == 0:
+            continue
+        if _is_plain(tensor):
+            plain.setdefault(tensor.device, []).append(tensor)
+        else:
+            groups.setdefault((TORCH, tensor.device), []).append(tensor)
+    for device, tensors in plain.items():
+        overlapping = _overlapping(tensors)
+        if overlapping:
+            groups.setdefault((TORCH, device), []).extend(tensors[i] for i in overlapping)
+            tensors = [tensor for i, tensor in enumerate(tensors) if i not in overlapping]
+        groups.setdefault((for_device(device), device), []).extend(tensors)
+    return [backend.plan(tensors) for (backend, _), tensors in groups.items()]
+
+
+def _values(grad: Tensor, *, in_place: bool) -> Tensor:
+    """The values of a sparse COO gradient with its duplicate indices summed, in the gradient itself if `in_place`."""
+    coalesced = grad.coalesce()
+    if in_place and not grad.is_coalesced():
+        grad.copy_(coalesced)
+        coalesced = grad
+    return coalesced.values()
+
+
+def _is_plain(grad: Tensor) -> bool:
+    return (
+        type(grad) in _PLAIN_TYPES
+        and grad.layout is torch.strided
+        and grad.dtype in _PLAIN_DTYPES
+        and grad.device.type != "meta"
+        and not grad.is_neg()
+        and (grad.is_contiguous() or _fills_its_memory(grad))
+        and grad.data_ptr() % grad.element_size() == 0
+    )
+
+
+def _fills_its_memory(grad: Tensor) -> bool:
+    """Whether the elements lie without gaps or overlaps, in whatever order (transposed, channels last)."""
+    expected = 1
+    for stride, size in sorted(zip(grad.stride(), grad.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _overlapping(tensors: Sequence[Tensor]) -> set[int]:
+    """Positions of the tensors whose memory begins within that of another one."""
+    starts = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+    sizes = np.fromiter((tensor.numel() * tensor.element_size() for tensor in tensors), np.int64, len(tensors))
+    order = np.argsort(starts, kind="stable")
+    ends = np.maximum.accumulate((starts + sizes)[order])
+    return set(order[1:][starts[order][1:] < ends[:-1]].tolist())

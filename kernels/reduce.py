@@ -1,0 +1,186 @@
+r"""The norm of all gradients in one launch: every gradient is read once, and none is written.
+
+.. math:: \|g\|_p = \Big(\sum_t \sum_i |g_{t,i}|^p\Big)^{1/p}
+
+Each chunk's norm goes to a slot of its own in ``partials`` (fp64). The last program to finish, known by an integer
+ticket, combines them in a fixed order and applies the rule of the global norm,
+``coefficient = min(max_norm / (norm + 1e-6), 1)``. So the result is the same to the bit however many programs run and
+in whatever order they finish.
+
+Powers are summed in fp32 within a chunk (fp64 for fp64 gradients and for powers that need exp2 and log2), and chunks are
+combined in fp64. A sum that left the range in which fp32 is right to rounding is done again, by the same loop, on
+values scaled by a power of two. So finite gradients never have an infinite norm, and tiny ones never the norm 0.
+
+Launches: 1, and 1 more where the norm of each tensor is wanted. Bytes: 1R.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .table import TILE_VECTORS, CHUNK_VECTORS, body_of, edge_of, first_chunk, locate, tile_of
+
+EPS = tl.constexpr(1e-6)  # torch's own: it keeps the coefficient finite where the norm is 0
+UNCUT = tl.constexpr(
+    1 << 26
+)  # vectors: the limit of an array that is not cut into chunks (2**27 norms of chunks: 17 TB)
+
+# The norms that differ in code: p = 2, 1, 0, any other p > 0, p < 0, inf and -inf. The last two are order statistics,
+# kept as the bits of |x|, whose order as integers is that of the numbers, with every NaN above infinity.
+
+
+@triton.jit
+def _load(pointers, mask, KIND: tl.constexpr, WIDE: tl.constexpr):
+    # A masked lane must leave the result as it is: inf**p is 0 for p < 0.
+    NEUTRAL: tl.constexpr = float("inf") if KIND == "inverse" or KIND == "min" else 0.0
+    return tl.abs(tl.load(pointers, mask=mask, other=NEUTRAL).to(WIDE))
+
+
+@triton.jit
+def _fold(x, p, KIND: tl.constexpr, BITS: tl.constexpr):
+    """What a tile contributes, folded along each vector: [TILE_VECTORS]."""
+    if KIND == "two":
+        return tl.sum(x * x, 1)
+    elif KIND == "one":
+        return tl.sum(x, 1)
+    elif KIND == "zero":
+        return tl.sum((x != 0).to(x.dtype), 1)
+    elif KIND == "max":
+        return tl.max(x.to(BITS, bitcast=True), 1)
+    elif KIND == "min":
+        return tl.min(tl.where(x != x, -1, x.to(BITS, bitcast=True)), 1)  # -1 is a NaN's pattern too
+    else:
+        return tl.sum(tl.exp2(tl.log2(x) * p), 1)
+
+
+@triton.jit
+def _merge(a, b, KIND: tl.constexpr):
+    if KIND == "max":
+        return tl.maximum(a, b)
+    elif KIND == "min":
+        return tl.minimum(a, b)
+    else:
+        return a + b
+
+
+@triton.jit
+def _collapse(folded, KIND: tl.constexpr):
+    if KIND == "max":
+        return tl.max(folded, 0)
+    elif KIND == "min":
+        return tl.min(folded, 0)
+    else:
+        return tl.sum(folded, 0)
+
+
+@triton.jit
+def _root(total, p, KIND: tl.constexpr):
+    if KIND == "two":
+        return tl.sqrt(total)
+    elif KIND == "power" or KIND == "inverse":
+        return tl.exp2(tl.log2(total) / p)
+    else:
+        return total
+
+
+@triton.jit
+def _scale_for(peak, WIDE: tl.constexpr):
+    """The power of two whose exponent is minus that of `peak`, so that peak * scale < 4 (a normal number, at least)."""
+    if WIDE == tl.float64:
+        exponent = tl.minimum(peak.to(tl.int64, bitcast=True) >> 52, 2045)
+        return ((2046 - exponent) << 52).to(tl.float64, bitcast=True)
+    else:
+        exponent = tl.minimum(peak.to(tl.int32, bitcast=True) >> 23, 253)
+        return ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _norm(address, numel, chunk, p, KIND: tl.constexpr, TYPE: tl.constexpr, LIMIT: tl.constexpr):
+    """The norm, in fp64, of one chunk of a tensor: LIMIT vectors of its body, and its edge if it is chunk 0."""
+    WIDE: tl.constexpr = tl.float64 if TYPE == tl.float64 or KIND == "power" or KIND == "inverse" else tl.float32
+    BITS: tl.constexpr = tl.int64 if WIDE == tl.float64 else tl.int32
+    BY_ORDER: tl.constexpr = KIND == "max" or KIND == "min"
+    # Above TINY, what the chunk's 2**16 powers lost to subnormal rounding is under 2**-40 of their sum.
+    TINY: tl.constexpr = 2.0**-85 if WIDE == tl.float32 else 2.0**-900
+    body, vectors = body_of(address, numel, chunk, LIMIT, TYPE)
+    edge, edge_mask = edge_of(address, numel, chunk, TYPE)
+    scale = tl.full((), 1.0, WIDE)
+    total = tl.full((), 0, BITS if BY_ORDER else WIDE)
+    first = tl.full((), 1, tl.int1)
+    again = tl.full((), 1, tl.int1)
+    while again:
+        x = _load(edge, edge_mask, KIND, WIDE)
+        peaks = tl.max(x, 1)
+        folded = _fold(x * scale, p, KIND, BITS)
+        pointers, mask = tile_of(body, vectors, 0, TYPE)
+        x = _load(pointers, mask, KIND, WIDE)
+        # Each tile is asked for before the one ahead of it is summed, which keeps enough bytes in flight.
+        for tile in range(1, tl.cdiv(vectors, TILE_VECTORS) + 1):
+            pointers, mask = tile_of(body, vectors, tile, TYPE)
+            following = _load(pointers, mask, KIND, WIDE)
+            peaks = tl.maximum(peaks, tl.max(x, 1))
+            folded = _merge(folded, _fold(x * scale, p, KIND, BITS), KIND)
+            x = following
+        total = _collapse(folded, KIND)
+        again = tl.full((), 0, tl.int1)
+        if not BY_ORDER:
+            peak = tl.max(peaks, 0)
+            in_range = (total > TINY) & (total < float("inf"))
+            again = first & (peak > 0) & (peak < float("inf")) & (in_range == 0)
+            first = tl.full((), 0, tl.int1)
+            scale = tl.where(again, _scale_for(peak, WIDE), scale)
+    if BY_ORDER:
+        return total.to(WIDE, bitcast=True).to(tl.float64)
+    else:
+        return _root(total.to(tl.float64), p, KIND) / scale.to(tl.float64)
+
+
+@triton.jit
+def _reduce_segment(chunks, rows, partials, begin, end, p, KIND: tl.constexpr, TYPE: tl.constexpr):
+    for index in range(first_chunk(begin), end, tl.num_programs(0)):
+        address, numel, _, chunk = locate(chunks, rows, index)
+        tl.store(partials + index, _norm(address, numel, chunk, p, KIND, TYPE, CHUNK_VECTORS))
+
+
+@triton.jit(do_not_specialize=["fp32_end", "bf16_end", "fp16_end", "fp64_end"])
+def reduce_kernel(
+    chunks,
+    rows,
+    partials,
+    ticket,
+    state,
+    norm,
+    fp32_end: tl.int64,
+    bf16_end: tl.int64,
+    fp16_end: tl.int64,
+    fp64_end: tl.int64,
+    p: tl.float64,
+    max_norm: tl.float64,
+    KIND: tl.constexpr,
+):
+    """Leave the norm of each chunk in `partials`, (norm, coefficient) in `state`, and the norm in `norm`'s own dtype."""
+    begin = fp32_end * 0
+    _reduce_segment(chunks, rows, partials, begin, fp32_end, p, KIND, tl.float32)
+    _reduce_segment(chunks, rows, partials, fp32_end, bf16_end, p, KIND, tl.bfloat16)
+    _reduce_segment(chunks, rows, partials, bf16_end, fp16_end, p, KIND, tl.float16)
+    _reduce_segment(chunks, rows, partials, fp16_end, fp64_end, p, KIND, tl.float64)
+    # acq_rel: each program's partials happen before its ticket, and every ticket before the last program's loads.
+    if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        total = _norm(partials.to(tl.int64), fp64_end, begin, p, KIND, tl.float64, UNCUT)
+        coefficient = max_norm / (total + EPS)
+        coefficient = tl.where(coefficient > 1, 1.0, coefficient)  # a NaN stays one
+        tl.store(state, total)
+        tl.store(state + 1, coefficient)
+        tl.store(norm, total.to(tl.float32).to(norm.dtype.element_ty))
+        tl.store(ticket, 0)  # for the next launch
+
+
+@triton.jit(do_not_specialize=["tensors"])
+def tensor_norms_kernel(partials, slices, norms, tensors: tl.int64, p: tl.float64, KIND: tl.constexpr):
+    """Leave the norm of each tensor in `norms` (fp64), from the chunks' norms that `reduce_kernel` left."""
+    for tensor in range(tl.program_id(0), tensors, tl.num_programs(0)):
+        first = tl.load(slices + 2 * tensor)
+        count = tl.load(slices + 2 * tensor + 1)
+        address = partials.to(tl.int64) + 8 * first
+        tl.store(norms + tensor, _norm(address, count, 0, p, KIND, tl.float64, UNCUT))
