@@ -52,7 +52,7 @@ def clip_grad_norm_(
     the gradients' dtype, and does not overflow while they are finite. Nothing is written where the coefficient is 1.
 
     Args:
-        parameters: A tensor, an iterable of tensors or of (name, tensor) pairs, or a module; their ``.grad`` is clipped.
+        parameters: A tensor, an iterable of tensors or of (name, tensor) pairs, or a module; ``.grad`` is clipped.
             Names, where given, are used in error messages.
         max_norm: The largest norm allowed. ``inf`` only measures; 0 zeroes the gradients; a negative one flips them.
         norm_type: The order p: any real number, ``inf`` for max|g|, ``-inf`` for min|g|, 0 for the number of gradients
@@ -111,7 +111,7 @@ def get_total_norm(
     :func:`clip_grad_norm_`.
 
     Args:
-        tensors: A tensor, or an iterable of tensors or of (name, tensor) pairs: the tensors themselves, not their grads.
+        tensors: A tensor, or an iterable of tensors or of (name, tensor) pairs. Their ``.grad`` is ignored.
         norm_type: The order p.
         error_if_nonfinite: Raise where the norm is NaN or infinite.
         foreach: Accepted for torch's sake.

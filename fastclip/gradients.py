@@ -2,8 +2,8 @@
 
     parameters --collect--> Gradients --check--> --partition--> [Plan, Plan, ...]
 
-A gradient is *plain* when it fills its memory without gaps or overlaps and holds real floating-point numbers: then it is
-an address and a number of elements, which is all that the Triton and NumPy backends need. Everything else (complex,
+A gradient is *plain* when it fills its memory without gaps or overlaps and holds real floating-point numbers: then it
+is an address and a number of elements, which is all that the Triton and NumPy backends need. Everything else (complex,
 strided views, tensor subclasses, meta tensors) is left to torch's own operations; a sparse gradient takes part by its
 values. Whatever the mixture, one norm is taken over all of it.
 """
@@ -103,7 +103,10 @@ def _is_named(item: object) -> bool:
 
 def _not_a_tensor(items: Sequence[object], argument: str) -> TypeError:
     position, culprit = next((i, item) for i, item in enumerate(items) if not isinstance(item, Tensor))
-    remedies = {dict: "pass the 'params' of a parameter group", str: "pass the values of a dict, not the dict"}
+    remedies: dict[type, str] = {
+        dict: "pass the 'params' of a parameter group",
+        str: "pass the values of a dict, not the dict",
+    }
     remedy = remedies.get(type(culprit), "pass tensors, or (name, tensor) pairs as model.named_parameters() yields")
     return TypeError(f"{argument}[{position}] is a {type(culprit).__name__}, not a tensor: {remedy}")
 
@@ -182,10 +185,9 @@ def partition(grads: Gradients, *, in_place: bool) -> list[Plan]:
             groups.setdefault((TORCH, tensor.device), []).append(tensor)
     for device, tensors in plain.items():
         overlapping = _overlapping(tensors)
-        if overlapping:
-            groups.setdefault((TORCH, device), []).extend(tensors[i] for i in overlapping)
-            tensors = [tensor for i, tensor in enumerate(tensors) if i not in overlapping]
-        groups.setdefault((for_device(device), device), []).extend(tensors)
+        backend = for_device(device)
+        for i, tensor in enumerate(tensors):
+            groups.setdefault((TORCH if i in overlapping else backend, device), []).append(tensor)
     return [backend.plan(tensors) for (backend, _), tensors in groups.items()]
 
 

@@ -33,7 +33,7 @@ def _apply_segment(chunks, rows, coefficients, stride, begin, end, TYPE: tl.cons
         factor = (coefficient / power).to(WIDE)
         if factor * power.to(WIDE) != 1:
             body, vectors = body_of(address, numel, chunk, CHUNK_VECTORS, TYPE)
-            for tile in range(0, tl.cdiv(vectors, TILE_VECTORS)):
+            for tile in range(tl.cdiv(vectors, TILE_VECTORS)):
                 pointers, mask = tile_of(body, vectors, tile, TYPE)
                 _scale(pointers, mask, factor, power.to(WIDE), TYPE)
             pointers, mask = edge_of(address, numel, chunk, TYPE)

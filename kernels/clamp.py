@@ -34,7 +34,7 @@ def _clamp_segment(chunks, rows, minimum, maximum, begin, end, TYPE: tl.constexp
     for index in range(first_chunk(begin), end, tl.num_programs(0)):
         address, numel, _, chunk = locate(chunks, rows, index)
         body, vectors = body_of(address, numel, chunk, CHUNK_VECTORS, TYPE)
-        for tile in range(0, tl.cdiv(vectors, TILE_VECTORS)):
+        for tile in range(tl.cdiv(vectors, TILE_VECTORS)):
             pointers, mask = tile_of(body, vectors, tile, TYPE)
             _clamp(pointers, mask, low, high, TYPE, WIDE)
         pointers, mask = edge_of(address, numel, chunk, TYPE)

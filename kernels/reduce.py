@@ -7,8 +7,8 @@ ticket, combines them in a fixed order and applies the rule of the global norm,
 ``coefficient = min(max_norm / (norm + 1e-6), 1)``. So the result is the same to the bit however many programs run and
 in whatever order they finish.
 
-Powers are summed in fp32 within a chunk (fp64 for fp64 gradients and for powers that need exp2 and log2), and chunks are
-combined in fp64. A sum that left the range in which fp32 is right to rounding is done again, by the same loop, on
+Powers are summed in fp32 within a chunk (fp64 for fp64 gradients and for powers that need exp2 and log2), and chunks
+are combined in fp64. A sum that left the range in which fp32 is right to rounding is done again, by the same loop, on
 values scaled by a power of two. So finite gradients never have an infinite norm, and tiny ones never the norm 0.
 
 Launches: 1, and 1 more where the norm of each tensor is wanted. Bytes: 1R.
@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .table import TILE_VECTORS, CHUNK_VECTORS, body_of, edge_of, first_chunk, locate, tile_of
+from .table import CHUNK_VECTORS, TILE_VECTORS, body_of, edge_of, first_chunk, locate, tile_of
 
 EPS = tl.constexpr(1e-6)  # torch's own: it keeps the coefficient finite where the norm is 0
 UNCUT = tl.constexpr(
@@ -159,7 +159,7 @@ def reduce_kernel(
     max_norm: tl.float64,
     KIND: tl.constexpr,
 ):
-    """Leave the norm of each chunk in `partials`, (norm, coefficient) in `state`, and the norm in `norm`'s own dtype."""
+    """Leave each chunk's norm in `partials`, (norm, coefficient) in `state`, and the norm once more in `norm`."""
     begin = fp32_end * 0
     _reduce_segment(chunks, rows, partials, begin, fp32_end, p, KIND, tl.float32)
     _reduce_segment(chunks, rows, partials, fp32_end, bf16_end, p, KIND, tl.bfloat16)

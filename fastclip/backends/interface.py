@@ -67,4 +67,5 @@ def stable_norm(x: Tensor, p: float) -> Tensor:
     """``‖x‖_p`` of a nonempty tensor in x's own precision, without overflow or underflow of the powers (p ≠ 0)."""
     peak = x.abs().amax()
     scale = torch.where(peak.isfinite() & (peak > 0), peak, 1.0)
-    return torch.linalg.vector_norm(x / scale, p) * scale
+    norm: Tensor = torch.linalg.vector_norm(x / scale, p) * scale
+    return norm

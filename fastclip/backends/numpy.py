@@ -3,7 +3,7 @@
 The same three steps as on the GPU: every piece is reduced to its norm, the norms are combined in fp64, and only where
 the coefficient is not 1 (where a value is out of bounds) is anything written. Squares are summed in fp32 over rows of
 1024 and from there on in fp64; a piece whose sum left the range in which fp32 is right to rounding is done again in
-fp64. NumPy has no bfloat16, and its float16 is slow: those two are converted, scaled and clamped piece by piece by torch.
+fp64. NumPy has no bfloat16, and its float16 is slow: those two are converted and clamped piece by piece by torch.
 """
 
 from __future__ import annotations
@@ -54,10 +54,8 @@ class NumpyPlan:
 
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
         norms = np.fromiter(self._map(lambda piece: _norm(_as_array(piece), p), self.pieces), np.float64)
-        if p == 0:
-            total = float(np.count_nonzero(np.bincount(self.owners, weights=norms)))
-        else:
-            total = _norm(norms, p)
+        # A piece's 0-norm counts its nonzero elements; the set's counts the tensors that have any.
+        total = _norm(np.bincount(self.owners, weights=norms) if p == 0 else norms, p)
         return reduction(torch.tensor(total, dtype=torch.float64), max_norm, dtype)
 
     def scale_(self, coefficient: Tensor) -> None:
@@ -87,7 +85,7 @@ def _piece_size(tensor: Tensor) -> int:
 
 
 def _cut(flat: Tensor) -> Sequence[Tensor]:
-    return flat.split(_piece_size(flat)) if len(flat) > _piece_size(flat) else (flat,)
+    return torch.split(flat, _piece_size(flat)) if len(flat) > _piece_size(flat) else (flat,)
 
 
 def _as_array(piece: Tensor) -> Array:

@@ -53,4 +53,6 @@ def _norm(tensor: Tensor, p: float) -> Tensor:
         return stable_norm(tensor.to(torch.float32), p) if p else torch.linalg.vector_norm(tensor, p)
     if tensor.dtype in _DOUBLES and p:
         return stable_norm(tensor, p)
-    return torch.linalg.vector_norm(tensor, p, dtype=torch.complex128 if tensor.is_complex() else torch.float64)
+    wide = torch.complex128 if tensor.is_complex() else torch.float64
+    norm: Tensor = torch.linalg.vector_norm(tensor, p, dtype=wide)
+    return norm

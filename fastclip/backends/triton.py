@@ -22,8 +22,8 @@ from fastclip.backends.interface import Reduction, reduction
 SEGMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 """The position of each dtype in `fastclip.kernels.table.ELEMENT_SIZES`."""
 
-PROGRAMS_PER_SM = 5  # as many as fit at the reduction's 48 registers a thread
-PROGRAMS_ON_CPU = 5  # under the interpreter: odd and small, so that programs take several chunks and unequal shares
+PROGRAMS_PER_SM = 4  # as many as fit at the reduction's 64 registers a thread
+PROGRAMS_ON_CPU = 5  # without a GPU: odd and small, so that programs take several chunks and unequal shares
 PLANS_KEPT = 16  # a thread: models that are trained in turns, each with its own set of gradients
 
 
