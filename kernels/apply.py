@@ -40,7 +40,7 @@ def _apply_segment(chunks, rows, coefficients, stride, begin, end, TYPE: tl.cons
             _scale(pointers, mask, factor, power.to(WIDE), TYPE)
 
 
-@triton.jit(do_not_specialize=["stride", "fp32_end", "bf16_end", "fp16_end", "fp64_end"])
+@triton.jit(do_not_specialize=["coefficients", "stride", "fp32_end", "bf16_end", "fp16_end", "fp64_end"])
 def apply_kernel(
     chunks,
     rows,

@@ -172,7 +172,10 @@ def reduce_kernel(
         coefficient = tl.where(coefficient > 1, 1.0, coefficient)  # a NaN stays one
         tl.store(state, total)
         tl.store(state + 1, coefficient)
-        tl.store(norm, total.to(tl.float32).to(norm.dtype.element_ty))
+        if norm.dtype.element_ty == tl.float64:
+            tl.store(norm, total)
+        else:  # by way of fp32, from which every narrower type can be rounded to
+            tl.store(norm, total.to(tl.float32).to(norm.dtype.element_ty))
         tl.store(ticket, 0)  # for the next launch
 
 

@@ -62,24 +62,37 @@ def for_device(device: torch.device) -> Backend:
     Raises:
         RuntimeError: The forced backend does not exist or cannot serve the device.
     """
-    backend, reason = choose(device)
-    if reason and backend is TORCH:
-        _warn_once(device.type, reason)
-    return backend
+    choice = choose(device)
+    if choice.fell_back:
+        _warn_once(device.type, choice.reason)
+    return choice.backend
 
 
-def choose(device: torch.device) -> tuple[Backend, str | None]:
-    """As `for_device`, with the reason where the first choice had to give way to torch.
+@dataclass(frozen=True)
+class Choice:
+    """A backend, why it is this one, and whether it had to stand in for the first choice."""
+
+    backend: Backend
+    reason: str
+    fell_back: bool = False
+
+
+def choose(device: torch.device) -> Choice:
+    """Choose as `for_device` does, and tell why.
 
     Raises:
         RuntimeError: The forced backend does not exist or cannot serve the device.
     """
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
     if forced:
-        return _forced(forced, device), None
-    backend = next((backend for backend in BACKENDS.values() if device.type in backend.devices), TORCH)
-    reason = backend.obstacle(device)
-    return (TORCH, reason) if reason else (backend, None)
+        return Choice(_forced(forced, device), f"forced by {ENVIRONMENT_VARIABLE}")
+    first = next((backend for backend in BACKENDS.values() if device.type in backend.devices), None)
+    if first is None:
+        return Choice(TORCH, f"no faster backend serves {device.type}")
+    obstacle = first.obstacle(device)
+    if obstacle:
+        return Choice(TORCH, f"{first.name} cannot: {obstacle}", fell_back=True)
+    return Choice(first, first.summary)
 
 
 def _forced(name: str, device: torch.device) -> Backend:
