@@ -1,7 +1,7 @@
 """The public functions: torch's gradient clipping, with torch's signatures.
 
-Each reads straight down: collect the gradients, refuse what cannot be clipped, group them into plans (one a backend and
-device), reduce the plans to one norm, turn that into a coefficient, scale. Where results differ from torch's it is on
+Each reads straight down: collect the gradients, prepare them (grouped into plans, one a backend and device), reduce the
+plans to one norm, which has its coefficient with it, scale. Where results differ from torch's it is on
 purpose, and listed in the README under "Better than torch's".
 """
 
@@ -11,28 +11,18 @@ import sys
 import types
 import warnings
 from collections.abc import Sequence
-from functools import reduce as fold
 
 import torch
 from torch import Tensor
 
 from fastclip import originals
-from fastclip.backends.interface import Plan, Reduction, clip_coefficient, combine, reduction
-from fastclip.gradients import (
-    Gradients,
-    Parameters,
-    as_gradients,
-    check_bounds,
-    check_dtypes,
-    check_writable,
-    collect,
-    partition,
-)
+from fastclip.backends.interface import Reduction, clip_coefficient, combine, reduction
+from fastclip.gradients import Gradients, Parameters, as_gradients, check_bounds, collect
+from fastclip.plans import Prepared, prepare
 
 _MOST_NAMED = 10  # culprits listed in an error message
 
 
-@torch.no_grad()
 def clip_grad_norm_(
     parameters: Parameters,
     max_norm: float,
@@ -84,17 +74,14 @@ def clip_grad_norm_(
     if _has_dtensors(grads.tensors):
         return _in_dtype(originals.clip_grad_norm_(grads.owners, limit, p, error_if_nonfinite, foreach), norm_dtype)
     _check_foreach(foreach, grads)
-    check_dtypes(grads)
-    check_writable(grads)
-    plans = partition(grads, in_place=True)
-    reduced = _reduce(grads, plans, p, limit, norm_dtype)
+    prepared = prepare(grads, in_place=True)
+    reduced = _reduce(prepared, p, limit, norm_dtype)
     if error_if_nonfinite:
         _raise_if_nonfinite(grads, p, reduced.total)
-    _scale_(grads, plans, reduced.coefficient)
+    _scale_(grads, prepared, reduced.coefficient)
     return reduced.norm
 
 
-@torch.no_grad()
 def get_total_norm(
     tensors: Parameters,
     norm_type: float = 2.0,
@@ -132,14 +119,12 @@ def get_total_norm(
     if _has_dtensors(grads.tensors):
         return _in_dtype(originals.get_total_norm(grads.tensors, p, error_if_nonfinite, foreach), norm_dtype)
     _check_foreach(foreach, grads)
-    check_dtypes(grads)
-    reduced = _reduce(grads, partition(grads, in_place=False), p, float("inf"), norm_dtype)
+    reduced = _reduce(prepare(grads, in_place=False), p, float("inf"), norm_dtype)
     if error_if_nonfinite:
         _raise_if_nonfinite(grads, p, reduced.total)
     return reduced.norm
 
 
-@torch.no_grad()
 def clip_grads_with_norm_(
     parameters: Parameters,
     max_norm: float,
@@ -175,13 +160,10 @@ def clip_grads_with_norm_(
     if total.numel() != 1:
         raise ValueError(f"`total_norm` must be one number, not a tensor of shape {tuple(total.shape)}")
     _check_foreach(foreach, grads)
-    check_dtypes(grads)
-    check_writable(grads)
-    plans = partition(grads, in_place=True)
-    _scale_(grads, plans, clip_coefficient(total.reshape(()).double(), limit))
+    prepared = prepare(grads, in_place=True)
+    _scale_(grads, prepared, clip_coefficient(total.detach().reshape(()).double(), limit))
 
 
-@torch.no_grad()
 def clip_grad_value_(
     parameters: Parameters,
     clip_value: float,
@@ -213,33 +195,28 @@ def clip_grad_value_(
         originals.clip_grad_value_(grads.owners, bound, foreach)
         return
     _check_foreach(foreach, grads)
-    check_dtypes(grads)
     check_bounds(grads, bound)
-    check_writable(grads)
-    plans = partition(grads, in_place=True)
+    prepared = prepare(grads, in_place=True)
     torch.autograd.graph.increment_version(grads.tensors)
-    for plan in plans:
+    for plan in prepared.plans:
         plan.clamp_(-bound, bound)
 
 
-def _reduce(
-    grads: Gradients, plans: Sequence[Plan], p: float, max_norm: float, norm_dtype: torch.dtype | None
-) -> Reduction:
+def _reduce(prepared: Prepared, p: float, max_norm: float, norm_dtype: torch.dtype | None) -> Reduction:
     """Reduce all plans to one norm, on the first gradient's device."""
-    device = grads.tensors[0].device
-    dtype = norm_dtype or fold(torch.promote_types, {grad.dtype.to_real() for grad in grads.tensors})
-    if len(plans) == 1:
-        return plans[0].reduce(p, max_norm, dtype)
-    if not plans:  # no gradient has an element
-        return reduction(torch.zeros((), dtype=torch.float64, device=device), max_norm, dtype)
-    totals = [plan.reduce(p, max_norm, dtype).total.to(device, non_blocking=True) for plan in plans]
+    dtype = norm_dtype or prepared.dtype
+    if len(prepared.plans) == 1:
+        return prepared.plans[0].reduce(p, max_norm, dtype)
+    if not prepared.plans:  # no gradient has an element
+        return reduction(torch.zeros((), dtype=torch.float64, device=prepared.device), max_norm, dtype)
+    totals = [plan.reduce(p, max_norm, dtype).total.to(prepared.device, non_blocking=True) for plan in prepared.plans]
     return reduction(combine(totals, p), max_norm, dtype)
 
 
-def _scale_(grads: Gradients, plans: Sequence[Plan], coefficient: Tensor) -> None:
+def _scale_(grads: Gradients, prepared: Prepared, coefficient: Tensor) -> None:
     # Raw writes do not bump the version counters by which autograd knows that a saved tensor was changed.
     torch.autograd.graph.increment_version(grads.tensors)
-    for plan in plans:
+    for plan in prepared.plans:
         plan.scale_(coefficient.to(plan.device, non_blocking=True))
 
 
@@ -276,7 +253,7 @@ def _as_float(name: str, value: object) -> float:
 def _warn_if_used_up(parameters: object, grads: Gradients) -> None:
     if isinstance(parameters, types.GeneratorType) and not grads.owners:
         message = "`parameters` is an empty generator, no gradient clipping will occur."
-        warnings.warn(message, stacklevel=4)  # the caller of the public function, which `no_grad` wraps
+        warnings.warn(message, stacklevel=3)  # the caller of the public function
 
 
 def _check_foreach(foreach: bool | None, grads: Gradients) -> None:

@@ -1,12 +1,4 @@
-"""From what the caller passed to groups of gradients, each with the backend that clips it.
-
-    parameters --collect--> Gradients --check--> --partition--> [Plan, Plan, ...]
-
-A gradient is *plain* when it fills its memory without gaps or overlaps and holds real floating-point numbers: then it
-is an address and a number of elements, which is all that the Triton and NumPy backends need. Everything else (complex,
-strided views, tensor subclasses, meta tensors) is left to torch's own operations; a sparse gradient takes part by its
-values. Whatever the mixture, one norm is taken over all of it.
-"""
+"""The gradients of what the caller passed, and what about them must be refused before any is changed."""
 
 from __future__ import annotations
 
@@ -14,17 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastclip.backends import TORCH, Backend, for_device
-from fastclip.backends.interface import Plan
-
 Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
-
-_PLAIN_TYPES = (Tensor, nn.Parameter)
-_PLAIN_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
 @dataclass(frozen=True)
@@ -161,72 +146,3 @@ def check_writable(grads: Gradients) -> None:
 
 def _repeats_elements(grad: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
-
-
-def partition(grads: Gradients, *, in_place: bool) -> list[Plan]:
-    """Group gradients by the backend that serves them and by device, in the order of their first members.
-
-    Gradients without elements contribute nothing and are left out. Of plain gradients that share memory (one listed
-    twice, overlapping views) all but the first are left to torch, one after another: there they are counted and scaled
-    once more, as torch does, and no two threads ever race for an address.
-
-    Raises:
-        RuntimeError: The forced backend (`FASTCLIP_BACKEND`) cannot serve a gradient's device.
-    """
-    groups: dict[tuple[Backend, torch.device], list[Tensor]] = {}
-    plain: dict[torch.device, list[Tensor]] = {}
-    for grad in grads.tensors:
-        tensor = _values(grad, in_place=in_place) if grad.layout is torch.sparse_coo else grad
-        if tensor.numel() == 0:
-            continue
-        if _is_plain(tensor):
-            plain.setdefault(tensor.device, []).append(tensor)
-        else:
-            groups.setdefault((TORCH, tensor.device), []).append(tensor)
-    for device, tensors in plain.items():
-        overlapping = _overlapping(tensors)
-        backend = for_device(device)
-        for i, tensor in enumerate(tensors):
-            groups.setdefault((TORCH if i in overlapping else backend, device), []).append(tensor)
-    return [backend.plan(tensors) for (backend, _), tensors in groups.items()]
-
-
-def _values(grad: Tensor, *, in_place: bool) -> Tensor:
-    """The values of a sparse COO gradient with its duplicate indices summed, in the gradient itself if `in_place`."""
-    coalesced = grad.coalesce()
-    if in_place and not grad.is_coalesced():
-        grad.copy_(coalesced)
-        coalesced = grad
-    return coalesced.values()
-
-
-def _is_plain(grad: Tensor) -> bool:
-    return (
-        type(grad) in _PLAIN_TYPES
-        and grad.layout is torch.strided
-        and grad.dtype in _PLAIN_DTYPES
-        and grad.device.type != "meta"
-        and not grad.is_neg()
-        and (grad.is_contiguous() or _fills_its_memory(grad))
-        and grad.data_ptr() % grad.element_size() == 0
-    )
-
-
-def _fills_its_memory(grad: Tensor) -> bool:
-    """Whether the elements lie without gaps or overlaps, in whatever order (transposed, channels last)."""
-    expected = 1
-    for stride, size in sorted(zip(grad.stride(), grad.shape, strict=True)):
-        if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
-def _overlapping(tensors: Sequence[Tensor]) -> set[int]:
-    """Positions of the tensors whose memory begins within that of another one."""
-    starts = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
-    sizes = np.fromiter((tensor.numel() * tensor.element_size() for tensor in tensors), np.int64, len(tensors))
-    order = np.argsort(starts, kind="stable")
-    ends = np.maximum.accumulate((starts + sizes)[order])
-    return set(order[1:][starts[order][1:] < ends[:-1]].tolist())

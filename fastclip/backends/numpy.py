@@ -1,17 +1,23 @@
 """The NumPy backend: zero-copy views of the gradients, in cache-sized pieces, over as many threads as torch uses.
 
-The same three steps as on the GPU: every piece is reduced to its norm, the norms are combined in fp64, and only where
-the coefficient is not 1 (where a value is out of bounds) is anything written. Squares are summed in fp32 over rows of
-1024 and from there on in fp64; a piece whose sum left the range in which fp32 is right to rounding is done again in
-fp64. NumPy has no bfloat16, and its float16 is slow: those two are converted and clamped piece by piece by torch.
+The same three steps as on the GPU: each piece is reduced to norms, these are combined in fp64, and only where the
+coefficient is not 1 (where a value is out of bounds) is anything written. A piece is a part of one large tensor, or many
+small ones of one dtype, which are copied together and reduced at once.
+
+Squares of large tensors are summed in fp32 over rows of 1024 and from there on in fp64; those of small ones in fp64. A
+sum that left the range in which fp32 is right to rounding is done again in fp64. NumPy has no bfloat16, and its float16
+is slow: both are converted, scaled and clamped by torch, piece by piece.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias, TypeVar
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,15 +27,18 @@ from torch import Tensor
 from fastclip.backends.interface import Reduction, reduction
 
 Array: TypeAlias = npt.NDArray[Any]
-T = TypeVar("T")
 
 PIECE = 65_536  # elements: 256 KB of fp32, which stays in the L2 cache between NumPy's passes over it
 HALF_PIECE = 32_768  # elements: torch runs an operation on no more than these in the calling thread
-ROW = 1024  # elements summed in fp32: 32 additions in each of 32 SIMD lanes keep the sum within 2e-6
+SMALL = 1024  # elements: up to here copying a tensor next to others costs less than a call for it alone
+ROW = 1024  # elements summed in fp32: some 32 additions in each SIMD lane
 THREADS_FROM = 131_072  # elements; below, handing work to another thread costs more than it saves
 
-# fp32 sums of squares above this lost less than 2**-24 of themselves to subnormal rounding, for up to PIECE elements.
+# An fp32 sum of squares above this lost less than 2**-24 of itself to subnormal rounding, for up to PIECE elements.
 TINY = 2.0**-100
+
+_STORAGE = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.int16, torch.float16: np.int16}
+"""The dtype by which NumPy sees the elements; 16-bit floats are opaque to it."""
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -43,54 +52,180 @@ def plan(tensors: list[Tensor]) -> NumpyPlan:
 
 
 class NumpyPlan:
-    """See `fastclip.backends.interface.Plan`."""
+    """See `fastclip.backends.interface.Plan`. It holds addresses, and so keeps no gradient alive."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.device = tensors[0].device
-        self.tensors = [tensor.detach().as_strided((tensor.numel(),), (1,)) for tensor in tensors]
-        self.pieces = [piece for tensor in self.tensors for piece in _cut(tensor)]
-        self.owners = np.repeat(np.arange(len(tensors)), [-(-len(t) // _piece_size(t)) for t in self.tensors])
-        self.threads = torch.get_num_threads() if sum(map(len, self.tensors)) >= THREADS_FROM else 1
+        self.pieces = _cut(tensors)
+        self.owners = np.array([owner for piece in self.pieces for owner in piece.owners])
+        self.elements = np.cumsum([piece.elements for piece in self.pieces])
+        self.dtypes = {tensor.dtype for tensor in tensors}
 
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
-        norms = np.fromiter(self._map(lambda piece: _norm(_as_array(piece), p), self.pieces), np.float64)
+        norms: list[float] = []
+        for share in self._run(lambda pieces: [norm for piece in pieces for norm in piece.norms(p)]):
+            norms += share
         # A piece's 0-norm counts its nonzero elements; the set's counts the tensors that have any.
-        total = _norm(np.bincount(self.owners, weights=norms) if p == 0 else norms, p)
+        parts = np.bincount(self.owners, weights=norms) if p == 0 else np.array(norms)
+        total = norms[0] if len(parts) == 1 and p else _norm(parts, p)
         return reduction(torch.tensor(total, dtype=torch.float64), max_norm, dtype)
 
     def scale_(self, coefficient: Tensor) -> None:
-        factors = {dtype: _factors(float(coefficient), dtype) for dtype in {tensor.dtype for tensor in self.tensors}}
-        pieces = [piece for piece in self.pieces if factors[piece.dtype]]
-        # Backwards, so that what the reduction read last, and the cache still holds, is read first.
-        self._run(lambda piece: _scale_(piece, factors[piece.dtype]), pieces[::-1])
+        factors = {dtype: _factors(float(coefficient), dtype) for dtype in self.dtypes}
+
+        def scale(pieces: Sequence[Piece]) -> None:
+            # Backwards, so that what the reduction read last, and the cache still holds, is read first.
+            for piece in reversed(pieces):
+                piece.scale_(factors[piece.dtype])
+
+        if any(factors.values()):
+            self._run(scale)
 
     def clamp_(self, minimum: float, maximum: float) -> None:
-        self._run(lambda piece: _clamp_(piece, minimum, maximum), self.pieces)
+        def clamp(pieces: Sequence[Piece]) -> None:
+            for piece in pieces:
+                piece.clamp_(minimum, maximum)
 
-    def _map(self, work: Callable[[Tensor], T], pieces: Sequence[Tensor]) -> Iterator[T]:
-        if self.threads == 1 or len(pieces) < 2:
-            return map(work, pieces)
-        share = -(-len(pieces) // self.threads)
-        shares = [pieces[start : start + share] for start in range(0, len(pieces), share)]
-        done = _pool(self.threads).map(lambda some: [work(piece) for piece in some], shares)
-        return (result for results in done for result in results)
+        self._run(clamp)
 
-    def _run(self, work: Callable[[Tensor], None], pieces: Sequence[Tensor]) -> None:
-        for _ in self._map(work, pieces):
-            pass
-
-
-def _piece_size(tensor: Tensor) -> int:
-    return PIECE if tensor.dtype in (torch.float32, torch.float64) else HALF_PIECE
-
-
-def _cut(flat: Tensor) -> Sequence[Tensor]:
-    return torch.split(flat, _piece_size(flat)) if len(flat) > _piece_size(flat) else (flat,)
+    def _run(self, work: Callable[[Sequence[Piece]], Any]) -> list[Any]:
+        """Do `work` on shares of the pieces, of about as many elements each, one share a thread."""
+        total = int(self.elements[-1])
+        threads = torch.get_num_threads() if total >= THREADS_FROM else 1
+        if threads == 1:
+            return [_quietly(work, self.pieces)]
+        ends = np.searchsorted(self.elements, [total * (i + 1) // threads for i in range(threads)]) + 1
+        mine, *others = (self.pieces[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True))
+        futures = [_pool(threads - 1).submit(_quietly, work, share) for share in others]
+        return [_quietly(work, mine), *(future.result() for future in futures)]
 
 
-def _as_array(piece: Tensor) -> Array:
-    array: Array = (piece.float() if piece.element_size() == 2 else piece).numpy()
-    return array
+@dataclass
+class Piece:
+    """A part of one tensor, or several small tensors of one dtype: fp32 or fp64.
+
+    Attributes:
+        dtype: The dtype of the elements.
+        views: Arrays over the elements' memory; they do not own it.
+        owners: The position of each view's tensor in the plan.
+        elements: The number of elements.
+    """
+
+    dtype: torch.dtype
+    views: list[Array]
+    owners: list[int]
+    elements: int
+
+    def norms(self, p: float) -> Sequence[float]:
+        """The p-norm of each view; for p = 0 the number of its nonzero elements."""
+        x = self._load()
+        if len(self.views) == 1:
+            return (_norm(x, p),)
+        return _norms_of_segments(x, self._starts, p)
+
+    def scale_(self, factors: Sequence[float]) -> None:
+        """Multiply the elements by each of the factors in turn."""
+        for factor in factors:
+            for view in self.views:
+                np.multiply(view, factor, out=view)
+
+    def clamp_(self, minimum: float, maximum: float) -> None:
+        """Clamp the elements if any is outside of the bounds."""
+        x = self._load()
+        if not (x.min() >= minimum and x.max() <= maximum):
+            for view in self.views:
+                np.clip(view, minimum, maximum, out=view)
+
+    def _load(self) -> Array:
+        """The elements as one array: a view where there is one, a copy of several."""
+        return self.views[0] if len(self.views) == 1 else np.concatenate(self.views)
+
+    @cached_property
+    def _starts(self) -> Array:
+        sizes = [len(view) for view in self.views]
+        return np.cumsum([0, *sizes[:-1]])
+
+
+class HalfPiece(Piece):
+    """A piece of bfloat16 or float16 elements: torch converts, multiplies in fp32, and clamps."""
+
+    def scale_(self, factors: Sequence[float]) -> None:
+        if factors:
+            for tensor in self._tensors:
+                wide = tensor.float()
+                for factor in factors:
+                    wide.mul_(factor)
+                tensor.copy_(wide)
+
+    def clamp_(self, minimum: float, maximum: float) -> None:
+        x = self._load()
+        if not (x.min() >= minimum and x.max() <= maximum):
+            for tensor in self._tensors:
+                tensor.clamp_(minimum, maximum)
+
+    def _load(self) -> Array:
+        array: Array = torch.from_numpy(super()._load()).view(self.dtype).float().numpy()
+        return array
+
+    @cached_property
+    def _tensors(self) -> list[Tensor]:
+        return [torch.from_numpy(view).view(self.dtype) for view in self.views]
+
+
+def _cut(tensors: Sequence[Tensor]) -> list[Piece]:
+    """Cut large tensors into pieces, and gather small ones of the same dtype in pieces."""
+    pieces: list[Piece] = []
+    gathering: dict[torch.dtype, Piece] = {}
+    for owner, tensor in enumerate(tensors):
+        dtype = tensor.dtype
+        kind, limit = (HalfPiece, HALF_PIECE) if dtype.itemsize == 2 else (Piece, PIECE)
+        memory = _address_space(dtype)
+        start = (tensor.data_ptr() - _LOWEST_ADDRESS) // dtype.itemsize
+        elements = tensor.numel()
+        if elements > SMALL:
+            for begin in range(0, elements, limit):
+                size = min(limit, elements - begin)
+                pieces.append(kind(dtype, [memory[start + begin : start + begin + size]], [owner], size))
+            continue
+        open_piece = gathering.get(dtype)
+        if open_piece is None or open_piece.elements + elements > limit:
+            open_piece = gathering[dtype] = kind(dtype, [], [], 0)
+            pieces.append(open_piece)
+        open_piece.views.append(memory[start : start + elements])
+        open_piece.owners.append(owner)
+        open_piece.elements += elements
+    return pieces
+
+
+_LOWEST_ADDRESS = 64  # nothing is ever mapped there, and it is a multiple of every element's size
+
+
+@cache
+def _address_space(dtype: torch.dtype) -> Array:
+    """The whole address space as one array of a dtype; a slice of it is a view of memory that it does not own.
+
+    Only memory whose tensor is at hand may be touched through it.
+    """
+    storage = np.dtype(_STORAGE[dtype])
+
+    class AddressSpace:
+        __array_interface__ = {  # noqa: RUF012 - NumPy's protocol
+            "version": 3,
+            "typestr": storage.str,
+            "data": (_LOWEST_ADDRESS, False),
+            "shape": ((2**63 - 1 - _LOWEST_ADDRESS) // storage.itemsize,),
+        }
+
+    return np.asarray(AddressSpace())
+
+
+def _norms_of_segments(x: Array, starts: Array, p: float) -> Sequence[float]:
+    """The p-norm of each segment of x, that begins at each of `starts`."""
+    if p == 2:
+        sums = np.add.reduceat(np.multiply(x, x, dtype=np.float64), starts)
+        if x.dtype == np.float32 or ((sums > TINY) & (sums < np.inf)).all():
+            return np.sqrt(sums).tolist()
+    return [_norm(segment, p) for segment in np.split(x, starts[1:])]
 
 
 def _norm(x: Array, p: float) -> float:
@@ -106,21 +241,20 @@ def _norm(x: Array, p: float) -> float:
 
 def _euclidean_norm(x: Array) -> float:
     whole = len(x) // ROW * ROW
-    rows = x[:whole].reshape(-1, ROW)
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = float(np.vecdot(rows, rows).sum(dtype=np.float64)) + float(np.dot(x[whole:], x[whole:]))
-    in_range = total > TINY and total < np.inf
-    return float(np.sqrt(total)) if in_range else _power_norm(x, 2.0)
+    total = float(np.dot(x[whole:], x[whole:]))
+    if whole:
+        rows = x[:whole].reshape(-1, ROW)
+        total += float(np.vecdot(rows, rows).sum(dtype=np.float64))
+    return math.sqrt(total) if TINY < total < math.inf else _power_norm(x, 2.0)
 
 
 def _power_norm(x: Array, p: float) -> float:
     """The norm in fp64, of values scaled by a power of two so that no power overflows."""
     magnitudes = np.abs(x, dtype=np.float64)
-    peak = magnitudes.max()
-    exponent = int(np.frexp(peak)[1]) if 0 < peak < np.inf else 0
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        total = np.power(np.ldexp(magnitudes, -exponent), p).sum()
-        return float(np.ldexp(np.power(total, 1 / p), exponent))
+    peak = float(magnitudes.max())
+    exponent = math.frexp(peak)[1] if 0 < peak < math.inf else 0
+    total = np.power(np.ldexp(magnitudes, -exponent), p).sum()
+    return float(np.ldexp(np.power(total, 1 / p), exponent))
 
 
 def _factors(coefficient: float, dtype: torch.dtype) -> tuple[float, ...]:
@@ -137,27 +271,10 @@ def _factors(coefficient: float, dtype: torch.dtype) -> tuple[float, ...]:
     return (float(wide(coefficient)),)
 
 
-def _scale_(piece: Tensor, factors: tuple[float, ...]) -> None:
-    if piece.element_size() == 2:
-        wide = piece.float()
-        _scale_(wide, factors)
-        piece.copy_(wide)
-        return
-    array = piece.numpy()
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        for factor in factors:
-            np.multiply(array, factor, out=array)
-
-
-def _clamp_(piece: Tensor, minimum: float, maximum: float) -> None:
-    if piece.element_size() == 2:
-        smallest, largest = torch.aminmax(piece)
-        if not (smallest >= minimum and largest <= maximum):
-            piece.clamp_(minimum, maximum)
-        return
-    array = piece.numpy()
-    if not (array.min() >= minimum and array.max() <= maximum):
-        np.clip(array, minimum, maximum, out=array)
+def _quietly(work: Callable[[Sequence[Piece]], Any], pieces: Sequence[Piece]) -> Any:  # noqa: ANN401 - as `work` has it
+    # Overflow and NaN are answers here, not accidents.
+    with np.errstate(all="ignore"):
+        return work(pieces)
 
 
 _pools: dict[int, ThreadPoolExecutor] = {}
@@ -170,5 +287,6 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return _pools[threads]
 
 
-# Threads do not survive a fork: a child (a DataLoader's worker, say) makes its own.
-os.register_at_fork(after_in_child=_pools.clear)
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    # Threads do not survive a fork: a child (a DataLoader's worker, say) makes its own.
+    os.register_at_fork(after_in_child=_pools.clear)

@@ -29,11 +29,13 @@ class TorchPlan:
         self.tensors = tensors
         self.device = tensors[0].device
 
+    @torch.no_grad()
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
         norms = [_norm(tensor, p) for tensor in self.tensors]
         total = torch.stack(norms).count_nonzero().to(norms[0].dtype) if p == 0 else combine(norms, p)
         return reduction(total, max_norm, dtype)
 
+    @torch.no_grad()
     def scale_(self, coefficient: Tensor) -> None:
         for tensor in self.tensors:
             wide = _LOW_PRECISION.get(tensor.dtype)
@@ -42,6 +44,7 @@ class TorchPlan:
             else:  # `mul_` would round the coefficient to the tensor's own precision first
                 tensor.copy_(tensor.to(wide).mul_(coefficient))
 
+    @torch.no_grad()
     def clamp_(self, minimum: float, maximum: float) -> None:
         for tensor in self.tensors:
             tensor.clamp_(min=minimum, max=maximum)

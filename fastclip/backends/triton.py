@@ -1,7 +1,7 @@
-"""The Triton backend: plans that keep the chunk table of their gradients on the device, and launch the kernels.
+"""The Triton backend: plans whose gradients' addresses lie on the device, and which launch the kernels.
 
-A plan depends on sizes and element types only and is kept for the next call; when gradients have moved since, their
-addresses alone are uploaded again. Plans belong to a thread and a stream, so that two of them never share a table.
+A plan is made anew when gradients have moved, and then uploads 16 bytes a tensor; the tables that depend on sizes and
+element types only are kept for the next plan.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import cache, cached_property
 from importlib.util import find_spec
 
@@ -24,7 +25,7 @@ SEGMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64
 
 PROGRAMS_PER_SM = 4  # as many as fit at the reduction's 64 registers a thread
 PROGRAMS_ON_CPU = 5  # without a GPU: odd and small, so that programs take several chunks and unequal shares
-PLANS_KEPT = 16  # a thread: models that are trained in turns, each with its own set of gradients
+TABLES_KEPT = 16  # a thread: models that are trained in turns, each with its own set of gradients
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -48,103 +49,119 @@ def _driver_obstacle(device_type: str) -> str | None:
 
 def plan(tensors: list[Tensor]) -> TritonPlan:
     """Prepare plain tensors of one device that do not overlap."""
-    device = tensors[0].device
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    numels = tuple(map(Tensor.numel, tensors))
-    dtypes = tuple(tensor.dtype for tensor in tensors)
-    key = (device, stream, numels, dtypes)
-    plans = _plans_of_this_thread()
-    found = plans.get(key)
-    if found is None:
-        found = plans[key] = TritonPlan(device, numels, dtypes)
-        while len(plans) > PLANS_KEPT:
-            plans.popitem(last=False)
-    plans.move_to_end(key)
-    found.locate(list(map(Tensor.data_ptr, tensors)))
-    return found
-
-
-class _Plans(threading.local):
-    def __init__(self) -> None:
-        self.kept: OrderedDict[object, TritonPlan] = OrderedDict()
-
-
-_plans = _Plans()
-
-
-def _plans_of_this_thread() -> OrderedDict[object, TritonPlan]:
-    return _plans.kept
+    return TritonPlan(tensors)
 
 
 class TritonPlan:
     """See `fastclip.backends.interface.Plan`. It holds addresses, and so keeps no gradient alive."""
 
-    def __init__(self, device: torch.device, numels: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.device = tensors[0].device
+        self.tables = _tables(self.device, tuple(map(Tensor.numel, tensors)), tuple(tensor.dtype for tensor in tensors))
+        rows = np.empty((len(tensors), 2), dtype=np.int64)
+        rows[:, 0] = list(map(Tensor.data_ptr, tensors))
+        rows[:, 1] = list(map(Tensor.numel, tensors))
+        self.rows = _upload(rows, self.device)
+
+    def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
+        from fastclip.kernels.reduce import reduce_kernel
+
+        tables = self.tables
+        norm = torch.empty((), dtype=dtype, device=self.device)
+        scratch = (tables.partials, tables.ticket, tables.state, norm)
+        with _current(self.device):
+            reduce_kernel[tables.grid](
+                tables.chunks, self.rows, *scratch, *tables.ends, p, max_norm, KIND=_kind(p), num_warps=tables.num_warps
+            )
+        if p == 0:
+            return reduction(self._norms(p).count_nonzero().double(), max_norm, dtype)
+        return Reduction(norm, tables.total, tables.coefficient)
+
+    def _norms(self, p: float) -> Tensor:
+        """The norm of each tensor, in fp64, from what the last `reduce` left: one more launch."""
+        from fastclip.kernels.reduce import tensor_norms_kernel
+
+        tables = self.tables
+        tensors = len(self.rows)
+        norms = torch.empty(tensors, dtype=torch.float64, device=self.device)
+        # A chunk's 0-norm counts its nonzero elements, and counts add up.
+        kind = "one" if p == 0 else _kind(p)
+        with _current(self.device):
+            tensor_norms_kernel[(min(_programs(self.device), tensors),)](
+                tables.partials, tables.slices, norms, tensors, p, KIND=kind, num_warps=tables.num_warps
+            )
+        return norms
+
+    def scale_(self, coefficient: Tensor) -> None:
+        from fastclip.kernels.apply import apply_kernel
+
+        tables = self.tables
+        with _current(self.device):
+            apply_kernel[tables.grid](
+                tables.chunks, self.rows, coefficient, 0, *tables.ends, num_warps=tables.num_warps
+            )
+
+    def clamp_(self, minimum: float, maximum: float) -> None:
+        from fastclip.kernels.clamp import clamp_kernel
+
+        tables = self.tables
+        with _current(self.device):
+            clamp_kernel[tables.grid](
+                tables.chunks, self.rows, *tables.ends, minimum, maximum, num_warps=tables.num_warps
+            )
+
+
+class Tables:
+    """What depends on sizes and dtypes only: the chunk map, and the memory that the kernels work in.
+
+    Attributes:
+        chunks, ends: See `fastclip.kernels.table.Layout`; `chunks` is on the device.
+        partials: One fp64 a chunk, for its norm.
+        ticket: A counter of the programs that are done, 0 between launches.
+        state: The last norm and its coefficient, in fp64; `total` and `coefficient` are views of it.
+        grid: How many programs to launch.
+    """
+
+    def __init__(self, device: torch.device, numels: Sequence[int], dtypes: Sequence[torch.dtype]) -> None:
         from fastclip.kernels import table
 
         segments = np.array([SEGMENTS[dtype] for dtype in dtypes])
         layout = table.lay_out(np.array(numels), segments)
-        self.device = device
-        self.numels = numels
-        self.ends = layout.ends
-        self.addresses: list[int] = []
-        self.rows = torch.empty((len(numels), 2), dtype=torch.int64, device=device)
         self.chunks = _upload(layout.chunks, device)
-        self.slices = layout.slices
+        self.ends = layout.ends
         self.partials = torch.empty(len(layout.chunks), dtype=torch.float64, device=device)
         self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
         self.state = torch.empty(2, dtype=torch.float64, device=device)
         self.total, self.coefficient = self.state.unbind()
         self.grid = (min(_programs(device), len(layout.chunks)),)
-        self.options = {"num_warps": table.NUM_WARPS}
-
-    def locate(self, addresses: list[int]) -> None:
-        """Take note of where the gradients are; upload it if they have moved."""
-        if addresses != self.addresses:
-            self.rows.copy_(_upload(np.array([addresses, self.numels]).T, self.device), non_blocking=True)
-            self.addresses = addresses
-
-    def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
-        from fastclip.kernels.reduce import reduce_kernel
-
-        kind = _kind(p)
-        norm = torch.empty((), dtype=dtype, device=self.device)
-        table = (self.chunks, self.rows, self.partials, self.ticket, self.state, norm)
-        with _current(self.device):
-            reduce_kernel[self.grid](*table, *self.ends, p, max_norm, KIND=kind, **self.options)
-        if p == 0:
-            return reduction(self.norms(p).count_nonzero().double(), max_norm, dtype)
-        return Reduction(norm, self.total, self.coefficient)
-
-    def norms(self, p: float) -> Tensor:
-        """The norm of each tensor, in fp64, from what the last `reduce` left: one more launch."""
-        from fastclip.kernels.reduce import tensor_norms_kernel
-
-        # A chunk's 0-norm counts its nonzero elements, and counts add up.
-        kind = "one" if p == 0 else _kind(p)
-        norms = torch.empty(len(self.numels), dtype=torch.float64, device=self.device)
-        with _current(self.device):
-            grid = (min(_programs(self.device), len(self.numels)),)
-            tensor_norms_kernel[grid](
-                self.partials, self._slices_on_device, norms, len(self.numels), p, KIND=kind, **self.options
-            )
-        return norms
+        self.num_warps = table.NUM_WARPS
+        self._layout = layout
 
     @cached_property
-    def _slices_on_device(self) -> Tensor:
-        return _upload(self.slices, self.device)
+    def slices(self) -> Tensor:
+        """First chunk and number of chunks of each tensor, on the device."""
+        return _upload(self._layout.slices, self.chunks.device)
 
-    def scale_(self, coefficient: Tensor) -> None:
-        from fastclip.kernels.apply import apply_kernel
 
-        with _current(self.device):
-            apply_kernel[self.grid](self.chunks, self.rows, coefficient, 0, *self.ends, **self.options)
+class _KeptTables(threading.local):
+    """Tables belong to a thread, and to a stream: two launches that may run at once must not share their memory."""
 
-    def clamp_(self, minimum: float, maximum: float) -> None:
-        from fastclip.kernels.clamp import clamp_kernel
+    def __init__(self) -> None:
+        self.by_sizes: OrderedDict[object, Tables] = OrderedDict()
 
-        with _current(self.device):
-            clamp_kernel[self.grid](self.chunks, self.rows, *self.ends, minimum, maximum, **self.options)
+
+_kept = _KeptTables()
+
+
+def _tables(device: torch.device, numels: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tables:
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = (device, stream, numels, dtypes)
+    if key not in _kept.by_sizes:
+        _kept.by_sizes[key] = Tables(device, numels, dtypes)
+        while len(_kept.by_sizes) > TABLES_KEPT:
+            _kept.by_sizes.popitem(last=False)
+    _kept.by_sizes.move_to_end(key)
+    return _kept.by_sizes[key]
 
 
 def _kind(p: float) -> str:

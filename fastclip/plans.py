@@ -1,0 +1,191 @@
+"""Gradients, grouped by the backend that serves them and made ready: prepared once, and kept while they stay put.
+
+    Gradients --prepare--> Prepared: [Plan, Plan, ...]
+
+A gradient is *plain* when it fills its memory without gaps or overlaps and holds real floating-point numbers: then it
+is an address and a number of elements, which is all that the Triton and NumPy backends need. Everything else (complex,
+strided views, tensor subclasses, meta tensors) is left to torch's own operations; a sparse gradient takes part by its
+values. Whatever the mixture, one norm is taken over all of it.
+
+Training clips the same gradients again and again, so what was prepared is kept, together with a *fingerprint* of what
+it rests on: address, size, dtype and strides of every gradient, and the settings. It is taken anew on every call, and
+nothing is reused unless all of it is as it was: `zero_grad(set_to_none=True)`, for one, moves gradients.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastclip.backends import ENVIRONMENT_VARIABLE, TORCH, Backend, for_device
+from fastclip.backends.interface import Plan
+from fastclip.gradients import Gradients, check_dtypes, check_writable
+
+Fingerprint: TypeAlias = tuple[object, ...]
+
+_PLAIN_TYPES = {Tensor, nn.Parameter}
+_PLAIN_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+_KEPT = 8  # sets of gradients, a thread: models that are trained in turns
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Gradients made ready to be clipped together.
+
+    Attributes:
+        plans: One for each backend and device, in the order of their first members; none if no gradient has elements.
+        device: The first gradient's.
+        dtype: The gradients' own, real and promoted where they differ: that of torch's norm.
+        streams: The current stream of each GPU, for which the plans were made.
+        fingerprint: What all this rests on, or None where that cannot be told and it must not be used again.
+    """
+
+    plans: list[Plan]
+    device: torch.device
+    dtype: torch.dtype
+    streams: tuple[tuple[torch.device, int], ...]
+    fingerprint: Fingerprint | None
+
+
+class _Kept(threading.local):
+    def __init__(self) -> None:
+        self.recent: list[Prepared] = []
+
+
+_kept = _Kept()
+
+
+def prepare(grads: Gradients, *, in_place: bool) -> Prepared:
+    """Group gradients into plans, or find the plans of the last call that had the same.
+
+    Gradients without elements contribute nothing and are left out. Of plain gradients that share memory (one listed
+    twice, overlapping views) all but the first are left to torch, one after another: there they are counted and scaled
+    once more, as torch does, and no two threads ever race for an address.
+
+    Args:
+        grads: At least one gradient.
+        in_place: Whether they are going to be written.
+
+    Raises:
+        RuntimeError: A gradient has no norm or cannot be written, or the forced backend (`FASTCLIP_BACKEND`) cannot
+            serve its device.
+    """
+    fingerprint = _fingerprint(grads.tensors, in_place=in_place)
+    for prepared in _kept.recent if fingerprint else ():
+        if prepared.fingerprint == fingerprint and _streams_are_current(prepared):
+            return prepared
+    check_dtypes(grads)
+    if in_place:
+        check_writable(grads)
+    prepared = _prepare(grads.tensors, fingerprint, in_place=in_place)
+    if prepared.fingerprint:
+        _kept.recent = [prepared, *_kept.recent[: _KEPT - 1]]
+    return prepared
+
+
+def _fingerprint(tensors: list[Tensor], *, in_place: bool) -> Fingerprint | None:
+    """All that a plan rests on, or None where a tensor is not of torch's own two classes or has no address."""
+    if not _PLAIN_TYPES.issuperset(map(type, tensors)):
+        return None
+    try:
+        addresses = list(map(Tensor.data_ptr, tensors))
+    except RuntimeError:  # a sparse tensor
+        return None
+    numels = list(map(Tensor.numel, tensors))
+    dtypes = [tensor.dtype for tensor in tensors]
+    contiguous = list(map(Tensor.is_contiguous, tensors))
+    strides = (
+        None if all(contiguous) else [t.stride() for t, whole in zip(tensors, contiguous, strict=True) if not whole]
+    )
+    settings = (in_place, torch.is_inference_mode_enabled(), os.environ.get(ENVIRONMENT_VARIABLE))
+    return (addresses, numels, dtypes, contiguous, strides, tensors[0].device, settings)
+
+
+def _prepare(tensors: list[Tensor], fingerprint: Fingerprint | None, *, in_place: bool) -> Prepared:
+    groups = _group(tensors, in_place=in_place)
+    dtype = _promoted({tensor.dtype.to_real() for tensor in tensors})
+    devices = {device for _, device in groups if device.type == "cuda"}
+    streams = tuple((device, torch.cuda.current_stream(device).cuda_stream) for device in devices)
+    # torch's plans hold the tensors themselves: kept, they would keep the gradients' memory alive.
+    keep = all(backend is not TORCH for backend, _ in groups)
+    plans = [backend.plan(members) for (backend, _), members in groups.items()]
+    return Prepared(plans, tensors[0].device, dtype, streams, fingerprint if keep else None)
+
+
+def _streams_are_current(prepared: Prepared) -> bool:
+    return all(torch.cuda.current_stream(device).cuda_stream == stream for device, stream in prepared.streams)
+
+
+def _promoted(dtypes: set[torch.dtype]) -> torch.dtype:
+    promoted = dtypes.pop()
+    for dtype in dtypes:
+        promoted = torch.promote_types(promoted, dtype)
+    return promoted
+
+
+def _group(tensors: list[Tensor], *, in_place: bool) -> dict[tuple[Backend, torch.device], list[Tensor]]:
+    groups: dict[tuple[Backend, torch.device], list[Tensor]] = {}
+    plain: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        values = _values(tensor, in_place=in_place) if tensor.layout is torch.sparse_coo else tensor
+        if values.numel() == 0:
+            continue
+        if _is_plain(values):
+            plain.setdefault(values.device, []).append(values)
+        else:
+            groups.setdefault((TORCH, values.device), []).append(values)
+    for device, members in plain.items():
+        backend = for_device(device)
+        overlapping = _overlapping(members)
+        for i, tensor in enumerate(members):
+            groups.setdefault((TORCH if i in overlapping else backend, device), []).append(tensor)
+    return groups
+
+
+def _values(grad: Tensor, *, in_place: bool) -> Tensor:
+    """The values of a sparse COO gradient with its duplicate indices summed, in the gradient itself if `in_place`."""
+    with torch.no_grad():
+        coalesced = grad.coalesce()
+        if in_place and not grad.is_coalesced():
+            grad.copy_(coalesced)
+            coalesced = grad
+        return coalesced.values()
+
+
+def _is_plain(grad: Tensor) -> bool:
+    return (
+        type(grad) in _PLAIN_TYPES
+        and grad.layout is torch.strided
+        and grad.dtype in _PLAIN_DTYPES
+        and grad.device.type != "meta"
+        and not grad.is_neg()
+        and (grad.is_contiguous() or _fills_its_memory(grad))
+        and grad.data_ptr() % grad.element_size() == 0
+    )
+
+
+def _fills_its_memory(grad: Tensor) -> bool:
+    """Whether the elements lie without gaps or overlaps, in whatever order (transposed, channels last)."""
+    expected = 1
+    for stride, size in sorted(zip(grad.stride(), grad.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _overlapping(tensors: Sequence[Tensor]) -> set[int]:
+    """Positions of the tensors whose memory begins within that of another one."""
+    starts = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+    sizes = np.fromiter((tensor.numel() * tensor.element_size() for tensor in tensors), np.int64, len(tensors))
+    order = np.argsort(starts, kind="stable")
+    ends = np.maximum.accumulate((starts + sizes)[order])
+    return set(order[1:][starts[order][1:] < ends[:-1]].tolist())
