@@ -1,0 +1,52 @@
+# `make demo` and `make test` run in .venv, made here with the versions in constraints.txt, or in an environment of your
+# own (a GPU container, say), in which nothing but fastclip itself is installed: `make demo PY=/path/to/python`.
+
+PYTHON ?= python3
+
+ifdef PY
+READY := own-environment
+else
+PY := .venv/bin/python
+READY := .venv/installed
+endif
+
+.PHONY: help demo test own-environment
+
+help:
+	@echo 'make demo    train a small GPT with torch and with fastclip, and compare (ARGS="--steps 20" for fewer steps)'
+	@echo 'make test    run the tests (ARGS="-k norm" for some of them)'
+	@echo
+	@echo 'Both use .venv, made with PYTHON=$(PYTHON). PY=/path/to/python uses an environment of your own instead.'
+
+demo: $(READY)
+	"$(PY)" examples/demo.py $(ARGS)
+
+test: $(READY)
+	"$(PY)" -m pytest $(ARGS)
+
+.venv/installed: pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fastclip needs Python 3.10 or newer: name one with PYTHON=")'
+	"$(PYTHON)" -m venv .venv
+	.venv/bin/python -m pip install --editable ".[test,examples]" --constraint constraints.txt
+	@touch $@
+
+# In an environment of your own, what is missing is named and left to you. sys.path[0], the current folder, is no sign
+# of an installation and does not count.
+NEEDED := torch numpy matplotlib $(if $(filter test,$(MAKECMDGOALS)),pytest pytest-benchmark pytest-cov hypothesis)
+define IS_COMPLETE
+import sys; from importlib.util import find_spec; del sys.path[0]; \
+missing = [name for name in sys.argv[1:] if not find_spec(name.replace("-", "_"))]; \
+missing and sys.exit("Missing there; install with: \"%s\" -m pip install %s" % (sys.executable, " ".join(missing)))
+endef
+define HAS_FASTCLIP
+import os, sys; from importlib.util import find_spec; del sys.path[0]; spec = find_spec("fastclip"); \
+sys.exit(not (spec and os.path.samefile(os.path.dirname(spec.origin), "fastclip")))
+endef
+
+# The first installation needs no network, but setuptools 77 or newer there; the second fetches it for the build alone.
+own-environment:
+	@"$(PY)" -c '$(IS_COMPLETE)' $(NEEDED)
+	@"$(PY)" -c '$(HAS_FASTCLIP)' \
+	  || "$(PY)" -m pip install --quiet --no-deps --no-build-isolation --editable . \
+	  || "$(PY)" -m pip install --quiet --no-deps --editable . \
+	  || { echo 'Installing fastclip there takes setuptools 77 or newer, or a network to fetch it from.' >&2; exit 1; }
