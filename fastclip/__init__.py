@@ -4,9 +4,51 @@
 >>> norm = fastclip.clip_grad_norm_(model.parameters(), max_norm=1.0)
 """
 
-from fastclip.clipping import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
-from fastclip.environment import info, warm_up
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastclip.clipping import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+    from fastclip.environment import info, warm_up
+    from fastclip.patching import patch, patched, unpatch
 
 __version__ = "0.1.0"
 
-__all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm", "info", "warm_up"]
+__all__ = [
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
+    "info",
+    "patch",
+    "patched",
+    "unpatch",
+    "warm_up",
+]
+
+# Imported when they are first asked for, because they import torch: `python -m fastclip run` must not do that before
+# the script does.
+_HOMES = {
+    "clip_grad_norm_": "fastclip.clipping",
+    "clip_grad_value_": "fastclip.clipping",
+    "clip_grads_with_norm_": "fastclip.clipping",
+    "get_total_norm": "fastclip.clipping",
+    "info": "fastclip.environment",
+    "patch": "fastclip.patching",
+    "patched": "fastclip.patching",
+    "unpatch": "fastclip.patching",
+    "warm_up": "fastclip.environment",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message)
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

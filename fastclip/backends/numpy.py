@@ -1,8 +1,8 @@
 """The NumPy backend: zero-copy views of the gradients, in cache-sized pieces, over as many threads as torch uses.
 
 The same three steps as on the GPU: each piece is reduced to norms, these are combined in fp64, and only where the
-coefficient is not 1 (where a value is out of bounds) is anything written. A piece is a part of one large tensor, or many
-small ones of one dtype, which are copied together and reduced at once.
+coefficient is not 1 (where a value is out of bounds) is anything written. A piece is a part of one large tensor, or
+many small ones of one dtype, which are copied together and reduced at once.
 
 Squares of large tensors are summed in fp32 over rows of 1024 and from there on in fp64; those of small ones in fp64. A
 sum that left the range in which fp32 is right to rounding is done again in fp64. NumPy has no bfloat16, and its float16
@@ -224,7 +224,8 @@ def _norms_of_segments(x: Array, starts: Array, p: float) -> Sequence[float]:
     if p == 2:
         sums = np.add.reduceat(np.multiply(x, x, dtype=np.float64), starts)
         if x.dtype == np.float32 or ((sums > TINY) & (sums < np.inf)).all():
-            return np.sqrt(sums).tolist()
+            norms: list[float] = np.sqrt(sums).tolist()
+            return norms
     return [_norm(segment, p) for segment in np.split(x, starts[1:])]
 
 
@@ -271,7 +272,7 @@ def _factors(coefficient: float, dtype: torch.dtype) -> tuple[float, ...]:
     return (float(wide(coefficient)),)
 
 
-def _quietly(work: Callable[[Sequence[Piece]], Any], pieces: Sequence[Piece]) -> Any:  # noqa: ANN401 - as `work` has it
+def _quietly(work: Callable[[Sequence[Piece]], Any], pieces: Sequence[Piece]) -> Any:  
     # Overflow and NaN are answers here, not accidents.
     with np.errstate(all="ignore"):
         return work(pieces)

@@ -1,0 +1,218 @@
+"""Replace torch's clipping functions by fastclip's in a running program, and put them back.
+
+What is replaced are the names in `torch.nn.utils` and in `torch.nn.utils.clip_grad`, where torch's own code looks
+them up. It reaches every caller that looks the name up when it calls: `torch.nn.utils.clip_grad_norm_(...)`,
+`from torch.nn.utils import clip_grad` and then `clip_grad.clip_grad_norm_(...)`, and the deprecated
+`torch.nn.utils.clip_grad_norm`.
+
+It cannot reach these:
+
+- A module that said `from torch.nn.utils import clip_grad_norm_` before `patch()`: it holds torch's function itself.
+  `patch()` warns of those that it finds. Patch first, or use `python -m fastclip run`, which patches before the
+  script's first line.
+- Code with clipping of its own: Megatron-LM, DeepSpeed's ZeRO optimizers, and the method `clip_grad_norm_` of FSDP1
+  (`FullyShardedDataParallel`).
+- Other processes. A forked process inherits the patch; one that is started afresh has to patch for itself.
+"""
+
+import contextlib
+import functools
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from fastclip import clipping, originals
+
+_Function = Callable[..., Any]
+
+
+class _Replaced(NamedTuple):
+    before: object
+    ours: object
+
+
+# Reentrant, because a warning may run the program's own code (`warnings.showwarning`), and that may call in here.
+_lock = threading.RLock()
+# Who wants torch patched: _EXPLICIT, for `patch()`, and an object for each `with patched()` that is entered.
+_holders: set[object] = set()
+_EXPLICIT = "patch()"
+_replaced: dict[tuple[ModuleType, str], _Replaced] = {}
+
+
+def patch() -> None:
+    """Replace torch's four clipping functions by fastclip's, in `torch.nn.utils` and `torch.nn.utils.clip_grad`.
+
+    A second call does nothing. Every thread of the process is concerned.
+
+    Warns:
+        UserWarning: modules outside torch and fastclip hold torch's functions already, by an earlier
+            `from torch.nn.utils import ...`, and will go on to call them. The warning names the modules.
+    """
+    _hold(_EXPLICIT, _fastclip_functions())
+
+
+def unpatch() -> None:
+    """Put back what was there before `patch()`, also inside a `with patched():` block.
+
+    What comes back is the very object that `patch()` found, be it torch's function or somebody else's. A name that
+    somebody replaced after `patch()` is left alone; when their replacement is gone, another `unpatch()` finishes the
+    work. Does nothing when nothing is patched.
+
+    Warns:
+        UserWarning: a name was left alone, because somebody else replaced it after `patch()`. The warning says which,
+            and by what.
+    """
+    with _lock:
+        _holders.clear()
+        left = _restore()
+    _warn_of_left(left)
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    """Patch torch inside a `with` block or, as a decorator, inside a function.
+
+    Blocks may be nested, and may overlap in several threads: torch's functions come back when the last one ends, by
+    an exception or not. They stay replaced if `patch()` was called before the block or inside it.
+
+    Yields:
+        None.
+
+    Warns:
+        UserWarning: as `patch()` does at the start, and as `unpatch()` does at the end.
+    """
+    holder = object()
+    _hold(holder, _fastclip_functions())
+    try:
+        yield
+    finally:
+        _release(holder)
+
+
+def patch_counting(count: Callable[[str], None]) -> None:
+    """Patch as `patch()` does, and call `count` with the function's name at each call that arrives.
+
+    It is for `python -m fastclip run --verbose`: the wrapper that counts costs every call a little.
+
+    Args:
+        count: is called before the function, in the caller's thread.
+    """
+    _hold(_EXPLICIT, {name: _counted(name, function, count) for name, function in _fastclip_functions().items()})
+
+
+def _fastclip_functions() -> dict[str, _Function]:
+    return {name: getattr(clipping, name) for name in originals.__all__}
+
+
+def _counted(name: str, function: _Function, count: Callable[[str], None]) -> _Function:
+    @functools.wraps(function)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        count(name)
+        return function(*args, **kwargs)
+
+    return counted
+
+
+def _places() -> Iterator[tuple[ModuleType, str, str]]:
+    """Yield each module and attribute to replace, and the function that belongs there.
+
+    Some versions of torch have a name with an underscore, some without, and some lack it: what exists is replaced.
+    """
+    for module in (torch.nn.utils, torch.nn.utils.clip_grad):
+        for name in originals.__all__:
+            for attribute in (name, f"_{name}"):
+                if attribute in vars(module):
+                    yield module, attribute, name
+
+
+def _hold(holder: object, functions: dict[str, _Function]) -> None:
+    with _lock:
+        if not _holders:
+            # Before anything is changed: where warnings are errors, a failed patch() must leave torch as it was.
+            _warn_of_early_binding()
+            _replace(functions)
+        _holders.add(holder)
+
+
+def _release(holder: object) -> None:
+    with _lock:
+        if holder not in _holders:  # unpatch() was called in the meantime
+            return
+        _holders.remove(holder)
+        left = [] if _holders else _restore()
+    _warn_of_left(left)
+
+
+def _replace(functions: dict[str, _Function]) -> None:
+    for module, attribute, name in _places():
+        current = vars(module)[attribute]
+        known = _replaced.get((module, attribute))
+        # An unpatch() may have had to leave our function in place, below somebody else's who has gone since. What
+        # belongs there is what we found the first time.
+        before = known.before if known is not None and current is known.ours else current
+        _replaced[module, attribute] = _Replaced(before, functions[name])
+        setattr(module, attribute, functions[name])
+
+
+def _restore() -> list[str]:
+    """Put back what we replaced, and describe each place where somebody else has replaced it since."""
+    left = []
+    for (module, attribute), replaced in list(_replaced.items()):
+        current = vars(module).get(attribute)
+        if current is not replaced.ours and current is not replaced.before:
+            left.append(f"{module.__name__}.{attribute} (now {_describe(current)})")
+            continue
+        setattr(module, attribute, replaced.before)
+        del _replaced[module, attribute]
+    return left
+
+
+def _describe(function: object) -> str:
+    name = getattr(function, "__qualname__", None)
+    return repr(function) if name is None else f"{getattr(function, '__module__', None)}.{name}"
+
+
+def _warn_of_left(left: list[str]) -> None:
+    if left:
+        message = (
+            f"fastclip.unpatch() did not put back {', '.join(left)}: something else was put there after "
+            "fastclip.patch(), and was left in place. Undo that, then call fastclip.unpatch() again."
+        )
+        _warn(message)
+
+
+def _warn_of_early_binding() -> None:
+    about_to_go = {id(vars(module)[attribute]) for module, attribute, _ in _places()}
+    found = []
+    for name, module in list(sys.modules.items()):
+        if not isinstance(module, ModuleType) or name.partition(".")[0] in {"torch", "fastclip"}:
+            continue
+        # By identity, so that no object of the program is asked whether it equals another.
+        attributes = dict(vars(module))
+        if not about_to_go.isdisjoint(map(id, attributes.values())):
+            bound = [attribute for attribute, value in attributes.items() if id(value) in about_to_go]
+            found.append(f"{name} ({', '.join(bound)})")
+    if found:
+        message = (
+            f"fastclip.patch() came too late for {', '.join(found)}: by `from torch.nn.utils import ...` it holds "
+            "torch's own function already, and will go on to call it. Call fastclip.patch() before that import, or "
+            "start the script by `python -m fastclip run`."
+        )
+        _warn(message)
+
+
+def _warn(message: str) -> None:
+    """Warn at the first line outside this module and contextlib, which is the program's own."""
+    level = 1
+    frame = sys._getframe()
+    own = {frame.f_code.co_filename, contextlib.__file__}
+    caller = frame.f_back
+    while caller is not None and caller.f_code.co_filename in own:
+        caller = caller.f_back
+        level += 1
+    warnings.warn(message, stacklevel=level + 1)
