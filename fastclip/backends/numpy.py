@@ -272,7 +272,7 @@ def _factors(coefficient: float, dtype: torch.dtype) -> tuple[float, ...]:
     return (float(wide(coefficient)),)
 
 
-def _quietly(work: Callable[[Sequence[Piece]], Any], pieces: Sequence[Piece]) -> Any:  
+def _quietly(work: Callable[[Sequence[Piece]], Any], pieces: Sequence[Piece]) -> Any:
     # Overflow and NaN are answers here, not accidents.
     with np.errstate(all="ignore"):
         return work(pieces)
