@@ -7,6 +7,7 @@ purpose, and listed in the README under "Better than torch's".
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 import warnings
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastclip import originals
-from fastclip.backends.interface import Reduction, clip_coefficient, combine, reduction
+from fastclip.backends.interface import Reduction, Scalar, clip_coefficient, combine, reduction
 from fastclip.gradients import Gradients, Parameters, as_gradients, check_bounds, collect
 from fastclip.plans import Prepared, prepare
 
@@ -209,19 +210,25 @@ def _reduce(prepared: Prepared, p: float, max_norm: float, norm_dtype: torch.dty
         return prepared.plans[0].reduce(p, max_norm, dtype)
     if not prepared.plans:  # no gradient has an element
         return reduction(torch.zeros((), dtype=torch.float64, device=prepared.device), max_norm, dtype)
-    totals = [plan.reduce(p, max_norm, dtype).total.to(prepared.device, non_blocking=True) for plan in prepared.plans]
+    totals = [_on(prepared.device, plan.reduce(p, max_norm, dtype).total) for plan in prepared.plans]
     return reduction(combine(totals, p), max_norm, dtype)
 
 
-def _scale_(grads: Gradients, prepared: Prepared, coefficient: Tensor) -> None:
+def _scale_(grads: Gradients, prepared: Prepared, coefficient: Scalar) -> None:
     # Raw writes do not bump the version counters by which autograd knows that a saved tensor was changed.
     torch.autograd.graph.increment_version(grads.tensors)
     for plan in prepared.plans:
-        plan.scale_(coefficient.to(plan.device, non_blocking=True))
+        plan.scale_(coefficient if len(prepared.plans) == 1 else _on(plan.device, coefficient))
 
 
-def _raise_if_nonfinite(grads: Gradients, p: float, total: Tensor) -> None:
-    if bool(total.isfinite()):
+def _on(device: torch.device, scalar: Scalar) -> Tensor:
+    if isinstance(scalar, Tensor):
+        return scalar.to(device, non_blocking=True)
+    return torch.tensor(scalar, dtype=torch.float64, device=device)
+
+
+def _raise_if_nonfinite(grads: Gradients, p: float, total: Scalar) -> None:
+    if math.isfinite(total):
         return
     culprits = [i for i, grad in enumerate(grads.tensors) if not bool(_stored(grad).isfinite().all())]
     named = "; ".join(_describe(grads, index) for index in culprits[:_MOST_NAMED])

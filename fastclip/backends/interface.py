@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+
+Scalar: TypeAlias = Tensor | float
+"""One number in fp64: 0-dim on the gradients' device, or a Python float where it is on the host anyway."""
 
 EPS = 1e-6
 """Added to the norm before the division, as torch does: it keeps the coefficient finite where the norm is 0."""
@@ -19,17 +22,17 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Reduction:
-    """What one pass over gradients leaves; all three are 0-dim, on the gradients' device.
+    """What one pass over gradients leaves.
 
     Attributes:
-        norm: The norm as it is returned, in the dtype asked for.
-        total: The same norm before it was rounded to that dtype, in fp64.
-        coefficient: ``min(max_norm / (total + 1e-6), 1)``, in fp64; NaN where the norm is.
+        norm: The norm as it is returned: 0-dim, on the gradients' device, in the dtype asked for.
+        total: The same norm before it was rounded to that dtype.
+        coefficient: ``min(max_norm / (total + 1e-6), 1)``; NaN where the norm is.
     """
 
     norm: Tensor
-    total: Tensor
-    coefficient: Tensor
+    total: Scalar
+    coefficient: Scalar
 
 
 class Plan(Protocol):
@@ -40,8 +43,8 @@ class Plan(Protocol):
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
         """Read every gradient once for the p-norm of all of them. For p = 0 that is the number of nonzero tensors."""
 
-    def scale_(self, coefficient: Tensor) -> None:
-        """Multiply the gradients by a 0-dim fp64 tensor on their device; write nothing where it is 1."""
+    def scale_(self, coefficient: Scalar) -> None:
+        """Multiply the gradients by a coefficient on their device; write nothing where it is 1."""
 
     def clamp_(self, minimum: float, maximum: float) -> None:
         """Clamp the gradients to [minimum, maximum]; write nothing where nothing is outside."""
@@ -52,9 +55,12 @@ def reduction(total: Tensor, max_norm: float, dtype: torch.dtype) -> Reduction:
     return Reduction(total.to(dtype), total, clip_coefficient(total, max_norm))
 
 
-def clip_coefficient(total: Tensor, max_norm: float) -> Tensor:
-    """``min(max_norm / (total + 1e-6), 1)``, in fp64 where the device has it."""
-    return torch.clamp(max_norm / (total + EPS), max=1.0)
+def clip_coefficient(total: Scalar, max_norm: float) -> Scalar:
+    """``min(max_norm / (total + 1e-6), 1)``, in fp64 where the device has it; a NaN stays one."""
+    coefficient = max_norm / (total + EPS)
+    if isinstance(coefficient, Tensor):
+        return torch.clamp(coefficient, max=1.0)
+    return 1.0 if coefficient > 1 else coefficient
 
 
 def combine(norms: Sequence[Tensor], p: float) -> Tensor:

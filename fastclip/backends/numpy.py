@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import Reduction, reduction
+from fastclip.backends.interface import Reduction, Scalar, clip_coefficient
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -67,10 +68,12 @@ class NumpyPlan:
             norms += share
         # A piece's 0-norm counts its nonzero elements; the set's counts the tensors that have any.
         parts = np.bincount(self.owners, weights=norms) if p == 0 else np.array(norms)
-        total = norms[0] if len(parts) == 1 and p else _norm(parts, p)
-        return reduction(torch.tensor(total, dtype=torch.float64), max_norm, dtype)
+        total = norms[0] if len(norms) == 1 and p else _norm(parts, p)
+        # In two steps, because torch refuses to make a number of a dtype that it would overflow.
+        norm = torch.scalar_tensor(total, dtype=torch.float64).to(dtype)
+        return Reduction(norm, total, clip_coefficient(total, max_norm))
 
-    def scale_(self, coefficient: Tensor) -> None:
+    def scale_(self, coefficient: Scalar) -> None:
         factors = {dtype: _factors(float(coefficient), dtype) for dtype in self.dtypes}
 
         def scale(pieces: Sequence[Piece]) -> None:
@@ -147,15 +150,12 @@ class Piece:
 
 
 class HalfPiece(Piece):
-    """A piece of bfloat16 or float16 elements: torch converts, multiplies in fp32, and clamps."""
+    """A piece of bfloat16 or float16 elements: torch converts, multiplies and clamps them."""
 
     def scale_(self, factors: Sequence[float]) -> None:
-        if factors:
+        for factor in factors:
             for tensor in self._tensors:
-                wide = tensor.float()
-                for factor in factors:
-                    wide.mul_(factor)
-                tensor.copy_(wide)
+                tensor.mul_(factor)  # a Python float takes part in fp32, and the product is rounded once
 
     def clamp_(self, minimum: float, maximum: float) -> None:
         x = self._load()
@@ -164,12 +164,23 @@ class HalfPiece(Piece):
                 tensor.clamp_(minimum, maximum)
 
     def _load(self) -> Array:
-        array: Array = torch.from_numpy(super()._load()).view(self.dtype).float().numpy()
+        halves = self._tensors[0] if len(self.views) == 1 else torch.from_numpy(super()._load()).view(self.dtype)
+        array: Array = _thread.converted[: self.elements].copy_(halves).numpy()
         return array
 
     @cached_property
     def _tensors(self) -> list[Tensor]:
         return [torch.from_numpy(view).view(self.dtype) for view in self.views]
+
+
+class _Thread(threading.local):
+    """Where a thread converts 16-bit pieces to: memory that is in its cache already, 128 KB."""
+
+    def __init__(self) -> None:
+        self.converted = torch.empty(HALF_PIECE, dtype=torch.float32)
+
+
+_thread = _Thread()
 
 
 def _cut(tensors: Sequence[Tensor]) -> list[Piece]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import Reduction, combine, reduction, stable_norm
+from fastclip.backends.interface import Reduction, Scalar, combine, reduction, stable_norm
 
 _LOW_PRECISION = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.complex32: torch.complex64}
 _DOUBLES = (torch.float64, torch.complex128)
@@ -36,7 +36,7 @@ class TorchPlan:
         return reduction(total, max_norm, dtype)
 
     @torch.no_grad()
-    def scale_(self, coefficient: Tensor) -> None:
+    def scale_(self, coefficient: Scalar) -> None:
         for tensor in self.tensors:
             wide = _LOW_PRECISION.get(tensor.dtype)
             if wide is None:

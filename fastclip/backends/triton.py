@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import Reduction, reduction
+from fastclip.backends.interface import Reduction, Scalar, reduction
 
 SEGMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 """The position of each dtype in `fastclip.kernels.table.ELEMENT_SIZES`."""
@@ -92,7 +92,7 @@ class TritonPlan:
             )
         return norms
 
-    def scale_(self, coefficient: Tensor) -> None:
+    def scale_(self, coefficient: Scalar) -> None:
         from fastclip.kernels.apply import apply_kernel
 
         tables = self.tables
