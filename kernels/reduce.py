@@ -98,7 +98,8 @@ def _scale_for(peak, WIDE: tl.constexpr):
 @triton.jit
 def _norm(address, numel, chunk, p, KIND: tl.constexpr, TYPE: tl.constexpr, LIMIT: tl.constexpr):
     """The norm, in fp64, of one chunk of a tensor: LIMIT vectors of its body, and its edge if it is chunk 0."""
-    WIDE: tl.constexpr = tl.float64 if TYPE == tl.float64 or KIND == "power" or KIND == "inverse" else tl.float32
+    BY_LOGARITHM: tl.constexpr = KIND == "power" or KIND == "inverse"
+    WIDE: tl.constexpr = tl.float64 if TYPE == tl.float64 or BY_LOGARITHM else tl.float32
     BITS: tl.constexpr = tl.int64 if WIDE == tl.float64 else tl.int32
     BY_ORDER: tl.constexpr = KIND == "max" or KIND == "min"
     # Above TINY, what the chunk's 2**16 powers lost to subnormal rounding is under 2**-40 of their sum.
@@ -107,8 +108,8 @@ def _norm(address, numel, chunk, p, KIND: tl.constexpr, TYPE: tl.constexpr, LIMI
     edge, edge_mask = edge_of(address, numel, chunk, TYPE)
     scale = tl.full((), 1.0, WIDE)
     total = tl.full((), 0, BITS if BY_ORDER else WIDE)
-    first = tl.full((), 1, tl.int1)
-    again = tl.full((), 1, tl.int1)
+    passes = tl.full((), 0, tl.int32)
+    again = passes == 0
     while again:
         x = _load(edge, edge_mask, KIND, WIDE)
         peaks = tl.max(x, 1)
@@ -123,12 +124,12 @@ def _norm(address, numel, chunk, p, KIND: tl.constexpr, TYPE: tl.constexpr, LIMI
             folded = _merge(folded, _fold(x * scale, p, KIND, BITS), KIND)
             x = following
         total = _collapse(folded, KIND)
-        again = tl.full((), 0, tl.int1)
+        passes += 1
+        again = passes == 0
         if not BY_ORDER:
             peak = tl.max(peaks, 0)
             in_range = (total > TINY) & (total < float("inf"))
-            again = first & (peak > 0) & (peak < float("inf")) & (in_range == 0)
-            first = tl.full((), 0, tl.int1)
+            again = (passes == 1) & (peak > 0) & (peak < float("inf")) & (in_range == 0)
             scale = tl.where(again, _scale_for(peak, WIDE), scale)
     if BY_ORDER:
         return total.to(WIDE, bitcast=True).to(tl.float64)

@@ -28,7 +28,8 @@ Int64s: TypeAlias = npt.NDArray[np.int64]
 VECTOR_BYTES = tl.constexpr(16)  # one 128-bit access
 TILE_VECTORS = tl.constexpr(512)  # 8 KB, what a program reads at a time: 8 warps of 32 lanes, 2 vectors each
 CHUNK_VECTORS = tl.constexpr(8192)  # 128 KB: long enough to amortise a chunk's start, short enough to balance the load
-NUM_WARPS = 8
+LAUNCH_OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+"""For every kernel. Fusion is pinned, since its default changes between Triton's versions, and results with it."""
 
 CHUNK_BYTES = CHUNK_VECTORS.value * VECTOR_BYTES.value
 ELEMENT_SIZES = (4, 2, 2, 8)
@@ -113,5 +114,6 @@ def edge_of(address, numel, chunk, TYPE: tl.constexpr):
     head = tl.minimum((-address & (VECTOR_BYTES - 1)) // SIZE, numel)
     tail = (numel - head) % PER_VECTOR
     offset = tl.where(lane < PER_VECTOR, lane, numel - tail + (lane - PER_VECTOR))
-    inside = (lane < head) | ((lane >= PER_VECTOR) & (lane - PER_VECTOR < tail))
-    return address.to(tl.pointer_type(TYPE)) + offset, inside & (chunk == 0)
+    in_head = lane < tl.where(chunk == 0, head, 0)
+    in_tail = (lane >= PER_VECTOR) & (lane - PER_VECTOR < tl.where(chunk == 0, tail, 0))
+    return address.to(tl.pointer_type(TYPE)) + offset, in_head | in_tail

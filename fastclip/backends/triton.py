@@ -71,7 +71,7 @@ class TritonPlan:
         scratch = (tables.partials, tables.ticket, tables.state, norm)
         with _current(self.device):
             reduce_kernel[tables.grid](
-                tables.chunks, self.rows, *scratch, *tables.ends, p, max_norm, KIND=_kind(p), num_warps=tables.num_warps
+                tables.chunks, self.rows, *scratch, *tables.ends, p, max_norm, KIND=_kind(p), **tables.options
             )
         if p == 0:
             return reduction(self._norms(p).count_nonzero().double(), max_norm, dtype)
@@ -88,7 +88,7 @@ class TritonPlan:
         kind = "one" if p == 0 else _kind(p)
         with _current(self.device):
             tensor_norms_kernel[(min(_programs(self.device), tensors),)](
-                tables.partials, tables.slices, norms, tensors, p, KIND=kind, num_warps=tables.num_warps
+                tables.partials, tables.slices, norms, tensors, p, KIND=kind, **tables.options
             )
         return norms
 
@@ -97,18 +97,14 @@ class TritonPlan:
 
         tables = self.tables
         with _current(self.device):
-            apply_kernel[tables.grid](
-                tables.chunks, self.rows, coefficient, 0, *tables.ends, num_warps=tables.num_warps
-            )
+            apply_kernel[tables.grid](tables.chunks, self.rows, coefficient, 0, *tables.ends, **tables.options)
 
     def clamp_(self, minimum: float, maximum: float) -> None:
         from fastclip.kernels.clamp import clamp_kernel
 
         tables = self.tables
         with _current(self.device):
-            clamp_kernel[tables.grid](
-                tables.chunks, self.rows, *tables.ends, minimum, maximum, num_warps=tables.num_warps
-            )
+            clamp_kernel[tables.grid](tables.chunks, self.rows, *tables.ends, minimum, maximum, **tables.options)
 
 
 class Tables:
@@ -134,7 +130,7 @@ class Tables:
         self.state = torch.empty(2, dtype=torch.float64, device=device)
         self.total, self.coefficient = self.state.unbind()
         self.grid = (min(_programs(device), len(layout.chunks)),)
-        self.num_warps = table.NUM_WARPS
+        self.options = table.LAUNCH_OPTIONS
         self._layout = layout
 
     @cached_property
