@@ -37,7 +37,7 @@ def _function(module: ModuleType, name: str) -> Callable[..., Any]:
     """Return the function that torch offers as `torch.nn.utils.<name>`; two have an underscore before it at home."""
     function: Callable[..., Any] | None = getattr(module, name, None) or getattr(module, f"_{name}", None)
     if function is None:
-        message = f"fastclip needs torch 2.6 or later: torch {torch.__version__} has no torch.nn.utils.{name}"
+        message = f"fastclip needs torch 2.8 or later: torch {torch.__version__} has no torch.nn.utils.{name}"
         raise ImportError(message)
     return function
 
