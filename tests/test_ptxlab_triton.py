@@ -96,6 +96,12 @@ def powers(x, roots, logs, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def sum_of_powers(x, out, power, BLOCK: tl.constexpr):
+    values = tl.abs(tl.load(x + tl.arange(0, BLOCK)))
+    tl.store(out, tl.sum(tl.exp2(tl.log2(values) * power)))
+
+
+@triton.jit
 def copy(source, target, size, BLOCK: tl.constexpr):
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(source + offsets, mask=offsets < size)
@@ -160,7 +166,7 @@ def test_clamp_bounds_values_and_keeps_nan(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_largest_value_propagates_nan(capability: int, dtype: torch.dtype) -> None:
     """On sm_100 the reduction is `redux.sync.max.NaN.f32`; on older ones it is shuffles."""
     ptxlab.activate(capability)
@@ -189,6 +195,16 @@ def test_exponentials_and_logarithms(dtype: torch.dtype, tolerance: float) -> No
         powers[(2,)](x, roots, logs, x.numel(), BLOCK=BLOCK)
     torch.testing.assert_close(roots, torch.exp2(x), rtol=tolerance, atol=5e-324, equal_nan=True)
     torch.testing.assert_close(logs, torch.log2(x.abs()), rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def test_slow_paths_of_few_lanes_before_a_reduction() -> None:
+    """Zeros, subnormals and large values take libdevice's slow paths, and the shuffles behind need every lane."""
+    torch.manual_seed(0)
+    x, out = torch.randn(256, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    x[::7] = torch.tensor([0.0, 1e-310, 1e100, -1e-200], dtype=torch.float64).repeat(10)[:37]
+    with ptxlab.recording():
+        sum_of_powers[(1,)](x, out, 2.5, BLOCK=256)
+    assert out.item() == pytest.approx(x.abs().pow(2.5).sum().item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

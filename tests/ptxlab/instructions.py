@@ -63,6 +63,7 @@ class Entry:
     types: frozenset[str]
     modifiers: frozenset[str]
     whole_warp: bool
+    meets: bool  # whether lanes wait at it for the others of their warp
 
 
 TABLE: dict[str, Entry] = {}
@@ -72,13 +73,15 @@ JUMPS = {"bra": frozenset({"uni"}), "ret": frozenset({"uni"}), "exit": frozenset
 
 
 def _known(
-    names: str, *, types: str = "", modifiers: str = "", whole_warp: bool = False
+    names: str, *, types: str = "", modifiers: str = "", whole_warp: bool = False, meets: bool = False
 ) -> Callable[[Emitter], Emitter]:
-    """Registers the function that emits the opcodes `names`."""
+    """Registers the function that emits the opcodes `names`; where lanes meet, the whole warp is at work."""
 
     def register(emit: Emitter) -> Emitter:
         for name in names.split():
-            TABLE[name] = Entry(emit, frozenset(types.split()), frozenset(modifiers.split()), whole_warp)
+            TABLE[name] = Entry(
+                emit, frozenset(types.split()), frozenset(modifiers.split()), whole_warp or meets, meets
+            )
         return emit
 
     return register
@@ -671,15 +674,16 @@ def _members(d: Decoded, o: Operands, operand: str) -> str:
     return f"LANES(mask) require_members(warp, mask, {o.bits(operand, 32)}, live, {d.index});"
 
 
-@_known("bar", modifiers="sync warp cta", whole_warp=True)
-@_known("barrier", modifiers="sync cta aligned", whole_warp=True)
+@_known("bar", modifiers="sync warp cta", meets=True)
+@_known("barrier", modifiers="sync cta aligned", meets=True)
 def _barrier(d: Decoded, o: Operands) -> str:
     """A barrier of the CTA's warps or, with `.warp`, of a warp's lanes, which run in step anyhow."""
     if "sync" not in d.modifiers or len(d.operands) != 1:
         raise d.unsupported()
     if "warp" in d.modifiers:
         return _members(d, o, d.operands[0])
-    divergent = f'if (mask != live) fault(warp, "{d.name}.sync in divergent code", {d.index}, 0);'
+    # A lane that has returned misses the barrier too: all lanes of a warp must come to it.
+    divergent = f'if (mask != lanes) fault(warp, "{d.name}.sync in divergent code", {d.index}, 0);'
     return f"if (mask) {{ {divergent} cta_barrier(warp); }}"
 
 
@@ -700,7 +704,7 @@ def _griddepcontrol(_d: Decoded, _o: Operands) -> str:
     return ""
 
 
-@_known("shfl", types="b32", modifiers="sync up down bfly idx", whole_warp=True)
+@_known("shfl", types="b32", modifiers="sync up down bfly idx", meets=True)
 def _shfl(d: Decoded, o: Operands) -> str:
     mode = f"SHUFFLE_{d.one_of('up', 'down', 'bfly', 'idx').upper()}"
     target, source, distance, clamp, members = d.operands
@@ -735,7 +739,7 @@ _NEUTRAL = {
 }
 
 
-@_known("redux", types="b32 u32 s32 f32", modifiers="sync add min max and or xor abs NaN", whole_warp=True)
+@_known("redux", types="b32 u32 s32 f32", modifiers="sync add min max and or xor abs NaN", meets=True)
 def _redux(d: Decoded, o: Operands) -> str:
     operation = d.one_of("add", "min", "max", "and", "or", "xor")
     start = _NEUTRAL.get((operation, d.type.name))
@@ -758,7 +762,7 @@ LANES(mask) total = {combined};
 LANES(mask) {o.write(d.operands[0], "total", d.type)}"""
 
 
-@_known("vote", types="pred b32", modifiers="sync all any uni ballot", whole_warp=True)
+@_known("vote", types="pred b32", modifiers="sync all any uni ballot", meets=True)
 def _vote(d: Decoded, o: Operands) -> str:
     target, source, members = d.operands
     mode = d.one_of("all", "any", "uni", "ballot")
@@ -802,7 +806,7 @@ LANES(mask) if (lane < {8 * len(registers)}) {{
 """
 
 
-@_known("ldmatrix", types="b16", modifiers=_MATRIX_MODIFIERS, whole_warp=True)
+@_known("ldmatrix", types="b16", modifiers=_MATRIX_MODIFIERS, meets=True)
 def _ldmatrix(d: Decoded, o: Operands) -> str:
     registers = vector(d.operands[0])
     writes = []
@@ -812,7 +816,7 @@ def _ldmatrix(d: Decoded, o: Operands) -> str:
     return f"{_matrix_rows(d, o, d.operands[1], 'ACCESS_LOAD', registers)}LANES(mask) {{ {' '.join(writes)} }}"
 
 
-@_known("stmatrix", types="b16", modifiers=_MATRIX_MODIFIERS, whole_warp=True)
+@_known("stmatrix", types="b16", modifiers=_MATRIX_MODIFIERS, meets=True)
 def _stmatrix(d: Decoded, o: Operands) -> str:
     registers = vector(d.operands[1])
     writes = []

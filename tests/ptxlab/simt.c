@@ -1,8 +1,9 @@
 /* The machine that runs a translated kernel: one thread a warp, and several CTAs (programs) at once.
  *
- * Each of a warp's 32 lanes has the number of the basic block that it runs next; the warp runs the lowest one with the
- * lanes that stand there, so that diverged lanes meet again at the first block they share. Within a block, one lane runs
- * after another up to the next instruction that lanes do together. The generated code follows this file and defines
+ * Each of a warp's 32 lanes has the number of the basic block that it runs next. The warp runs the lowest block that any
+ * lane stands at, with all lanes that stand there, so that diverged lanes meet again; but lanes at an instruction that
+ * lanes do together (a barrier, a shuffle) wait until no other lane can go on, as on a GPU. Within a block, one lane runs
+ * after another up to the next instruction for the whole warp. The generated code follows this file and defines
  * run_warp(); SHARED_BYTES and STACK_BYTES are defined in front. */
 #include <pthread.h>
 #include <sched.h>
@@ -234,7 +235,7 @@ static inline uint64_t shared_address(Warp *warp, uint64_t address, unsigned byt
 
 /* ---- Instructions of a whole warp ---- */
 
-/* A .sync instruction names the lanes that take part; on a GPU it waits for them, and here they must be there. */
+/* A .sync instruction names the lanes that take part. Those that could come have come (see run_warp). */
 static inline void require_members(Warp *warp, uint32_t mask, uint32_t members, uint32_t live, int instruction)
 {
     if (mask != (members & live))

@@ -15,14 +15,20 @@ _LANES = 32
 _RUN_WARP = """
 static __attribute__((noinline)) void run_warp(Warp *warp)
 {{
+    static const bool MEETING[] = {{{meeting}}}; /* blocks that begin where lanes wait for each other */
     int threads = warp->grid->launch->threads - warp->index * 32;
-    uint32_t live = threads >= 32 ? UINT32_MAX : (1u << threads) - 1;
+    const uint32_t lanes = threads >= 32 ? UINT32_MAX : (1u << threads) - 1;
+    uint32_t live = lanes; /* those that have not returned */
     int next[32] = {{0}}; /* the block that each lane runs next */
 {registers}
     while (live) {{
-        int block = INT32_MAX;
+        int block = INT32_MAX, meeting = INT32_MAX;
         uint32_t active = 0, ended = 0;
-        LANES(live) if (next[lane] < block) block = next[lane];
+        LANES(live) {{
+            int *lowest = MEETING[next[lane]] ? &meeting : &block;
+            if (next[lane] < *lowest) *lowest = next[lane];
+        }}
+        if (block == INT32_MAX) block = meeting; /* all lanes wait; if not all at one place, the instruction objects */
         LANES(live) active |= (uint32_t)(next[lane] == block) << lane;
         switch (block) {{
 {blocks}
@@ -39,6 +45,7 @@ class _Block:
     """Instructions that are entered at the first only, and left behind the last."""
 
     instructions: list[tuple[int, Instruction]]  # with their index in the kernel
+    meeting: bool = False  # whether the first is one where lanes wait for each other
 
 
 def translate(kernel: ParsedKernel, shared_bytes: int) -> str:
@@ -59,7 +66,15 @@ def translate(kernel: ParsedKernel, shared_bytes: int) -> str:
     # Without optimisation the compiler keeps temporaries apart, beside the registers.
     stack_bytes = (4 << 20) + 4 * register_bytes
     defines = f"#define SHARED_BYTES {max(shared_bytes, 16)}\n#define STACK_BYTES {stack_bytes}\n"
-    return defines + _RUNTIME + _RUN_WARP.format(registers="\n".join(registers), blocks="\n".join(cases))
+    return (
+        defines
+        + _RUNTIME
+        + _RUN_WARP.format(
+            meeting=", ".join(str(int(block.meeting)) for block in blocks),
+            registers="\n".join(registers),
+            blocks="\n".join(cases),
+        )
+    )
 
 
 def _blocks(body: list[Instruction | Label]) -> tuple[list[_Block], dict[str, int]]:
@@ -74,6 +89,11 @@ def _blocks(body: list[Instruction | Label]) -> tuple[list[_Block], dict[str, in
                     blocks.append(_Block([]))
                 labels[item.name] = len(blocks) - 1
             continue
+        entry = TABLE.get(_name(item))
+        if entry is not None and entry.meets:
+            if blocks[-1].instructions:
+                blocks.append(_Block([]))
+            blocks[-1].meeting = True
         blocks[-1].instructions.append((index, item))
         if _name(item) in JUMPS:
             blocks.append(_Block([]))
