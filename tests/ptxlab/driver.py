@@ -1,0 +1,253 @@
+"""Triton's NVIDIA driver on a stand-in libcuda, whose launches run on the CPU."""
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .kernel import Kernel, build
+
+if TYPE_CHECKING:
+    import torch
+
+Range = tuple[int, int]  # address, bytes
+Launched = tuple[str, tuple[int, int, int]]  # kernel, grid
+
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *(ctypes.c_uint,) * 5, ctypes.POINTER(ctypes.c_void_p))
+_PARAMETER_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("u64", "b64"), ctypes.c_uint64),
+    **dict.fromkeys(("u32", "b32"), ctypes.c_uint32),
+    **dict.fromkeys(("u16", "b16"), ctypes.c_uint16),
+    **dict.fromkeys(("u8", "b8"), ctypes.c_uint8),
+    "s64": ctypes.c_int64,
+    "s32": ctypes.c_int32,
+    "f32": ctypes.c_float,
+    "f64": ctypes.c_double,
+}
+
+
+@dataclass
+class _Options:
+    """What `activate` was last asked for."""
+
+    bounds: str | Sequence[Range] | None = "live"
+    sanitize: str = ""
+    resident: int = 8
+    jitter: int = 0
+    seed: int = 0
+
+
+@dataclass
+class _State:
+    """All that the process keeps."""
+
+    library: ctypes.CDLL | None = None
+    callback: Any = None  # the library holds its address, so it must live
+    options: _Options = field(default_factory=_Options)
+    drivers: dict[int, Any] = field(default_factory=dict)  # by capability
+    compiled: dict[int, Any] = field(default_factory=dict)  # function handle to Triton's CompiledKernel
+    kernels: dict[tuple[int, str], Kernel] = field(default_factory=dict)  # by function handle and sanitizer
+    log: list[Launched] = field(default_factory=list)
+    faults: list[BaseException] = field(default_factory=list)
+    allowed: list["torch.Tensor"] = field(default_factory=list)
+
+
+_state = _State()
+
+
+def activate(
+    capability: int = 90,
+    *,
+    execute: bool = True,
+    bounds: str | Sequence[Range] | None = "live",
+    sanitize: str = "",
+    resident: int = 8,
+    jitter: int = 0,
+    seed: int = 0,
+) -> None:
+    """Lets Triton compile and launch without a GPU, on CPU tensors. May be called again to change anything.
+
+    Not for a process that uses a real GPU: it replaces libcuda.
+
+    Args:
+        capability: The target of compilation: 75, 80, 90, 100, 120, ...
+        execute: False counts launches only (to time the host's side).
+        bounds: "live" (kernels may touch the memory of live CPU tensors), a list of (address, bytes), or None
+            (unchecked).
+        sanitize: "thread" compiles kernels with gcc's ThreadSanitizer; the process must run under it (see `races`).
+        resident: Programs that run at once.
+        jitter: Per cent of the synchronisation points where a warp yields or sleeps.
+        seed: Of the jitter; it advances with each launch.
+    """
+    if isinstance(bounds, str) and bounds != "live":
+        raise ValueError(f'bounds is "live", None or a list of (address, bytes), not {bounds!r}')
+    _state.options = _Options(bounds, sanitize, resident, jitter, seed)
+    _state.faults.clear()
+    _state.allowed.clear()
+    if _state.library is None:
+        _state.library = _load_library()
+        _state.callback = _CALLBACK(_on_launch)
+        _remember_compiled_kernels()
+    _state.library.standin_configure(capability, _state.callback if execute else _CALLBACK())
+    if capability not in _state.drivers:
+        _state.drivers[capability] = _create_driver(capability)
+    _triton().runtime.driver.set_active(_state.drivers[capability])
+
+
+def deactivate() -> None:
+    """Gives Triton back the driver that it finds itself. Compiled kernels stay cached."""
+    _triton().runtime.driver._active = None  # `reset_active()` would raise where there is no GPU
+    _state.allowed.clear()
+
+
+def allow(*tensors: "torch.Tensor") -> None:
+    """Adds memory that kernels may touch, beside `bounds`, until the next `activate`; keeps the tensors alive."""
+    _state.allowed.extend(tensors)
+
+
+def launches() -> int:
+    """Launches in this process so far."""
+    return 0 if _state.library is None else int(_state.library.standin_launches())
+
+
+def check() -> None:
+    """Raises the first fault since the last check."""
+    if _state.faults:
+        first = _state.faults[0]
+        _state.faults.clear()
+        raise first
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launched]]:
+    """Yields a list that has, at the end, the (kernel, grid) of each launch inside; raises the first fault."""
+    start = len(_state.log)
+    launched: list[Launched] = []
+    try:
+        yield launched
+    except RuntimeError as error:
+        # Triton reports a fault as an error of the driver; the fault itself says more.
+        if _state.faults:
+            fault = _state.faults[0]
+            _state.faults.clear()
+            raise fault from error
+        raise
+    finally:
+        launched.extend(_state.log[start:])
+    check()
+
+
+def _triton() -> Any:
+    """Triton, imported late: hand-written PTX needs neither it nor torch, and starts faster without."""
+    return importlib.import_module("triton")
+
+
+def _load_library() -> ctypes.CDLL:
+    """Builds and loads the stand-in; once loaded, it also serves every `dlopen("libcuda.so.1")`."""
+    include = Path(_triton().__file__).parent / "backends" / "nvidia" / "include"
+    flags = ("-O1", "-w", "-shared", "-fPIC", f"-I{include}", "-Wl,-soname,libcuda.so.1")
+    path = build(Path(__file__).with_name("driver.c").read_text(), "libcuda.so.1", flags)
+    with contextlib.suppress(FileExistsError):
+        path.with_name("libcuda.so").symlink_to(path.name)  # for -lcuda, in Triton's older releases
+    os.environ["TRITON_LIBCUDA_PATH"] = str(path.parent)
+    library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    library.standin_configure.argtypes = (ctypes.c_int, _CALLBACK)
+    library.standin_configure.restype = None
+    library.standin_launches.restype = ctypes.c_uint64
+    library.standin_set_error.argtypes = (ctypes.c_char_p,)
+    library.standin_set_error.restype = None
+    return library
+
+
+def _remember_compiled_kernels() -> None:
+    """Hooks Triton where it loads a kernel, since a launch brings no more than the kernel's handle."""
+    compiled_kernel = importlib.import_module("triton.compiler.compiler").CompiledKernel
+    original = compiled_kernel._init_handles
+
+    def init_handles(compiled: Any) -> None:
+        fresh = compiled.module is None
+        original(compiled)
+        if fresh and isinstance(compiled.asm.get("ptx"), str):
+            _state.compiled[int(compiled.function)] = compiled
+
+    compiled_kernel._init_handles = init_handles
+
+
+def _create_driver(capability: int) -> Any:
+    import torch  # noqa: PLC0415
+
+    driver = importlib.import_module("triton.backends.nvidia.driver").CudaDriver()
+    # Triton caches what it compiled by device: with a device for each capability, no capability gets another's kernel.
+    driver.get_current_device = lambda: capability
+    driver.set_current_device = lambda _device: None
+    driver.get_current_stream = lambda _device: 0
+    driver.get_device_capability = lambda _device=0: divmod(capability, 10)
+    driver.get_active_torch_device = lambda: torch.device("cpu")
+    return driver
+
+
+def _on_launch(
+    function: int, grid_x: int, grid_y: int, grid_z: int, _threads: int, _shared_bytes: int, parameters: Any
+) -> int:
+    """Runs a kernel that Triton launches. Returns 0, or 1 with the reason kept for `check`."""
+    try:
+        _execute(function, (grid_x, grid_y, grid_z), parameters)
+    except BaseException as error:  # noqa: BLE001 - nothing may cross the C boundary
+        _state.faults.append(error)
+        if _state.library is not None:
+            _state.library.standin_set_error(f"{type(error).__name__}: {error}".encode())
+        return 1
+    return 0
+
+
+def _execute(function: int, grid: tuple[int, int, int], parameters: Any) -> None:
+    options = _state.options
+    kernel = _state.kernels.get((function, options.sanitize))
+    if kernel is None:
+        compiled = _state.compiled[function]
+        kernel = Kernel(compiled.asm["ptx"], compiled.metadata.shared, sanitize=options.sanitize)
+        _state.kernels[function, options.sanitize] = kernel
+    _state.log.append((kernel.name, grid))
+    arguments = [
+        _PARAMETER_TYPES[kind].from_address(parameters[i]).value for i, (_, kind) in enumerate(kernel.parsed.parameters)
+    ]
+    kernel.launch(grid, arguments, _ranges(), resident=options.resident, seed=options.seed, jitter=options.jitter)
+    options.seed += 1
+
+
+def _ranges() -> list[Range] | None:
+    bounds = _state.options.bounds
+    if bounds is None:
+        return None
+    ranges = _live_tensors() if isinstance(bounds, str) else list(bounds)
+    return ranges + [extent for tensor in _state.allowed if (extent := _extent(tensor))]
+
+
+def _live_tensors() -> list[Range]:
+    """The memory of every CPU tensor that Python can reach."""
+    import torch  # noqa: PLC0415
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # looking at some objects' attributes warns of their deprecation
+        # By `type`, since some proxies run code when asked for their class.
+        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+        return [extent for tensor in tensors if (extent := _extent(tensor))]
+
+
+def _extent(tensor: "torch.Tensor") -> Range | None:
+    """The memory from a tensor's first element to its last; None where it has none on the CPU."""
+    import torch  # noqa: PLC0415
+
+    try:
+        if tensor.layout is not torch.strided or tensor.device.type != "cpu" or not tensor.numel():
+            return None
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return tensor.data_ptr(), (last + 1) * tensor.element_size()
+    except (RuntimeError, NotImplementedError):  # wrappers without storage (fake tensors, functorch)
+        return None

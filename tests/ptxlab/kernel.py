@@ -1,0 +1,186 @@
+"""A PTX kernel as a shared library for this machine: compiled by gcc, cached, launched on threads."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from .parse import Instruction, parse
+from .translate import PARAMETER_BYTES, translate
+
+# Per user, and shared by all processes: files appear in it complete, by renaming.
+CACHE = Path(tempfile.gettempdir()) / f"ptxlab-{os.getuid()}"
+
+# PTX's integers wrap; a .rn operation is never contracted; registers are read as other types than they were written.
+_C_FLAGS = ("-g1", "-w", "-fwrapv", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread")
+# A fused multiply-add in hardware: without it gcc calls a function for each.
+_MACHINE_FLAGS = {"x86_64": ("-mfma",)}.get(platform.machine(), ())
+
+
+class PtxError(RuntimeError):
+    """A fault in a kernel: what, address, program, warp, and the PTX instruction with its place in the source."""
+
+
+class _Launch(ctypes.Structure):
+    """`Launch` of simt.c."""
+
+    _fields_ = (
+        ("parameters", ctypes.c_void_p),
+        ("grid", ctypes.c_uint32 * 3),
+        ("threads", ctypes.c_int32),
+        ("resident", ctypes.c_int32),
+        ("jitter", ctypes.c_int32),
+        ("range_count", ctypes.c_int32),
+        ("starts", ctypes.c_void_p),
+        ("ends", ctypes.c_void_p),
+        ("seed", ctypes.c_uint64),
+    )
+
+
+class _Fault(ctypes.Structure):
+    """`Fault` of simt.c."""
+
+    _fields_ = (
+        ("reason", ctypes.c_char * 64),
+        ("address", ctypes.c_uint64),
+        ("program", ctypes.c_uint32 * 3),
+        ("warp", ctypes.c_int32),
+        ("instruction", ctypes.c_int32),
+    )
+
+
+def build(source: str, name: str, flags: Sequence[str], *, libraries: Sequence[str] = ()) -> Path:
+    """Compiles C to a shared library in the cache, unless the same was compiled before; returns its path.
+
+    The library is `<hash>/<name>`, so that the name can be one that the dynamic loader is asked for.
+    """
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        raise RuntimeError(
+            "ptxlab compiles kernels with gcc, and found none on PATH; install it (Debian, Ubuntu: apt install gcc)"
+        )
+    key = hashlib.sha256("\0".join((compiler, *flags, *libraries, source)).encode()).hexdigest()[:20]
+    folder = CACHE / key
+    library = folder / name
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        code, built = Path(scratch) / "kernel.c", Path(scratch) / name
+        code.write_text(source)
+        done = subprocess.run(
+            [compiler, *flags, "-o", built, code, *libraries], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"gcc failed for {name}:\n{done.stderr[:4000]}")
+        code.replace(folder / "source.c")  # for a debugger, and for whoever doubts a translation
+        built.replace(library)
+    return library
+
+
+class Kernel:
+    """A kernel that runs on threads, one for each warp."""
+
+    def __init__(self, ptx: str, shared_bytes: int = 0, *, sanitize: str = "", optimize: str = "-O1") -> None:
+        """Translates and compiles the one kernel in `ptx`.
+
+        Args:
+            ptx: A PTX module.
+            shared_bytes: The size of the shared memory that a launch would ask for.
+            sanitize: "thread" for gcc's ThreadSanitizer, which must be in the process (see `races`).
+            optimize: What gcc is told.
+        """
+        self.parsed = parse(ptx)
+        flags = (optimize, *_C_FLAGS, *_MACHINE_FLAGS, *([f"-fsanitize={sanitize}"] if sanitize else []))
+        source = translate(self.parsed, shared_bytes)
+        library = ctypes.CDLL(str(build(source, f"{self.parsed.name[:100]}.so", flags, libraries=["-lm"])))
+        self._run_grid = library.run_grid
+        self._run_grid.restype = ctypes.c_int
+        self._run_grid.argtypes = (ctypes.POINTER(_Launch), ctypes.POINTER(_Fault))
+
+    @property
+    def name(self) -> str:
+        """The name of the kernel's entry."""
+        return self.parsed.name
+
+    def launch(
+        self,
+        grid: Sequence[int],
+        arguments: Sequence[float],
+        ranges: Sequence[tuple[int, int]] | None = None,
+        *,
+        resident: int = 8,
+        seed: int = 0,
+        jitter: int = 0,
+    ) -> None:
+        """Runs the kernel to its end; raises `PtxError` on the first fault.
+
+        Args:
+            grid: Programs in up to three dimensions.
+            arguments: One integer, address or float for each parameter; those missing at the end are 0.
+            ranges: The memory that the kernel may touch, as address and size in bytes; None: not checked.
+            resident: Programs that run at once.
+            seed: Of the jitter.
+            jitter: Per cent of the synchronisation points where a warp yields or sleeps.
+        """
+        parameters = self._parameters(arguments)
+        merged = merge(ranges or ())
+        starts = (ctypes.c_uint64 * (len(merged) + 1))(*(start for start, _ in merged))
+        ends = (ctypes.c_uint64 * (len(merged) + 1))(*(end for _, end in merged))
+        launch = _Launch(
+            ctypes.addressof(parameters),
+            (ctypes.c_uint32 * 3)(*grid, *(1,) * (3 - len(grid))),
+            self.parsed.threads,
+            resident,
+            jitter,
+            -1 if ranges is None else len(merged),
+            ctypes.addressof(starts),
+            ctypes.addressof(ends),
+            seed,
+        )
+        fault = _Fault()
+        status = self._run_grid(ctypes.byref(launch), ctypes.byref(fault))
+        if status == 1:
+            raise PtxError(self._describe(fault))
+        if status:
+            raise MemoryError("the kernel's threads could not be started")
+
+    def _parameters(self, arguments: Sequence[float]) -> ctypes.Array[ctypes.c_char]:
+        """The parameters as simt.c wants them, each at the start of its slot."""
+        buffer = ctypes.create_string_buffer(PARAMETER_BYTES * (len(self.parsed.parameters) + 1))
+        for i, ((_, kind), argument) in enumerate(zip(self.parsed.parameters, arguments, strict=False)):
+            place = ctypes.addressof(buffer) + i * PARAMETER_BYTES
+            if kind == "f32":
+                ctypes.c_float.from_address(place).value = argument
+            elif kind == "f64":
+                ctypes.c_double.from_address(place).value = argument
+            else:
+                ctypes.c_uint64.from_address(place).value = int(argument) % 2**64
+        return buffer
+
+    def _describe(self, fault: _Fault) -> str:
+        item = self.parsed.body[fault.instruction]
+        instruction = str(item) if isinstance(item, Instruction) else ""
+        return (
+            f"{fault.reason.decode()} at {fault.address:#x}, program {tuple(fault.program)}, warp {fault.warp}: "
+            f"{instruction}"
+        )
+
+
+def merge(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted starts and ends of the memory in `ranges` (address, bytes); those that overlap become one.
+
+    Ranges that only touch stay apart: an access across the border of two tensors is a fault.
+    """
+    merged: list[tuple[int, int]] = []
+    for start, size in sorted(ranges):
+        if merged and start < merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], start + size))
+        elif size:
+            merged.append((start, start + size))
+    return merged
