@@ -26,15 +26,13 @@ UNCUT = tl.constexpr(
     1 << 26
 )  # vectors: the limit of an array that is not cut into chunks (2**27 norms of chunks: 17 TB)
 
-# The norms that differ in code: p = 2, 1, 0, any other p > 0, p < 0, inf and -inf. The last two are order statistics,
+# The norms that differ in code: p = 2, 1, 0, inf ("max"), -inf ("min") and any other ("power"). Maximum and minimum are
 # kept as the bits of |x|, whose order as integers is that of the numbers, with every NaN above infinity.
 
 
 @triton.jit
-def _load(pointers, mask, KIND: tl.constexpr, WIDE: tl.constexpr):
-    # A masked lane must leave the result as it is: inf**p is 0 for p < 0.
-    NEUTRAL: tl.constexpr = float("inf") if KIND == "inverse" or KIND == "min" else 0.0
-    return tl.abs(tl.load(pointers, mask=mask, other=NEUTRAL).to(WIDE))
+def _load(pointers, mask, neutral, WIDE: tl.constexpr):
+    return tl.abs(tl.load(pointers, mask=mask, other=neutral).to(WIDE))
 
 
 @triton.jit
@@ -78,7 +76,7 @@ def _collapse(folded, KIND: tl.constexpr):
 def _root(total, p, KIND: tl.constexpr):
     if KIND == "two":
         return tl.sqrt(total)
-    elif KIND == "power" or KIND == "inverse":
+    elif KIND == "power":
         return tl.exp2(tl.log2(total) / p)
     else:
         return total
@@ -98,8 +96,7 @@ def _scale_for(peak, WIDE: tl.constexpr):
 @triton.jit
 def _norm(address, numel, chunk, p, KIND: tl.constexpr, TYPE: tl.constexpr, LIMIT: tl.constexpr):
     """The norm, in fp64, of one chunk of a tensor: LIMIT vectors of its body, and its edge if it is chunk 0."""
-    BY_LOGARITHM: tl.constexpr = KIND == "power" or KIND == "inverse"
-    WIDE: tl.constexpr = tl.float64 if TYPE == tl.float64 or BY_LOGARITHM else tl.float32
+    WIDE: tl.constexpr = tl.float64 if TYPE == tl.float64 or KIND == "power" else tl.float32
     BITS: tl.constexpr = tl.int64 if WIDE == tl.float64 else tl.int32
     BY_ORDER: tl.constexpr = KIND == "max" or KIND == "min"
     # Above TINY, what the chunk's 2**16 powers lost to subnormal rounding is under 2**-40 of their sum.
@@ -108,18 +105,22 @@ def _norm(address, numel, chunk, p, KIND: tl.constexpr, TYPE: tl.constexpr, LIMI
     edge, edge_mask = edge_of(address, numel, chunk, TYPE)
     scale = tl.full((), 1.0, WIDE)
     total = tl.full((), 0, BITS if BY_ORDER else WIDE)
+    # What a masked lane holds must leave the result as it is: inf**p is 0 for p < 0.
+    neutral = float("inf") if KIND == "min" else 0.0
+    if KIND == "power":
+        neutral = tl.where(tl.full((), p, tl.float64) < 0, float("inf"), 0.0).to(TYPE)
     passes = tl.full((), 0, tl.int32)
     again = passes == 0
     while again:
-        x = _load(edge, edge_mask, KIND, WIDE)
+        x = _load(edge, edge_mask, neutral, WIDE)
         peaks = tl.max(x, 1)
         folded = _fold(x * scale, p, KIND, BITS)
         pointers, mask = tile_of(body, vectors, 0, TYPE)
-        x = _load(pointers, mask, KIND, WIDE)
+        x = _load(pointers, mask, neutral, WIDE)
         # Each tile is asked for before the one ahead of it is summed, which keeps enough bytes in flight.
         for tile in range(1, tl.cdiv(vectors, TILE_VECTORS) + 1):
             pointers, mask = tile_of(body, vectors, tile, TYPE)
-            following = _load(pointers, mask, KIND, WIDE)
+            following = _load(pointers, mask, neutral, WIDE)
             peaks = tl.maximum(peaks, tl.max(x, 1))
             folded = _merge(folded, _fold(x * scale, p, KIND, BITS), KIND)
             x = following

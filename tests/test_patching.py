@@ -356,7 +356,7 @@ def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run Python in that folder, with fastclip importable as it is here."""
     package_folder = str(Path(fastclip.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": package_folder, "PYTHONHASHSEED": "0"}
-    return subprocess.run(  # noqa: S603 - this interpreter, and scripts from this file
+    return subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
         env=environment,

@@ -162,7 +162,7 @@ def _tables(device: torch.device, numels: tuple[int, ...], dtypes: tuple[torch.d
 
 def _kind(p: float) -> str:
     named = {2.0: "two", 1.0: "one", 0.0: "zero", float("inf"): "max", float("-inf"): "min"}
-    return named.get(p, "power" if p > 0 else "inverse")
+    return named.get(p, "power")
 
 
 def _upload(array: np.ndarray[tuple[int, ...], np.dtype[np.int64]], device: torch.device) -> Tensor:

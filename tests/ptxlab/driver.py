@@ -180,7 +180,7 @@ def _remember_compiled_kernels() -> None:
 
 
 def _create_driver(capability: int) -> Any:
-    import torch  # noqa: PLC0415
+    import torch
 
     driver = importlib.import_module("triton.backends.nvidia.driver").CudaDriver()
     # Triton caches what it compiled by device: with a device for each capability, no capability gets another's kernel.
@@ -231,7 +231,7 @@ def _ranges() -> list[Range] | None:
 
 def _live_tensors() -> list[Range]:
     """The memory of every CPU tensor that Python can reach."""
-    import torch  # noqa: PLC0415
+    import torch
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # looking at some objects' attributes warns of their deprecation
@@ -242,7 +242,7 @@ def _live_tensors() -> list[Range]:
 
 def _extent(tensor: "torch.Tensor") -> Range | None:
     """The memory from a tensor's first element to its last; None where it has none on the CPU."""
-    import torch  # noqa: PLC0415
+    import torch
 
     try:
         if tensor.layout is not torch.strided or tensor.device.type != "cpu" or not tensor.numel():
