@@ -58,7 +58,7 @@ def clip_grad_norm_(
 
     Raises:
         RuntimeError: The norm is non-finite and `error_if_nonfinite`; or a gradient cannot be written in place.
-        TypeError: `parameters` holds something other than tensors, or a number is not one.
+        TypeError: `parameters` holds something other than tensors, a number is not one, or `norm_dtype` not a real dtype.
         ValueError: `norm_type` or `max_norm` is a string that is not a number.
 
     Example:
@@ -68,6 +68,7 @@ def clip_grad_norm_(
     """
     limit = _as_float("max_norm", max_norm)
     p = _as_float("norm_type", norm_type)
+    _check_norm_dtype(norm_dtype)
     grads = collect(parameters)
     _warn_if_used_up(parameters, grads)
     if not grads.tensors:
@@ -114,6 +115,7 @@ def get_total_norm(
         ValueError: `norm_type` is a string that is not a number.
     """
     p = _as_float("norm_type", norm_type)
+    _check_norm_dtype(norm_dtype)
     grads = as_gradients(tensors)
     if not grads.tensors:
         return torch.zeros((), dtype=norm_dtype)
@@ -255,6 +257,11 @@ def _as_float(name: str, value: object) -> float:
         return float(value)  # type: ignore[arg-type]  # torch takes whatever float() takes
     except (TypeError, ValueError) as error:
         raise type(error)(f"`{name}` must be a real number, not {value!r}") from None
+
+
+def _check_norm_dtype(norm_dtype: torch.dtype | None) -> None:
+    if norm_dtype is not None and not (isinstance(norm_dtype, torch.dtype) and norm_dtype.is_floating_point):
+        raise TypeError(f"`norm_dtype` must be a floating-point dtype such as torch.float32, not {norm_dtype!r}")
 
 
 def _warn_if_used_up(parameters: object, grads: Gradients) -> None:
