@@ -46,8 +46,8 @@ def collect(parameters: Parameters) -> Gradients:
     owners, names = _listed(parameters, "parameters")
     try:
         grads = [owner.grad for owner in owners]
-    except AttributeError:
-        raise _not_a_tensor(owners, "parameters") from None
+    except AttributeError as error:
+        raise _not_a_tensor(owners, "parameters") from error
     present = [grad for grad in grads if grad is not None]
     positions: Sequence[int] = range(len(grads))
     if len(present) < len(grads):
@@ -87,7 +87,7 @@ def _is_named(item: object) -> bool:
 
 
 def _not_a_tensor(items: Sequence[object], argument: str) -> TypeError:
-    position, culprit = next((i, item) for i, item in enumerate(items) if not isinstance(item, Tensor))
+    position, culprit = next((i, item) for i, item in enumerate(items) if not hasattr(item, "grad"))
     remedies: dict[type, str] = {
         dict: "pass the 'params' of a parameter group",
         str: "pass the values of a dict, not the dict",
