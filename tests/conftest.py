@@ -34,6 +34,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("leg", legs.parameters(*(wanted.args if wanted else ())), indirect=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test of legs that are not there is no test."""
+    items[:] = [item for item in items if not legs.has_no_leg(item)]
+
+
 @pytest.fixture
 def leg(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leg]:
     """The leg that the test runs on; its backend is forced."""

@@ -13,13 +13,14 @@ while the main process runs the rest, and whose reports the main process hands o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from multiprocessing.connection import Client, Connection, Listener
@@ -64,6 +65,21 @@ class Leg:
 
             ptxlab.check()
 
+    @contextlib.contextmanager
+    def unbounded(self) -> Iterator[None]:
+        """Let kernels touch memory that ptxlab cannot know to be a tensor's: the values of a sparse one."""
+        if self.name != "ptx":
+            yield
+            return
+        import ptxlab
+
+        ptxlab.activate(90, bounds=None)
+        try:
+            yield
+            self.check()
+        finally:
+            ptxlab.activate(90)
+
     def prepare(self, config: pytest.Config) -> None:
         """Make this process, the leg's worker, ready."""
         if self.name == "interpreter":
@@ -100,6 +116,12 @@ def names_of(parametrize: pytest.Mark) -> Sequence[str]:
     """The arguments that a `parametrize` mark sets."""
     names = parametrize.args[0]
     return [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+
+
+def has_no_leg(item: pytest.Item) -> bool:
+    """Whether the test is what pytest makes of an empty list of legs: one that is skipped."""
+    parameters_of = getattr(item, "callspec", None) and item.callspec.params  # type: ignore[attr-defined]
+    return bool(parameters_of) and "leg" in parameters_of and not isinstance(parameters_of["leg"], Leg)
 
 
 def _leg_of(item: pytest.Item) -> Leg | None:
@@ -162,8 +184,10 @@ class _Worker:
             address = listener.address if isinstance(listener.address, str) else f"{listener.address[0]}:{listener.address[1]}"
             variables = {_LEG: leg.name, _ADDRESS: address, _KEY: key.hex(), **dict(leg.environment or ())}
             files = sorted({str(item.path) for item in items})
-            command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(config.rootpath), *files]
-            self.process = subprocess.Popen(  # noqa: S603 - this very Python
+            command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--rootdir={config.rootpath}", *files]
+            if config.inipath:
+                command[3:3] = ["-c", str(config.inipath)]
+            self.process = subprocess.Popen(
                 command,
                 env={**os.environ, **variables},
                 cwd=config.invocation_params.dir,

@@ -425,8 +425,10 @@ def test_the_same_parameter_twice_is_counted_and_scaled_twice(leg: Leg) -> None:
     ours, theirs = one([3.0, 4.0], leg), one([3.0, 4.0], leg)
     norm = fastclip.clip_grad_norm_([ours, ours], 1.0)
     expected = torch.nn.utils.clip_grad_norm_([theirs, theirs], 1.0)
-    assert norm.item() == pytest.approx(expected.item(), rel=1e-6) == pytest.approx(math.sqrt(50))
-    assert values_of(ours) == pytest.approx(values_of(theirs), rel=1e-6) == pytest.approx([0.06, 0.08], rel=1e-5)
+    assert norm.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert norm.item() == pytest.approx(math.sqrt(50), rel=1e-6)
+    assert values_of(ours) == pytest.approx(values_of(theirs), rel=1e-6)
+    assert values_of(ours) == pytest.approx([0.06, 0.08], rel=1e-5)
 
 
 def test_overlapping_views(leg: Leg) -> None:
@@ -447,7 +449,8 @@ def test_overlapping_views(leg: Leg) -> None:
 def test_complex_gradients_have_a_norm_but_no_value_clip(leg: Leg, dtype: torch.dtype) -> None:
     ours, theirs = one([3 + 4j, -12j], leg, dtype), one([3 + 4j, -12j], leg, dtype)
     norm = fastclip.clip_grad_norm_([ours], 1.0)
-    assert norm.item() == pytest.approx(torch.nn.utils.clip_grad_norm_([theirs], 1.0).item(), rel=1e-6) == 13
+    assert norm.item() == pytest.approx(torch.nn.utils.clip_grad_norm_([theirs], 1.0).item(), rel=1e-6)
+    assert norm.item() == pytest.approx(13, rel=1e-6)
     torch.testing.assert_close(grad_of(ours), grad_of(theirs))
     before = grad_of(ours).clone()
     for clip in (fastclip.clip_grad_value_, torch.nn.utils.clip_grad_value_):
@@ -485,17 +488,18 @@ def test_sparse_gradients_are_clipped_by_their_coalesced_values(leg: Leg, coales
         parameter.grad = grad
         return [parameter, one([4.0], leg)]
 
-    made = make()
-    dense = grad_of(made[0]).to_dense()
-    exact = oracle.norm([dense, grad_of(made[1])], 2)
-    assert fastclip.get_total_norm([grad_of(parameter) for parameter in made]).item() == pytest.approx(exact, rel=1e-6)
-    assert grad_of(made[0]).is_coalesced() == coalesced  # measuring changes nothing
-    assert fastclip.clip_grad_norm_(made, 1.0).item() == pytest.approx(exact, rel=1e-6)
-    assert grad_of(made[0]).layout == torch.sparse_coo
-    torch.testing.assert_close(grad_of(made[0]).to_dense(), dense * (1 / exact), rtol=1e-5, atol=0)
-    made = make()
-    fastclip.clip_grad_value_(made, 1.25)
-    torch.testing.assert_close(grad_of(made[0]).to_dense(), dense.clamp(-1.25, 1.25), rtol=0, atol=0)
+    with leg.unbounded():
+        made = make()
+        dense = grad_of(made[0]).to_dense()
+        exact = oracle.norm([dense, grad_of(made[1])], 2)
+        assert fastclip.get_total_norm([grad_of(parameter) for parameter in made]).item() == pytest.approx(exact, rel=1e-6)
+        assert grad_of(made[0]).is_coalesced() == coalesced  # measuring changes nothing
+        assert fastclip.clip_grad_norm_(made, 1.0).item() == pytest.approx(exact, rel=1e-6)
+        assert grad_of(made[0]).layout == torch.sparse_coo
+        torch.testing.assert_close(grad_of(made[0]).to_dense(), dense * (1 / exact), rtol=1e-5, atol=0)
+        made = make()
+        fastclip.clip_grad_value_(made, 1.25)
+        torch.testing.assert_close(grad_of(made[0]).to_dense(), dense.clamp(-1.25, 1.25), rtol=0, atol=0)
     with pytest.raises((NotImplementedError, RuntimeError)):
         torch.nn.utils.clip_grad_norm_(make(), 1.0)
 
@@ -503,16 +507,18 @@ def test_sparse_gradients_are_clipped_by_their_coalesced_values(leg: Leg, coales
 def test_sparse_gradient_of_an_embedding(leg: Leg) -> None:
     embedding = nn.Embedding(10, 3, sparse=True).to(leg.device)
     embedding(torch.tensor([1, 4, 1], device=leg.device)).sum().backward()
-    norm = fastclip.clip_grad_norm_(embedding.parameters(), 1.0)
-    assert norm.item() == pytest.approx(math.sqrt(3 * 4 + 3), rel=1e-6)
-    assert fastclip.get_total_norm([grad_of(embedding.weight)]).item() == pytest.approx(1.0, rel=1e-5)
+    with leg.unbounded():
+        norm = fastclip.clip_grad_norm_(embedding.parameters(), 1.0)
+        assert norm.item() == pytest.approx(math.sqrt(3 * 4 + 3), rel=1e-6)
+        assert fastclip.get_total_norm([grad_of(embedding.weight)]).item() == pytest.approx(1.0, rel=1e-5)
     torch.optim.SGD(embedding.parameters(), lr=1.0).step()  # what was clipped is of use
 
 
 def test_nonfinite_sparse_gradient_is_named(leg: Leg) -> None:
     parameter = nn.Parameter(torch.zeros(7, device=leg.device))
     parameter.grad = sparse(leg, coalesced=True, hybrid=False) * NAN
-    with pytest.raises(RuntimeError, match=r"parameters\[0\] of shape \(7,\) \(3 NaN, 0 inf\)"):
+    message = r"parameters\[0\] of shape \(7,\) \(3 NaN, 0 inf\)"
+    with leg.unbounded(), pytest.raises(RuntimeError, match=message):
         fastclip.clip_grad_norm_([parameter], 1.0, error_if_nonfinite=True)
 
 
@@ -555,7 +561,8 @@ def test_inference_tensors_are_refused_outside_of_inference_mode(leg: Leg, as_to
     clip = torch.nn.utils.clip_grad_norm_ if as_torch_does else fastclip.clip_grad_norm_
     with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside InferenceMode is not allowed"):
         clip([parameter], 1.0)
-    assert values_of(parameter) == pytest.approx([1.5, 2.0], rel=1e-6)
+    if not as_torch_does:  # torch raises when it has written
+        assert values_of(parameter) == pytest.approx([1.5, 2.0], rel=1e-6)
 
 
 class Named(Tensor):
@@ -598,14 +605,16 @@ def test_a_list_of_all_kinds_clips_as_one_set(leg: Leg) -> None:
     made, before = make(), make()
     dense = [grad.to_dense() if grad.is_sparse else grad for grad in map(grad_of, before)]
     exact = oracle.norm(dense, 2)
-    norm = fastclip.clip_grad_norm_(made, 1.0)
+    with leg.unbounded():
+        norm = fastclip.clip_grad_norm_(made, 1.0)
+        tensors_with_values = fastclip.clip_grad_norm_(make(), 1.0, 0)
     assert norm.dtype == torch.float64
     assert norm.item() == pytest.approx(exact, rel=1e-6)
+    assert tensors_with_values.item() == 9  # all but the one without elements
     for parameter, original in zip(made, dense, strict=True):
         grad = grad_of(parameter).to_dense()
         tolerance = 1e-6 + (oracle.rounding(leg, grad.dtype) if not grad.is_complex() else 0)
         oracle.assert_close(grad, oracle.as_numpy(original) / exact, tolerance)
-    assert fastclip.clip_grad_norm_(make(), 1.0, 0).item() == 9  # all but the one without elements
 
 
 # ---- The value clip
@@ -705,7 +714,7 @@ CALLS: dict[str, Callable[[list[nn.Parameter]], Any]] = {
     "norm, not clipping": lambda made: fastclip.clip_grad_norm_(made, 1e9),
     "norm, measuring": lambda made: fastclip.clip_grad_norm_(made, INF),
     "value, clipping": lambda made: fastclip.clip_grad_value_(made, 0.1),
-    "value, not clipping": lambda made: fastclip.clip_grad_value_(made, 1e9),
+    "value, not clipping": lambda made: fastclip.clip_grad_value_(made, 6e4),
     "known norm": lambda made: fastclip.clip_grads_with_norm_(made, 1e9, torch.tensor(1.0)),
 }
 
@@ -714,12 +723,11 @@ CALLS: dict[str, Callable[[list[nn.Parameter]], Any]] = {
 def test_backward_through_clipped_gradients_raises(leg: Leg, call: str) -> None:
     """A write that autograd does not know of would make the second backward silently wrong."""
     weight = nn.Parameter(torch.tensor([1.0, 2.0], device=leg.device))
-    (weight**3).sum().backward(create_graph=True)  # type: ignore[no-untyped-call]
+    (weight.grad,) = torch.autograd.grad((weight**3).sum(), weight, create_graph=True)
     loss = (grad_of(weight) ** 2).sum()  # keeps the gradient for its own backward
     CALLS[call]([weight])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()  # type: ignore[no-untyped-call]
-    weight.grad = None  # or the reference cycle of create_graph lives on
+        torch.autograd.grad(loss, weight)
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -803,7 +811,7 @@ def test_mixed_devices(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_importing_fastclip_imports_neither_triton_nor_torch() -> None:
     code = "import sys, fastclip; assert not {'torch', 'triton', 'numpy'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603 - this very Python
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_clipping_on_the_cpu_does_not_import_triton() -> None:
@@ -811,4 +819,4 @@ def test_clipping_on_the_cpu_does_not_import_triton() -> None:
         "import sys, torch, fastclip; p = torch.nn.Parameter(torch.ones(2)); p.grad = torch.ones(2);"
         "fastclip.clip_grad_norm_([p], 1.0); fastclip.clip_grad_value_([p], 1.0); assert 'triton' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603 - this very Python
+    subprocess.run([sys.executable, "-c", code], check=True)
