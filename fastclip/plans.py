@@ -45,6 +45,7 @@ class Prepared:
         dtype: The gradients' own, real and promoted where they differ: that of torch's norm.
         streams: The current stream of each GPU, for which the plans were made.
         fingerprint: What all this rests on, or None where that cannot be told and it must not be used again.
+        temporaries: Among others the coalesced values of sparse gradients, of which plans know but the addresses.
     """
 
     plans: list[Plan]
@@ -52,6 +53,7 @@ class Prepared:
     dtype: torch.dtype
     streams: tuple[tuple[torch.device, int], ...]
     fingerprint: Fingerprint | None
+    temporaries: list[Tensor]
 
 
 class _Kept(threading.local):
@@ -116,7 +118,8 @@ def _prepare(tensors: list[Tensor], fingerprint: Fingerprint | None, *, in_place
     # torch's plans hold the tensors themselves: kept, they would keep the gradients' memory alive.
     keep = all(backend is not TORCH for backend, _ in groups)
     plans = [backend.plan(members) for (backend, _), members in groups.items()]
-    return Prepared(plans, tensors[0].device, dtype, streams, fingerprint if keep else None)
+    temporaries = [] if fingerprint else [member for members in groups.values() for member in members]
+    return Prepared(plans, tensors[0].device, dtype, streams, fingerprint if keep else None, temporaries)
 
 
 def _streams_are_current(prepared: Prepared) -> bool:

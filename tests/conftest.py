@@ -1,6 +1,53 @@
-"""Makes the helper packages beside the tests importable, whatever pytest's import mode."""
+"""Fixtures, and the hooks that run each test once on every leg: on NumPy, on torch, and on the kernels (see `legs`)."""
+
+from __future__ import annotations
 
 import sys
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+# The helper modules and packages beside the tests are importable, whatever pytest's import mode.
 sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("oracle", "gradients")
+
+import legs
+from legs import Leg
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "legs(*names): run the test on these legs only, of those that there are")
+    config.pluginmanager.register(legs.worker_plugin(config) or legs.Relay(config), "legs")
+
+
+def pytest_report_header() -> str:
+    return f"legs: {', '.join(leg.name for leg in legs.AVAILABLE)}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marked = {name for mark in metafunc.definition.iter_markers("parametrize") for name in legs.names_of(mark)}
+    if "leg" in metafunc.fixturenames and "leg" not in marked:
+        wanted = metafunc.definition.get_closest_marker("legs")
+        metafunc.parametrize("leg", legs.parameters(*(wanted.args if wanted else ())), indirect=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test of legs that are not there is no test."""
+    items[:] = [item for item in items if not legs.has_no_leg(item)]
+
+
+@pytest.fixture
+def leg(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leg]:
+    """The leg that the test runs on; its backend is forced."""
+    monkeypatch.setenv("FASTCLIP_BACKEND", request.param.backend)
+    yield request.param
+    request.param.check()
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers that are the test's own, and the same in every run."""
+    return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))

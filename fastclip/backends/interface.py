@@ -71,7 +71,7 @@ def combine(norms: Sequence[Tensor], p: float) -> Tensor:
 
 def stable_norm(x: Tensor, p: float) -> Tensor:
     """``‖x‖_p`` of a nonempty tensor in x's own precision, without overflow or underflow of the powers (p ≠ 0)."""
-    peak = x.abs().amax()
-    scale = torch.where(peak.isfinite() & (peak > 0), peak, 1.0)
+    leading = x.abs().amax() if p > 0 else x.abs().amin()  # of which the power is the largest
+    scale = torch.where(leading.isfinite() & (leading > 0), leading, 1.0)
     norm: Tensor = torch.linalg.vector_norm(x / scale, p) * scale
     return norm

@@ -68,7 +68,8 @@ class NumpyPlan:
             norms += share
         # A piece's 0-norm counts its nonzero elements; the set's counts the tensors that have any.
         parts = np.bincount(self.owners, weights=norms) if p == 0 else np.array(norms)
-        total = norms[0] if len(norms) == 1 and p else _norm(parts, p)
+        with _quiet():
+            total = norms[0] if len(norms) == 1 and p else _norm(parts, p)
         # In two steps, because torch refuses to make a number of a dtype that it would overflow.
         norm = torch.scalar_tensor(total, dtype=torch.float64).to(dtype)
         return Reduction(norm, total, clip_coefficient(total, max_norm))
@@ -263,8 +264,8 @@ def _euclidean_norm(x: Array) -> float:
 def _power_norm(x: Array, p: float) -> float:
     """The norm in fp64, of values scaled by a power of two so that no power overflows."""
     magnitudes = np.abs(x, dtype=np.float64)
-    peak = float(magnitudes.max())
-    exponent = math.frexp(peak)[1] if 0 < peak < math.inf else 0
+    leading = float(magnitudes.max() if p > 0 else magnitudes.min())  # of which the power is the largest
+    exponent = math.frexp(leading)[1] if 0 < leading < math.inf else 0
     total = np.power(np.ldexp(magnitudes, -exponent), p).sum()
     return float(np.ldexp(np.power(total, 1 / p), exponent))
 
@@ -283,9 +284,13 @@ def _factors(coefficient: float, dtype: torch.dtype) -> tuple[float, ...]:
     return (float(wide(coefficient)),)
 
 
-def _quietly(work: Callable[[Sequence[Piece]], Any], pieces: Sequence[Piece]) -> Any:
+def _quiet() -> np.errstate:
     # Overflow and NaN are answers here, not accidents.
-    with np.errstate(all="ignore"):
+    return np.errstate(all="ignore")
+
+
+def _quietly(work: Callable[[Sequence[Piece]], Any], pieces: Sequence[Piece]) -> Any:
+    with _quiet():
         return work(pieces)
 
 

@@ -52,9 +52,12 @@ class TorchPlan:
 
 def _norm(tensor: Tensor, p: float) -> Tensor:
     """The norm in fp64, in which squares of narrower types neither overflow nor underflow."""
-    if tensor.device.type in _WITHOUT_FP64:
-        return stable_norm(tensor.to(torch.float32), p) if p else torch.linalg.vector_norm(tensor, p)
-    if tensor.dtype in _DOUBLES and p:
+    has_fp64 = tensor.device.type not in _WITHOUT_FP64
+    if p == 0:  # not `vector_norm`, which warns that it casts complex numbers
+        return tensor.count_nonzero().to(torch.float64 if has_fp64 else torch.float32)
+    if not has_fp64:
+        return stable_norm(tensor.to(torch.float32), p)
+    if tensor.dtype in _DOUBLES:
         return stable_norm(tensor, p)
     wide = torch.complex128 if tensor.is_complex() else torch.float64
     norm: Tensor = torch.linalg.vector_norm(tensor, p, dtype=wide)

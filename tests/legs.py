@@ -1,0 +1,295 @@
+"""The legs: every way in which the package's work can be done, each of which runs the same tests.
+
+A test that takes the fixture `leg` becomes one test a leg. Two legs need a process of their own:
+
+- ``interpreter``: whether `triton.jit` interprets is decided when a module that uses it is imported, `triton.language`
+  included. (Older versions of Triton also leave `triton.language` patched once a kernel was interpreted.)
+- ``ptx``: `ptxlab` puts a stand-in driver in place of the GPU's, and a faulty kernel may take its process along.
+
+So a plain ``pytest`` starts one worker for each of them: a pytest of its own, given the tests of its leg, which works
+while the main process runs the rest, and whose reports the main process hands on as if they were its own. Selection,
+``-x``, ``--lf``, counts and durations work as ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from multiprocessing.connection import Client, Connection, Listener
+from typing import Any
+
+import pytest
+import torch
+
+_LEG = "FASTCLIP_TEST_LEG"
+_ADDRESS = "FASTCLIP_TEST_ADDRESS"
+_KEY = "FASTCLIP_TEST_KEY"
+
+_START_LIMIT = 120  # seconds until a worker has to have connected
+_TEST_LIMIT = 300  # seconds until a worker has to have reported another test: compiling a kernel for ptx takes 10
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One way to do the work.
+
+    Attributes:
+        name: What it is called in the tests' ids.
+        backend: What `FASTCLIP_BACKEND` is set to.
+        device: Where the gradients are.
+        environment: The variables that its worker is started with; None where it runs in the main process.
+    """
+
+    name: str
+    backend: str
+    device: torch.device = torch.device("cpu")
+    environment: tuple[tuple[str, str], ...] | None = None
+
+    @property
+    def truncates_bfloat16(self) -> bool:
+        """Whether fp32 is cut off, rather than rounded, to bfloat16: Triton's interpreter does so, a GPU does not."""
+        return self.name == "interpreter"
+
+    def check(self) -> None:
+        """Raise what the leg noticed by itself: under ptxlab, accesses out of bounds, misaligned or divergent."""
+        if self.name == "ptx":
+            import ptxlab
+
+            ptxlab.check()
+
+    @contextlib.contextmanager
+    def unbounded(self) -> Iterator[None]:
+        """Let kernels touch memory that ptxlab cannot know to be a tensor's: the values of a sparse one."""
+        if self.name != "ptx":
+            yield
+            return
+        import ptxlab
+
+        ptxlab.activate(90, bounds=None)
+        try:
+            yield
+            self.check()
+        finally:
+            ptxlab.activate(90)
+
+    def prepare(self, config: pytest.Config) -> None:
+        """Make this process, the leg's worker, ready."""
+        if self.name == "interpreter":
+            # The interpreter computes with NumPy, which warns of what is in order on a GPU: of infinities and NaNs.
+            for message in (r"(divide by zero|overflow|invalid value) encountered", "All-NaN slice encountered"):
+                config.addinivalue_line("filterwarnings", f"ignore:{message}:RuntimeWarning")
+        if self.name == "ptx":
+            import ptxlab
+
+            ptxlab.activate(90)
+
+
+_HAS_TRITON = find_spec("triton") is not None
+
+AVAILABLE = tuple(
+    leg
+    for leg, is_available in (
+        (Leg("numpy", "numpy"), True),
+        (Leg("torch", "torch"), True),
+        (Leg("gpu", "triton", torch.device("cuda")), torch.cuda.is_available() and _HAS_TRITON),
+        (Leg("interpreter", "triton", environment=(("TRITON_INTERPRET", "1"),)), _HAS_TRITON),
+        (Leg("ptx", "triton", environment=()), _HAS_TRITON and bool(shutil.which("gcc")) and bool(find_spec("ptxlab"))),
+    )
+    if is_available
+)
+
+
+def parameters(*names: str) -> list[Any]:
+    """What to parametrize `leg` by: the available legs of these names, or all."""
+    return [pytest.param(leg, id=leg.name) for leg in AVAILABLE if not names or leg.name in names]
+
+
+def names_of(parametrize: pytest.Mark) -> Sequence[str]:
+    """The arguments that a `parametrize` mark sets."""
+    names = parametrize.args[0]
+    return [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+
+
+def has_no_leg(item: pytest.Item) -> bool:
+    """Whether the test is what pytest makes of an empty list of legs: one that is skipped."""
+    parameters_of = getattr(item, "callspec", None) and item.callspec.params  # type: ignore[attr-defined]
+    return bool(parameters_of) and "leg" in parameters_of and not isinstance(parameters_of["leg"], Leg)
+
+
+def _leg_of(item: pytest.Item) -> Leg | None:
+    leg = getattr(item, "callspec", None) and item.callspec.params.get("leg")  # type: ignore[attr-defined]
+    return leg if isinstance(leg, Leg) and leg.environment is not None else None
+
+
+class Relay:
+    """The main process's plugin: starts the workers, and reports their tests."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.workers: dict[str, _Worker] = {}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Put the workers' tests last, leg by leg: they run meanwhile."""
+        order = {leg: position for position, leg in enumerate(AVAILABLE, start=1)}
+        items.sort(key=lambda item: order[leg] if (leg := _leg_of(item)) else 0)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> None:
+        """Start a worker for each leg that has tests and needs one."""
+        if self.config.option.collectonly or (session.testsfailed and not self.config.option.continue_on_collection_errors):
+            return
+        for leg in AVAILABLE:
+            mine = [item for item in session.items if _leg_of(item) is leg]
+            if mine:
+                self.workers[leg.name] = _Worker(self.config, leg, mine)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        """Report a worker's test instead of running it."""
+        leg = _leg_of(item)
+        if leg is None:
+            return None
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        for report in self.workers[leg.name].reports_on(item):
+            item.ihook.pytest_runtest_logreport(report=report)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    def pytest_sessionfinish(self) -> None:
+        """End the workers, which are at work still where the run was cut short."""
+        for worker in self.workers.values():
+            worker.end()
+
+
+class _Worker:
+    """A pytest that runs the tests of one leg, in the order in which they will be asked for."""
+
+    def __init__(self, config: pytest.Config, leg: Leg, items: Sequence[pytest.Item]) -> None:
+        self.config = config
+        self.leg = leg
+        self.connection: Connection | None = None
+        self.death = ""
+        self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - as long as the worker
+        key = secrets.token_bytes(16)
+        with Listener(authkey=key) as listener:
+            address = listener.address if isinstance(listener.address, str) else f"{listener.address[0]}:{listener.address[1]}"
+            variables = {_LEG: leg.name, _ADDRESS: address, _KEY: key.hex(), **dict(leg.environment or ())}
+            files = sorted({str(item.path) for item in items})
+            command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--rootdir={config.rootpath}", *files]
+            if config.inipath:
+                command[3:3] = ["-c", str(config.inipath)]
+            self.process = subprocess.Popen(
+                command,
+                env={**os.environ, **variables},
+                cwd=config.invocation_params.dir,
+                stdin=subprocess.DEVNULL,
+                stdout=self.log,
+                stderr=subprocess.STDOUT,
+            )
+            self._accept(listener)
+        if self.connection:
+            self.connection.send([item.nodeid for item in items])
+
+    def _accept(self, listener: Listener) -> None:
+        from multiprocessing.connection import wait
+
+        accepted = wait([listener._listener._socket], timeout=_START_LIMIT)  # type: ignore[attr-defined]
+        if accepted:
+            self.connection = listener.accept()
+
+    def reports_on(self, item: pytest.Item) -> list[pytest.TestReport]:
+        """Wait for what the worker has to say on a test; a worker that died fails all that it has not reported."""
+        reports: list[pytest.TestReport] = []
+        while not (reports and reports[-1].when == "teardown"):
+            data = self._receive()
+            if data is None:
+                lost = f"the worker of the leg {self.leg.name} ended before this test did: {self.death}"
+                reports.append(_failure(item, lost))
+                return reports
+            report = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
+            if report.nodeid != item.nodeid:
+                self._die(f"it reported {report.nodeid} where {item.nodeid} was due")
+                continue
+            reports.append(report)
+        return reports
+
+    def _receive(self) -> dict[str, Any] | None:
+        if self.death or self.connection is None:
+            self.death = self.death or self._epitaph("it did not start")
+            return None
+        try:
+            if self.connection.poll(_TEST_LIMIT):
+                data: dict[str, Any] = self.connection.recv()
+                return data
+            self._die(f"no word from it for {_TEST_LIMIT} s")
+        except (EOFError, OSError):
+            self.process.wait()
+            self._die(f"exit status {self.process.returncode}")
+        return None
+
+    def _die(self, reason: str) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.death = self._epitaph(reason)
+
+    def _epitaph(self, reason: str) -> str:
+        self.log.seek(0)
+        return f"{reason}. The end of its output:\n{self.log.read()[-4000:]}"
+
+    def end(self) -> None:
+        """End the process, which has ended by itself unless tests were left out."""
+        if self.connection:
+            self.connection.close()
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+
+def _failure(item: pytest.Item, reason: str) -> pytest.TestReport:
+    return pytest.TestReport(item.nodeid, item.location, dict.fromkeys(item.keywords, 1), "failed", reason, "call")
+
+
+def worker_plugin(config: pytest.Config) -> WorkerPlugin | None:
+    """The plugin of a worker, or None in the main process."""
+    name = os.environ.get(_LEG)
+    return WorkerPlugin(config, next(leg for leg in AVAILABLE if leg.name == name)) if name else None
+
+
+class WorkerPlugin:
+    """Run the tests that the main process asks for, and send it every report."""
+
+    def __init__(self, config: pytest.Config, leg: Leg) -> None:
+        self.config = config
+        address = os.environ[_ADDRESS]
+        host, colon, port = address.rpartition(":")
+        where = (host, int(port)) if colon and port.isdigit() else address
+        self.connection = Client(where, authkey=bytes.fromhex(os.environ[_KEY]))
+        self.node_ids: list[str] = self.connection.recv()
+        leg.prepare(config)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Keep the tests asked for, in the order asked for."""
+        found = {item.nodeid: item for item in items}
+        items[:] = [found[node_id] for node_id in self.node_ids]
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Pass a report on."""
+        self.connection.send(self.config.hook.pytest_report_to_serializable(config=self.config, report=report))
+
+    def pytest_sessionfinish(self) -> None:
+        """Tell that nothing more will come."""
+        self.connection.close()

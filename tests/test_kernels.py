@@ -1,0 +1,370 @@
+"""The kernels by themselves: any number of programs, any address, any size, the whole range of values.
+
+Everything that a kernel has to write (the chunks' norms, state, result) is NaN before it runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from gradients import assert_untouched_around, embedded, random_values, twin
+from legs import Leg
+from torch import Tensor
+
+pytestmark = pytest.mark.legs("gpu", "interpreter", "ptx")
+
+INF = math.inf
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as the chunk map sorts them
+KINDS = {2.0: "two", 1.0: "one", 0.0: "zero", 3.0: "power", -1.0: "inverse", INF: "max", -INF: "min"}
+SPECIAL = (0.0, -0.0, 1.5, -3.0, INF, -INF, math.nan)
+
+
+class Launcher:
+    """The kernels, launched on a list of tensors with a number of programs of the test's own choice."""
+
+    def __init__(self, tensors: Sequence[Tensor], programs: int = 3, norm_dtype: torch.dtype = torch.float32) -> None:
+        from fastclip.kernels import table
+
+        device = tensors[0].device
+        segments = np.array([DTYPES.index(tensor.dtype) for tensor in tensors])
+        layout = table.lay_out(np.array([tensor.numel() for tensor in tensors]), segments)
+        rows = [[tensor.data_ptr(), tensor.numel()] for tensor in tensors]
+        self.device = device
+        self.tensors = tensors  # kept alive: the kernels know their addresses only
+        self.grid = (programs,)
+        self.options = table.LAUNCH_OPTIONS
+        self.ends = layout.ends
+        self.chunks = torch.from_numpy(layout.chunks).to(device)
+        self.slices = torch.from_numpy(layout.slices).to(device)
+        self.rows = torch.tensor(rows, dtype=torch.int64, device=device)
+        self.partials = self._poisoned(len(layout.chunks), torch.float64)
+        self.state = self._poisoned(2, torch.float64)
+        self.norm = self._poisoned(1, norm_dtype).reshape(())
+        self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def _poisoned(self, size: int, dtype: torch.dtype) -> Tensor:
+        return torch.full((size,), math.nan, dtype=dtype, device=self.device)
+
+    def reduce(self, p: float = 2.0, max_norm: float = 1.0) -> None:
+        from fastclip.kernels.reduce import reduce_kernel
+
+        memory = (self.chunks, self.rows, self.partials, self.ticket, self.state, self.norm)
+        reduce_kernel[self.grid](*memory, *self.ends, p, max_norm, KIND=KINDS[p], **self.options)
+
+    def tensor_norms(self, p: float = 2.0) -> list[float]:
+        """The norm of each tensor, from what `reduce` left."""
+        from fastclip.kernels.reduce import tensor_norms_kernel
+
+        norms = self._poisoned(len(self.tensors), torch.float64)
+        memory = (self.partials, self.slices, norms)
+        tensor_norms_kernel[self.grid](*memory, len(self.tensors), p, KIND=KINDS[p], **self.options)
+        values: list[float] = norms.tolist()
+        return values
+
+    def apply(self, coefficients: Tensor, stride: int) -> None:
+        from fastclip.kernels.apply import apply_kernel
+
+        apply_kernel[self.grid](self.chunks, self.rows, coefficients, stride, *self.ends, **self.options)
+
+    def clamp(self, minimum: float, maximum: float) -> None:
+        from fastclip.kernels.clamp import clamp_kernel
+
+        clamp_kernel[self.grid](self.chunks, self.rows, *self.ends, minimum, maximum, **self.options)
+
+
+def chunk_elements(dtype: torch.dtype) -> int:
+    from fastclip.kernels import table
+
+    return table.CHUNK_BYTES // dtype.itemsize
+
+
+def tile_elements(dtype: torch.dtype) -> int:
+    from fastclip.kernels import table
+
+    return int(table.TILE_VECTORS.value * table.VECTOR_BYTES.value) // dtype.itemsize
+
+
+def scaled(tensor: Tensor, coefficient: float) -> oracle.Array:
+    return oracle.as_numpy(tensor) * coefficient
+
+
+def product_tolerance(leg: Leg, dtype: torch.dtype) -> float:
+    """Of a product rounded to `dtype`, by a coefficient rounded to the type of the multiplication."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return oracle.rounding(leg, dtype) + 2 * oracle.half_ulp(wide)
+
+
+@pytest.mark.parametrize("p", [2.0, -INF])
+def test_any_number_of_programs_gives_the_same_bits(leg: Leg, p: float, rng: np.random.Generator) -> None:
+    originals = [
+        embedded(random_values(rng, (size,), dtype), offset=offset, device=leg.device)
+        for offset, dtype in enumerate(DTYPES)
+        for size in (1, chunk_elements(dtype) + 777, 50, 5000)
+    ]
+    seen = []
+    for programs in (1, 2, 3, 7, 40):
+        tensors = [twin(tensor) for tensor in originals]
+        launcher = Launcher(tensors, programs, torch.float64 if p == 2 else torch.float32)
+        launcher.reduce(p, max_norm=0.125)
+        launcher.apply(launcher.state[1:], 0)
+        seen.append([launcher.partials, launcher.state, launcher.norm, *tensors])
+    for others in seen[1:]:
+        for mine, first in zip(others, seen[0], strict=True):
+            oracle.assert_same_bits(mine, first)
+    oracle.assert_norm(seen[0][2], oracle.norm(originals, p), [torch.float32], leg)
+
+
+@pytest.mark.parametrize("p", KINDS)
+def test_norm_of_each_tensor(leg: Leg, p: float, rng: np.random.Generator) -> None:
+    tensors = [
+        embedded(random_values(rng, (size,), dtype, zeros=p >= 0), offset=offset, device=leg.device)
+        for offset, dtype in enumerate(DTYPES)
+        for size in (1, 30, chunk_elements(dtype) + 9)
+    ]
+    launcher = Launcher(tensors)
+    launcher.reduce(p)
+    if p == 0:  # a chunk's 0-norm is the number of its nonzero elements
+        counts = [tensor.count_nonzero().item() for tensor in tensors]
+        assert [launcher.partials[first : first + n].sum().item() for first, n in launcher.slices.tolist()] == counts
+        return
+    norms = launcher.tensor_norms(p)
+    for norm, tensor in zip(norms, tensors, strict=True):
+        assert norm == pytest.approx(oracle.norm([tensor], p), rel=oracle.NORM_TOLERANCE[tensor.dtype])
+    oracle.assert_norm(launcher.norm, oracle.norm(tensors, p), DTYPES, leg)
+
+
+def test_launches_in_a_row(leg: Leg, rng: np.random.Generator) -> None:
+    """The ticket by which the last program is known is back at 0 after each launch."""
+    tensors = [embedded(random_values(rng, (1000,), torch.float32), device=leg.device) for _ in range(5)]
+    launcher = Launcher(tensors, programs=4)
+    for factor in (1.0, 3.0, 0.5):
+        for tensor in tensors:
+            tensor.mul_(factor)
+        for poisoned in (launcher.partials, launcher.state, launcher.norm):
+            poisoned.fill_(math.nan)
+        launcher.reduce()
+        assert launcher.ticket.item() == 0
+        oracle.assert_norm(launcher.norm, oracle.norm(tensors, 2), [torch.float32], leg)
+
+
+ALL_ALIGNMENTS = [
+    (dtype, offset, size)
+    for dtype in DTYPES
+    for offset in range(16 // dtype.itemsize)
+    for size in ((1, 16 // dtype.itemsize - 1, 16 // dtype.itemsize + 1, 75) if offset else (1, 7, 16))
+]
+
+
+def alignments(leg: Leg, rng: np.random.Generator) -> list[Tensor]:
+    """Every address modulo 16, with and without a head, a body and a tail."""
+    return [
+        embedded(random_values(rng, (size,), dtype), offset=offset, device=leg.device)
+        for dtype, offset, size in ALL_ALIGNMENTS
+    ]
+
+
+def boundaries(leg: Leg, rng: np.random.Generator) -> list[Tensor]:
+    """Sizes about a tile's and a chunk's, at a 16-byte boundary and one element behind it."""
+    return [
+        embedded(random_values(rng, (size + extra,), dtype), offset=offset, device=leg.device)
+        for dtype in DTYPES
+        for size, offset in itertools.product((tile_elements(dtype), chunk_elements(dtype)), (0, 1))
+        for extra in (-1, 0, 1)
+    ]
+
+
+@pytest.mark.parametrize("places", [alignments, boundaries])
+def test_addresses_and_sizes(leg: Leg, places: object, rng: np.random.Generator) -> None:
+    """Each tensor has its own norm, its own coefficient, and nothing around it is read or written."""
+    assert callable(places)
+    originals: list[Tensor] = places(leg, rng)
+    tensors = [twin(tensor) for tensor in originals]
+    launcher = Launcher(tensors, programs=7)
+    launcher.reduce()
+    for norm, original in zip(launcher.tensor_norms(), originals, strict=True):
+        exact = oracle.norm([original], 2)
+        assert norm == pytest.approx(exact, rel=oracle.NORM_TOLERANCE[original.dtype])
+    coefficients = torch.from_numpy(rng.uniform(0.1, 0.9, len(tensors))).to(leg.device)
+    launcher.apply(coefficients, stride=1)
+    for tensor, original, coefficient in zip(tensors, originals, coefficients.tolist(), strict=True):
+        oracle.assert_close(tensor, scaled(original, coefficient), product_tolerance(leg, tensor.dtype))
+        assert_untouched_around(tensor, original)
+    for tensor, original in zip(tensors, originals, strict=True):
+        tensor.copy_(original)
+    launcher.clamp(-0.5, 0.25)
+    for tensor, original in zip(tensors, originals, strict=True):
+        oracle.assert_same_bits(tensor, original.clamp(-0.5, 0.25))
+        assert_untouched_around(tensor, original)
+
+
+def test_whole_range_of_fp32(leg: Leg, rng: np.random.Generator) -> None:
+    """Every decade from the smallest subnormal to the largest value, alone and mixed with every other, within 1e-6."""
+    decades = [float(f"1e{exponent}") for exponent in range(-45, 39)]
+    signs = rng.choice([-1.0, 1.0], 33)
+    values = [rng.uniform(1, 3, 33) * signs * decade for decade in decades]
+    mixtures = [np.concatenate([values[i], values[j]]) for i, j in itertools.combinations(range(0, len(values), 7), 2)]
+    tensors = [
+        embedded(torch.from_numpy(x).float().to(leg.device), offset=1, device=leg.device) for x in [*values, *mixtures]
+    ]
+    launcher = Launcher(tensors, norm_dtype=torch.float64)
+    launcher.reduce()
+    for norm, tensor in zip(launcher.tensor_norms(), tensors, strict=True):
+        assert norm == pytest.approx(oracle.norm([tensor], 2), rel=1e-6, abs=0)
+    assert launcher.norm.item() == pytest.approx(oracle.norm(tensors, 2), rel=1e-6)
+    assert launcher.norm.item() > torch.finfo(torch.float32).max
+
+
+def test_many_values_at_the_edge_of_the_range(leg: Leg) -> None:
+    """Sums that are merely not 0, or not yet infinite, may have lost a part: values about 3e-23 and 1e19."""
+    values = (1e-45, 1e-40, 3e-23, 1e-22, 2e-21, 1e-20, 1e17, 1e18, 1e19, 3.4e38)
+    tensors = [embedded(torch.full((9000,), value, dtype=torch.float32), device=leg.device) for value in values]
+    launcher = Launcher(tensors, norm_dtype=torch.float64)
+    launcher.reduce()
+    for norm, tensor in zip(launcher.tensor_norms(), tensors, strict=True):
+        assert norm == pytest.approx(oracle.norm([tensor], 2), rel=1e-6, abs=0)
+
+
+def test_whole_range_of_fp64(leg: Leg, rng: np.random.Generator) -> None:
+    decades = (5e-324, 1e-310, 1e-300, 1e-160, 1e-150, 1.0, 1e150, 1e160, 1e300, 1e305)
+    tensors = [
+        embedded(torch.from_numpy(rng.uniform(1, 3, 21)) * decade, offset=1, device=leg.device) for decade in decades
+    ]
+    launcher = Launcher(tensors, norm_dtype=torch.float64)
+    launcher.reduce()
+    for norm, tensor in zip(launcher.tensor_norms(), tensors, strict=True):
+        assert norm == pytest.approx(oracle.norm([tensor], 2), rel=1e-12, abs=0)
+    assert launcher.norm.item() == pytest.approx(oracle.norm(tensors, 2), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_of_the_smallest_and_largest_values(leg: Leg, dtype: torch.dtype) -> None:
+    numbers = torch.finfo(dtype)
+    smallest = numbers.smallest_normal * numbers.eps
+    values = [numbers.smallest_normal, numbers.max]
+    if not leg.truncates_bfloat16 or dtype != torch.bfloat16:  # the interpreter takes bfloat16's subnormals for 0
+        values.append(smallest)
+    for value in values:
+        tensors = [torch.full((3,), value, dtype=dtype, device=leg.device)]
+        launcher = Launcher(tensors, norm_dtype=torch.float64)
+        launcher.reduce()
+        exact = math.sqrt(3) * value
+        assert launcher.norm.item() == pytest.approx(exact, rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("p", KINDS)
+def test_nan_and_infinity(leg: Leg, p: float) -> None:
+    """One tensor for each pair of special values; body, head and tail each hold one once."""
+    tensors = [
+        embedded(torch.tensor(pair, dtype=dtype), offset=i % 4, device=leg.device)
+        for dtype in DTYPES
+        for i, pair in enumerate(itertools.combinations(SPECIAL, 2))
+    ]
+    tensors += [torch.ones(40, device=leg.device).index_fill_(0, torch.tensor([at], device=leg.device), math.nan) for at in (0, 39)]
+    launcher = Launcher(tensors)
+    launcher.reduce(p)
+    assert launcher.partials.numel() == len(tensors)
+    norms = launcher.partials[launcher.slices[:, 0]].tolist()
+    for norm, tensor in zip(norms, tensors, strict=True):
+        exact = float(tensor.count_nonzero()) if p == 0 else oracle.norm([tensor], p)
+        assert norm == pytest.approx(exact, rel=1e-6, nan_ok=True), tensor
+    if p != 0:
+        assert math.isnan(launcher.state[0].item()) == math.isnan(oracle.norm(tensors, p))
+
+
+RULES = [
+    # max_norm, coefficient for a norm of 5
+    (2.5, 2.5 / (5 + 1e-6)),
+    (5.0, 5 / (5 + 1e-6)),
+    (5.1, 1.0),
+    (INF, 1.0),
+    (0.0, 0.0),
+    (-1.0, -1 / (5 + 1e-6)),
+    (-INF, -INF),
+    (math.nan, math.nan),
+]
+
+
+@pytest.mark.parametrize(("max_norm", "coefficient"), RULES)
+def test_rule(leg: Leg, max_norm: float, coefficient: float) -> None:
+    launcher = Launcher([torch.tensor([3.0, -4.0], device=leg.device)])
+    launcher.reduce(max_norm=max_norm)
+    assert launcher.state.tolist() == pytest.approx([5.0, coefficient], rel=1e-15, nan_ok=True)
+    assert launcher.norm.item() == 5
+
+
+COEFFICIENTS = (1.0, 0.0, -1.0, 0.3, 1e-30, 2.0**-126, 1e-41, -1e-44, 1e-50, INF, math.nan, 1 - 2.0**-24, 1 - 2.0**-25)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scaling(leg: Leg, dtype: torch.dtype, rng: np.random.Generator) -> None:
+    """Coefficients below fp32's normal numbers act on values that are as large, without losing their bits."""
+    large = torch.finfo(dtype).max if dtype in (torch.float32, torch.bfloat16) else 1.0
+    original = embedded(random_values(rng, (37,), torch.float64).clamp(-1, 1).mul(large).to(dtype), offset=1, device=leg.device)
+    tensors = [twin(original) for _ in COEFFICIENTS]
+    launcher = Launcher(tensors)
+    launcher.apply(torch.tensor(COEFFICIENTS, dtype=torch.float64, device=leg.device), stride=1)
+    for tensor, coefficient in zip(tensors, COEFFICIENTS, strict=True):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        if torch.tensor(coefficient, dtype=wide) == 1:
+            oracle.assert_same_bits(tensor, original)
+            continue
+        with np.errstate(invalid="ignore"):
+            expected = scaled(original, coefficient)
+        oracle.assert_close(tensor, expected, product_tolerance(leg, dtype))
+
+
+@pytest.mark.parametrize("special", [INF, -INF, math.nan, -0.0])
+def test_special_values_are_scaled_as_torch_does(leg: Leg, special: float) -> None:
+    for dtype in DTYPES:
+        original = torch.tensor([special, 2.0, -0.0, 0.0], dtype=dtype, device=leg.device)
+        for coefficient in (0.0, 0.5, -1.0, math.nan, INF):
+            tensor = original.clone()
+            Launcher([tensor]).apply(torch.tensor([coefficient], dtype=torch.float64, device=leg.device), stride=0)
+            expected = oracle.as_numpy(original * coefficient)
+            np.testing.assert_array_equal(oracle.as_numpy(tensor), expected)
+            numbers = ~np.isnan(expected)
+            np.testing.assert_array_equal(np.signbit(oracle.as_numpy(tensor))[numbers], np.signbit(expected)[numbers])
+
+
+BOUNDS = [(-1.0, 1.0), (-0.1, 0.3), (0.0, 0.0), (2.0, -2.0), (-INF, INF), (-INF, 0.5), (math.nan, 1.0), (-1.0, math.nan)]
+
+
+@pytest.mark.parametrize(("minimum", "maximum"), BOUNDS)
+def test_clamping(leg: Leg, minimum: float, maximum: float, rng: np.random.Generator) -> None:
+    values = torch.cat([random_values(rng, (50,), torch.float64), torch.tensor(SPECIAL, dtype=torch.float64)])
+    # A bound is rounded to the tensor's type, which the interpreter does wrong for bfloat16.
+    dtypes = [dtype for dtype in DTYPES if not (leg.truncates_bfloat16 and dtype == torch.bfloat16)]
+    tensors = [embedded(values.to(dtype), offset=3, device=leg.device) for dtype in dtypes]
+    originals = [twin(tensor) for tensor in tensors]
+    Launcher(tensors).clamp(minimum, maximum)
+    for tensor, original in zip(tensors, originals, strict=True):
+        bounds = torch.tensor([minimum, maximum], dtype=torch.float64, device=leg.device).to(tensor.dtype)
+        expected = original.clamp(*bounds)
+        np.testing.assert_array_equal(oracle.as_numpy(tensor), oracle.as_numpy(expected))
+        assert_untouched_around(tensor, original)
+
+
+def test_layout() -> None:
+    from fastclip.kernels import table
+
+    vector = table.CHUNK_BYTES // 4
+    numels = np.array([1, 2 * vector + 1, 5, 2 * vector, 3])
+    layout = table.lay_out(numels, np.array([3, 0, 1, 2, 0]))
+    # fp32: tensor 1 in three chunks, tensor 4; bf16: tensor 2; fp16: tensor 3 in one; fp64: tensor 0
+    assert [(entry >> 32, entry & 0xFFFFFFFF) for entry in layout.chunks.tolist()] == [
+        (1, 0),
+        (1, 1),
+        (1, 2),
+        (4, 0),
+        (2, 0),
+        (3, 0),
+        (0, 0),
+    ]
+    assert layout.ends == (4, 5, 6, 7)
+    assert layout.slices.tolist() == [[6, 1], [0, 3], [4, 1], [5, 1], [3, 1]]
