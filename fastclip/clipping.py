@@ -58,7 +58,7 @@ def clip_grad_norm_(
 
     Raises:
         RuntimeError: The norm is non-finite and `error_if_nonfinite`; or a gradient cannot be written in place.
-        TypeError: `parameters` holds something other than tensors, a number is not one, or `norm_dtype` is no real dtype.
+        TypeError: `parameters` holds something other than tensors, or a number or dtype is not one.
         ValueError: `norm_type` or `max_norm` is a string that is not a number.
 
     Example:

@@ -50,15 +50,15 @@ def parameters(gradients: Sequence[Tensor]) -> list[nn.Parameter]:
 
 def assert_untouched_around(tensor: Tensor, original: Tensor) -> None:
     """The memory of a strided tensor is that of its `twin`, but for the tensor's own elements."""
-    memory, before = (t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0) for t in (tensor, original))
+    memory, before = (
+        t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0) for t in (tensor, original)
+    )
     outside = torch.ones(memory.shape, dtype=torch.bool, device=tensor.device)
     outside.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(False)
     assert_same_bits(memory[outside], before[outside])
 
 
-def random_values(
-    rng: np.random.Generator, shape: Sequence[int], dtype: torch.dtype, *, zeros: bool = True
-) -> Tensor:
+def random_values(rng: np.random.Generator, shape: Sequence[int], dtype: torch.dtype, *, zeros: bool = True) -> Tensor:
     """Normal values, with a few zeros of both signs if `zeros`."""
     values = np.asarray(rng.standard_normal(tuple(shape)))
     if zeros:

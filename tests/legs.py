@@ -145,7 +145,9 @@ class Relay:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
         """Start a worker for each leg that has tests and needs one."""
-        if self.config.option.collectonly or (session.testsfailed and not self.config.option.continue_on_collection_errors):
+        if self.config.option.collectonly or (
+            session.testsfailed and not self.config.option.continue_on_collection_errors
+        ):
             return
         for leg in AVAILABLE:
             mine = [item for item in session.items if _leg_of(item) is leg]
@@ -181,7 +183,11 @@ class _Worker:
         self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - as long as the worker
         key = secrets.token_bytes(16)
         with Listener(authkey=key) as listener:
-            address = listener.address if isinstance(listener.address, str) else f"{listener.address[0]}:{listener.address[1]}"
+            address = (
+                listener.address
+                if isinstance(listener.address, str)
+                else f"{listener.address[0]}:{listener.address[1]}"
+            )
             variables = {_LEG: leg.name, _ADDRESS: address, _KEY: key.hex(), **dict(leg.environment or ())}
             files = sorted({str(item.path) for item in items})
             command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--rootdir={config.rootpath}", *files]

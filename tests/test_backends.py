@@ -91,7 +91,9 @@ def test_unknown_backend(unforced: pytest.MonkeyPatch) -> None:
 
 def test_forced_backend_that_cannot_serve(unforced: pytest.MonkeyPatch) -> None:
     unforced.setenv("FASTCLIP_BACKEND", "numpy")
-    with pytest.raises(RuntimeError, match="FASTCLIP_BACKEND=numpy cannot serve gradients on xpu: NumPy works on") as error:
+    with pytest.raises(
+        RuntimeError, match="FASTCLIP_BACKEND=numpy cannot serve gradients on xpu: NumPy works on"
+    ) as error:
         backends.for_device(torch.device("xpu"))
     assert all(f"{name}: " in str(error.value) for name in ("triton", "numpy", "torch"))
 
@@ -107,10 +109,14 @@ def test_without_triton(unforced: pytest.MonkeyPatch) -> None:
     unforced.setattr(triton, "find_spec", no_triton)
     assert clip_two().item() == 5
     unforced.setenv("FASTCLIP_BACKEND", "triton")
-    with pytest.raises(RuntimeError, match="FASTCLIP_BACKEND=triton cannot serve gradients on cpu: Triton is not installed"):
+    with pytest.raises(
+        RuntimeError, match="FASTCLIP_BACKEND=triton cannot serve gradients on cpu: Triton is not installed"
+    ):
         clip_two()
     unforced.delenv("FASTCLIP_BACKEND")
-    with pytest.warns(RuntimeWarning, match="torch's own operations for gradients on cuda: triton cannot: Triton is not"):
+    with pytest.warns(
+        RuntimeWarning, match="torch's own operations for gradients on cuda: triton cannot: Triton is not"
+    ):
         assert backends.for_device(torch.device("cuda")) is backends.TORCH
     assert backends.for_device(torch.device("cuda")) is backends.TORCH  # and says so once
 
@@ -119,7 +125,9 @@ def test_without_triton(unforced: pytest.MonkeyPatch) -> None:
 def test_triton_without_a_driver(unforced: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     unforced.setenv("FASTCLIP_BACKEND", "triton")
-    with pytest.raises(RuntimeError, match="Triton has no active driver .* TRITON_INTERPRET=1 runs its kernels on the CPU"):
+    with pytest.raises(
+        RuntimeError, match="Triton has no active driver .* TRITON_INTERPRET=1 runs its kernels on the CPU"
+    ):
         clip_two()
 
 
@@ -169,7 +177,9 @@ def test_info(unforced: pytest.MonkeyPatch) -> None:
 def test_warm_up_touches_nothing(leg: Leg) -> None:
     parameter = parameters([torch.tensor([3.0], device=leg.device)])[0]
     before = grad_of(parameter)._version
-    fastclip.warm_up([parameter, nn.Parameter(torch.zeros(2, dtype=torch.complex64, device=leg.device))], norm_dtype=torch.float32)
+    fastclip.warm_up(
+        [parameter, nn.Parameter(torch.zeros(2, dtype=torch.complex64, device=leg.device))], norm_dtype=torch.float32
+    )
     assert grad_of(parameter).item() == 3
     assert grad_of(parameter)._version == before
     fastclip.warm_up([])
@@ -354,7 +364,10 @@ def test_any_number_of_threads_gives_the_same_bits(leg: Leg, dtype: torch.dtype,
     for threads in (1, 2, 4, 7):
         torch.set_num_threads(threads)
         made = parameters([tensor.clone() for tensor in originals])
-        norms = [fastclip.get_total_norm([grad_of(p) for p in made], order, norm_dtype=torch.float64) for order in (2, 1, 0, INF)]
+        norms = [
+            fastclip.get_total_norm([grad_of(p) for p in made], order, norm_dtype=torch.float64)
+            for order in (2, 1, 0, INF)
+        ]
         fastclip.clip_grad_norm_(made, 3.0)
         fastclip.clip_grad_value_(made, 0.01)
         seen.append([*norms, *map(grad_of, made)])
@@ -369,7 +382,10 @@ def test_any_number_of_threads_gives_the_same_bits(leg: Leg, dtype: torch.dtype,
 def test_models_clipped_by_threads_at_once(leg: Leg, rng: np.random.Generator) -> None:
     """Each of several Python threads, with gradients of the same sizes, has the norms of its own."""
     sizes = (1000, 3, 40_000) if leg.environment is None else (100, 3)
-    sets = [[random_values(rng, (size,), torch.float32).to(leg.device) * factor for size in sizes] for factor in (1, 10, 100)]
+    sets = [
+        [random_values(rng, (size,), torch.float32).to(leg.device) * factor for size in sizes]
+        for factor in (1, 10, 100)
+    ]
     expected = []
     for values in sets:
         made = parameters([value.clone() for value in values])
@@ -432,5 +448,3 @@ def test_devices_without_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = fastclip.clip_grad_norm_(made, 1.0)
     assert norm.item() == pytest.approx(5e30, rel=2**-7)
     assert grad_of(made[0]).tolist() == pytest.approx([0.6, 0.0], rel=2**-7)
-
-

@@ -294,7 +294,9 @@ def test_error_names_the_gradients_at_fault_and_changes_none(leg: Leg, form: str
     made = [one(values, leg) for values in CULPRITS]
     before = [(grad_of(parameter).clone(), grad_of(parameter)._version) for parameter in made]
     container, name = ADDRESSED[form]
-    with pytest.raises(RuntimeError, match=r"The total norm of order 2.0 for gradients from `parameters` is non-finite") as error:
+    with pytest.raises(
+        RuntimeError, match=r"The total norm of order 2.0 for gradients from `parameters` is non-finite"
+    ) as error:
         fastclip.clip_grad_norm_(container(made), 1.0, error_if_nonfinite=True)
     assert f"{name} (1 NaN, 1 inf)" in str(error.value)
     assert "of shape (2, 2) (2 NaN, 2 inf)" in str(error.value)
@@ -302,7 +304,9 @@ def test_error_names_the_gradients_at_fault_and_changes_none(leg: Leg, form: str
     for parameter, (values, version) in zip(made, before, strict=True):
         oracle.assert_same_bits(grad_of(parameter), values)
         assert grad_of(parameter)._version == version
-    with pytest.raises(RuntimeError, match=r"The total norm of order 2.0 for gradients from `parameters` is non-finite"):
+    with pytest.raises(
+        RuntimeError, match=r"The total norm of order 2.0 for gradients from `parameters` is non-finite"
+    ):
         torch.nn.utils.clip_grad_norm_(made, 1.0, error_if_nonfinite=True)
 
 
@@ -401,7 +405,10 @@ def test_fp16_norm_beyond_fp16(leg: Leg) -> None:
 def test_gradients_without_elements_count_nothing(leg: Leg, p: float) -> None:
     empty = parameters([torch.empty(0, 3, device=leg.device)])[0]
     with_values = one([3.0, -4.0], leg)
-    both, without = fastclip.clip_grad_norm_([empty, with_values], 100.0, p), fastclip.get_total_norm([grad_of(with_values)], p)
+    both, without = (
+        fastclip.clip_grad_norm_([empty, with_values], 100.0, p),
+        fastclip.get_total_norm([grad_of(with_values)], p),
+    )
     assert both.item() == without.item()
     assert fastclip.clip_grad_norm_([empty], 1.0, p).item() == 0
     fastclip.clip_grad_value_([empty, with_values], 1.0)
@@ -492,7 +499,9 @@ def test_sparse_gradients_are_clipped_by_their_coalesced_values(leg: Leg, coales
         made = make()
         dense = grad_of(made[0]).to_dense()
         exact = oracle.norm([dense, grad_of(made[1])], 2)
-        assert fastclip.get_total_norm([grad_of(parameter) for parameter in made]).item() == pytest.approx(exact, rel=1e-6)
+        assert fastclip.get_total_norm([grad_of(parameter) for parameter in made]).item() == pytest.approx(
+            exact, rel=1e-6
+        )
         assert grad_of(made[0]).is_coalesced() == coalesced  # measuring changes nothing
         assert fastclip.clip_grad_norm_(made, 1.0).item() == pytest.approx(exact, rel=1e-6)
         assert grad_of(made[0]).layout == torch.sparse_coo
@@ -532,7 +541,9 @@ def test_expanded_gradient_is_refused_and_nothing_written(leg: Leg) -> None:
         lambda: fastclip.clip_grads_with_norm_([first, expanded], 1.0, torch.tensor(5.0)),
     ]
     for call in calls:
-        with pytest.raises(RuntimeError, match="more than one element of the written-to tensor refers to a single memory"):
+        with pytest.raises(
+            RuntimeError, match="more than one element of the written-to tensor refers to a single memory"
+        ):
             call()
         for parameter, values in zip((first, expanded), before, strict=True):
             oracle.assert_same_bits(grad_of(parameter), values)
@@ -596,7 +607,9 @@ def test_a_list_of_all_kinds_clips_as_one_set(leg: Leg) -> None:
             embedded,
             one([3.0] * 5, leg),
             one([1 + 1j], leg, torch.complex64),
-            *parameters([torch.ones(4, 6, device=device)[:, ::2], torch.full((3,), 2.0, device=device).as_subclass(Named)]),
+            *parameters(
+                [torch.ones(4, 6, device=device)[:, ::2], torch.full((3,), 2.0, device=device).as_subclass(Named)]
+            ),
             one([0.5], leg, torch.float64),
             *parameters([torch.empty(0, device=device), torch.arange(6.0, device=device).view(2, 3).t()]),
             one(-7.0, leg, torch.float16),
@@ -732,7 +745,12 @@ def test_backward_through_clipped_gradients_raises(leg: Leg, call: str) -> None:
 
 @pytest.mark.parametrize("call", CALLS)
 def test_version_counters(leg: Leg, call: str) -> None:
-    made = [one([3.0], leg), one([3.0], leg, torch.float16), one([1.0, 1.0], leg), *parameters([torch.empty(0, device=leg.device)])]
+    made = [
+        one([3.0], leg),
+        one([3.0], leg, torch.float16),
+        one([1.0, 1.0], leg),
+        *parameters([torch.empty(0, device=leg.device)]),
+    ]
     before = [grad_of(parameter)._version for parameter in made]
     CALLS[call](made)
     assert all(grad_of(parameter)._version > version for parameter, version in zip(made, before, strict=True))

@@ -265,7 +265,10 @@ def test_nan_and_infinity(leg: Leg, p: float) -> None:
         for dtype in DTYPES
         for i, pair in enumerate(itertools.combinations(SPECIAL, 2))
     ]
-    tensors += [torch.ones(40, device=leg.device).index_fill_(0, torch.tensor([at], device=leg.device), math.nan) for at in (0, 39)]
+    tensors += [
+        torch.ones(40, device=leg.device).index_fill_(0, torch.tensor([at], device=leg.device), math.nan)
+        for at in (0, 39)
+    ]
     launcher = Launcher(tensors)
     launcher.reduce(p)
     assert launcher.partials.numel() == len(tensors)
@@ -305,7 +308,9 @@ COEFFICIENTS = (1.0, 0.0, -1.0, 0.3, 1e-30, 2.0**-126, 1e-41, -1e-44, 1e-50, INF
 def test_scaling(leg: Leg, dtype: torch.dtype, rng: np.random.Generator) -> None:
     """Coefficients below fp32's normal numbers act on values that are as large, without losing their bits."""
     large = torch.finfo(dtype).max if dtype in (torch.float32, torch.bfloat16) else 1.0
-    original = embedded(random_values(rng, (37,), torch.float64).clamp(-1, 1).mul(large).to(dtype), offset=1, device=leg.device)
+    original = embedded(
+        random_values(rng, (37,), torch.float64).clamp(-1, 1).mul(large).to(dtype), offset=1, device=leg.device
+    )
     tensors = [twin(original) for _ in COEFFICIENTS]
     launcher = Launcher(tensors)
     launcher.apply(torch.tensor(COEFFICIENTS, dtype=torch.float64, device=leg.device), stride=1)
@@ -332,7 +337,16 @@ def test_special_values_are_scaled_as_torch_does(leg: Leg, special: float) -> No
             np.testing.assert_array_equal(np.signbit(oracle.as_numpy(tensor))[numbers], np.signbit(expected)[numbers])
 
 
-BOUNDS = [(-1.0, 1.0), (-0.1, 0.3), (0.0, 0.0), (2.0, -2.0), (-INF, INF), (-INF, 0.5), (math.nan, 1.0), (-1.0, math.nan)]
+BOUNDS = [
+    (-1.0, 1.0),
+    (-0.1, 0.3),
+    (0.0, 0.0),
+    (2.0, -2.0),
+    (-INF, INF),
+    (-INF, 0.5),
+    (math.nan, 1.0),
+    (-1.0, math.nan),
+]
 
 
 @pytest.mark.parametrize(("minimum", "maximum"), BOUNDS)
