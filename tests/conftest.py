@@ -14,8 +14,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("oracle", "gradients")
 
-import legs
-from legs import Leg
+import legs  # noqa: E402 - found by the path above
+from legs import Leg  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:

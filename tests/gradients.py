@@ -34,7 +34,7 @@ def embedded(
 def twin(tensor: Tensor) -> Tensor:
     """A copy of a strided tensor along with the memory around it."""
     copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    storage = tensor.untyped_storage().clone()
+    storage = tensor.untyped_storage().clone()  # type: ignore[no-untyped-call]
     return copy.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
 
 

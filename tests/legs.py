@@ -36,6 +36,8 @@ _KEY = "FASTCLIP_TEST_KEY"
 _START_LIMIT = 120  # seconds until a worker has to have connected
 _TEST_LIMIT = 300  # seconds until a worker has to have reported another test: compiling a kernel for ptx takes 10
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Leg:
@@ -50,7 +52,7 @@ class Leg:
 
     name: str
     backend: str
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     environment: tuple[tuple[str, str], ...] | None = None
 
     @property
@@ -120,12 +122,16 @@ def names_of(parametrize: pytest.Mark) -> Sequence[str]:
 
 def has_no_leg(item: pytest.Item) -> bool:
     """Whether the test is what pytest makes of an empty list of legs: one that is skipped."""
-    parameters_of = getattr(item, "callspec", None) and item.callspec.params  # type: ignore[attr-defined]
-    return bool(parameters_of) and "leg" in parameters_of and not isinstance(parameters_of["leg"], Leg)
+    return not isinstance(_parameters_of(item).get("leg", AVAILABLE[0]), Leg)
+
+
+def _parameters_of(item: pytest.Item) -> dict[str, Any]:
+    callspec = getattr(item, "callspec", None)
+    return dict(callspec.params) if callspec else {}
 
 
 def _leg_of(item: pytest.Item) -> Leg | None:
-    leg = getattr(item, "callspec", None) and item.callspec.params.get("leg")  # type: ignore[attr-defined]
+    leg = _parameters_of(item).get("leg")
     return leg if isinstance(leg, Leg) and leg.environment is not None else None
 
 

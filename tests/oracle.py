@@ -18,9 +18,9 @@ EPS = 1e-6  # torch's, added to the norm
 
 # The relative error allowed in a norm, by the gradients' dtype, before it is rounded to the dtype that is returned.
 # - Sums of fp32 terms: no value passes through more than about 40 additions in fp32 (a vector of 8, 16 tiles, and 9
-#   levels of a tree over 512 lanes on the GPU; 32 rounds over the lanes of a SIMD row of 1024 on the CPU) before sums go
-#   on in fp64, and each rounds by at most 2**-24. Roundings differ in sign, so what is seen is far below the bound.
-#   The fp16 and bf16 values are exact in fp32.
+#   levels of a tree over 512 lanes on the GPU; 32 rounds over the lanes of a SIMD row of 1024 on the CPU) before it
+#   goes on in fp64, and each rounds by at most 2**-24. Roundings differ in sign: what is seen is far below the bound.
+#   Values of fp16 and bf16 are exact in fp32.
 # - fp64 throughout: the bound is 65536 additions a piece or chunk at 2**-53 each, and for p that is neither 1 nor 2
 #   the error of log2 and exp2, amplified by the exponent, of which 2**-40 is generous.
 NORM_TOLERANCE = {

@@ -10,7 +10,6 @@ import mmap
 import os
 import resource
 import signal
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -126,7 +125,7 @@ def test_triton_without_a_driver(unforced: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     unforced.setenv("FASTCLIP_BACKEND", "triton")
     with pytest.raises(
-        RuntimeError, match="Triton has no active driver .* TRITON_INTERPRET=1 runs its kernels on the CPU"
+        RuntimeError, match=r"Triton has no active driver .* TRITON_INTERPRET=1 runs its kernels on the CPU"
     ):
         clip_two()
 
@@ -200,6 +199,7 @@ class Page:
         self.tensor.copy_(values)
 
     def protect(self) -> None:
+        """Make it read-only, for good."""
         address = self.tensor.data_ptr() - 16
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(PAGE), 1):  # PROT_READ
@@ -269,7 +269,7 @@ def test_nothing_is_written_where_nothing_is_clipped(leg: Leg, call: str, dtype:
 @forks
 @pytest.mark.legs("interpreter", "ptx")
 def test_clamp_writes_no_vector_that_is_inside(leg: Leg) -> None:
-    """16 bytes are the unit: one value out of bounds in another page does not touch this one."""
+    """Writes come in vectors of 16 bytes: one value out of bounds in another page does not touch this one."""
     inside, outside = Page(torch.ones(100)), torch.full((100,), 5.0)
     made = parameters([inside.tensor, outside])
 
@@ -421,7 +421,7 @@ def test_models_clipped_by_threads_at_once(leg: Leg, rng: np.random.Generator) -
 @pytest.mark.legs("numpy")
 @pytest.mark.usefixtures("many_threads")
 def test_a_forked_child_clips_with_threads_of_its_own(leg: Leg) -> None:
-    """The parent's threads do not exist in the child. (fp32 only: torch's own OpenMP does not survive a fork.)"""
+    """The parent's threads do not exist in the child. fp32 only: torch's own OpenMP does not survive a fork."""
     torch.set_num_threads(2)
     made = parameters([torch.ones(300_000)])
     assert fastclip.clip_grad_norm_(made, INF).item() == pytest.approx(300_000**0.5)
@@ -439,7 +439,7 @@ def test_a_forked_child_clips_with_threads_of_its_own(leg: Leg) -> None:
 
 
 def test_devices_without_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastclip.backends import torch as torch_backend
+    torch_backend = importlib.import_module("fastclip.backends.torch")
 
     monkeypatch.setenv("FASTCLIP_BACKEND", "torch")
     monkeypatch.setattr(torch_backend, "_WITHOUT_FP64", frozenset({"cpu"}))

@@ -146,7 +146,7 @@ def test_clip_grad_norm(
 
 
 def _norm_dtype(leg: Leg, order: float) -> torch.dtype | None:
-    """ptxlab needs 5 s to compile the reduction for one more order and type of result: of orders but 2 take one type."""
+    """Orders but 2 take one type of result: ptxlab needs 5 s and more to compile the reduction for another."""
     return torch.float32 if leg.name == "ptx" and order != 2 else None
 
 

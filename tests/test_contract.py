@@ -27,7 +27,7 @@ INF = math.inf
 NAN = math.nan
 EPS = oracle.EPS
 
-FUNCTIONS = {
+FUNCTIONS: dict[str, Callable[..., Any]] = {
     "clip_grad_norm_": torchs.clip_grad_norm_,
     "clip_grad_value_": torchs.clip_grad_value_,
     "get_total_norm": torchs._get_total_norm,
@@ -161,11 +161,12 @@ def test_value_clip_of_nothing_does_nothing() -> None:
 
 
 def test_empty_generator_warns_at_the_callers_line() -> None:
+    none: list[nn.Parameter] = []
     caught = {}
     for name, function in (("ours", fastclip.clip_grad_norm_), ("torch's", torch.nn.utils.clip_grad_norm_)):
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            assert function((parameter for parameter in ()), 1.0).item() == 0
+            assert function((parameter for parameter in none), 1.0).item() == 0
         caught[name] = [(warning.category, str(warning.message), warning.filename) for warning in seen]
     assert caught["ours"] == caught["torch's"]
     assert caught["ours"][0][2] == __file__
@@ -281,7 +282,7 @@ def test_nonfinite_gradients_act_as_in_torch(leg: Leg, special: float) -> None:
 # ---- error_if_nonfinite
 
 
-CULPRITS = [[NAN, 1.0, INF], [2.0, 3.0], [[INF, -INF], [NAN, NAN]]]
+CULPRITS: list[list[Any]] = [[NAN, 1.0, INF], [2.0, 3.0], [[INF, -INF], [NAN, NAN]]]
 ADDRESSED: dict[str, tuple[Callable[[list[nn.Parameter]], Any], str]] = {
     "list": (list, "parameters[0] of shape (3,)"),
     "named": (lambda made: zip("abc", made, strict=True), "parameters[0] 'a' of shape (3,)"),
@@ -467,7 +468,7 @@ def test_complex_gradients_have_a_norm_but_no_value_clip(leg: Leg, dtype: torch.
 
 
 def test_integer_gradients_are_refused(leg: Leg) -> None:
-    """torch has no norm for them either; only floating-point tensors can be parameters that require grad."""
+    """As torch does; only floating-point tensors can be parameters that require grad."""
     tensors = [torch.tensor([1.0], device=leg.device), torch.tensor([3, 4], device=leg.device)]
     with pytest.raises(RuntimeError, match=r"tensors\[1\] of shape \(2,\) is of torch.int64"):
         fastclip.get_total_norm(tensors)
@@ -716,7 +717,7 @@ def test_not_tensors(parameters_: Any, message: str) -> None:
 
 def test_not_tensors_to_measure() -> None:
     with pytest.raises(TypeError, match=r"tensors\[0\] is a float"):
-        fastclip.get_total_norm([1.0])  # type: ignore[list-item]
+        fastclip.get_total_norm([1.0])  # type: ignore[arg-type]
 
 
 # ---- Autograd

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.legs("gpu", "interpreter", "ptx")
 
 INF = math.inf
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as the chunk map sorts them
-KINDS = {2.0: "two", 1.0: "one", 0.0: "zero", 3.0: "power", -1.0: "inverse", INF: "max", -INF: "min"}
+KINDS = {2.0: "two", 1.0: "one", 0.0: "zero", 3.0: "power", -1.0: "power", INF: "max", -INF: "min"}
 SPECIAL = (0.0, -0.0, 1.5, -3.0, INF, -INF, math.nan)
 
 
@@ -52,6 +52,7 @@ class Launcher:
         return torch.full((size,), math.nan, dtype=dtype, device=self.device)
 
     def reduce(self, p: float = 2.0, max_norm: float = 1.0) -> None:
+        """Take the norm of all."""
         from fastclip.kernels.reduce import reduce_kernel
 
         memory = (self.chunks, self.rows, self.partials, self.ticket, self.state, self.norm)
@@ -68,11 +69,13 @@ class Launcher:
         return values
 
     def apply(self, coefficients: Tensor, stride: int) -> None:
+        """Scale tensor t by `coefficients[t * stride]`."""
         from fastclip.kernels.apply import apply_kernel
 
         apply_kernel[self.grid](self.chunks, self.rows, coefficients, stride, *self.ends, **self.options)
 
     def clamp(self, minimum: float, maximum: float) -> None:
+        """Clamp all."""
         from fastclip.kernels.clamp import clamp_kernel
 
         clamp_kernel[self.grid](self.chunks, self.rows, *self.ends, minimum, maximum, **self.options)
@@ -81,7 +84,7 @@ class Launcher:
 def chunk_elements(dtype: torch.dtype) -> int:
     from fastclip.kernels import table
 
-    return table.CHUNK_BYTES // dtype.itemsize
+    return int(table.CHUNK_BYTES) // dtype.itemsize
 
 
 def tile_elements(dtype: torch.dtype) -> int:
@@ -105,7 +108,7 @@ def test_any_number_of_programs_gives_the_same_bits(leg: Leg, p: float, rng: np.
     originals = [
         embedded(random_values(rng, (size,), dtype), offset=offset, device=leg.device)
         for offset, dtype in enumerate(DTYPES)
-        for size in (1, chunk_elements(dtype) + 777, 50, 5000)
+        for size in (1, 50, 5000, chunk_elements(dtype) + 777)[: 4 - offset % 2]
     ]
     seen = []
     for programs in (1, 2, 3, 7, 40):
@@ -174,7 +177,7 @@ def boundaries(leg: Leg, rng: np.random.Generator) -> list[Tensor]:
     return [
         embedded(random_values(rng, (size + extra,), dtype), offset=offset, device=leg.device)
         for dtype in DTYPES
-        for size, offset in itertools.product((tile_elements(dtype), chunk_elements(dtype)), (0, 1))
+        for size, offset in ((tile_elements(dtype), 1), (chunk_elements(dtype), 0), (chunk_elements(dtype), 1))
         for extra in (-1, 0, 1)
     ]
 
