@@ -14,6 +14,7 @@ while the main process runs the rest, and whose reports the main process hands o
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import secrets
 import shutil
@@ -296,6 +297,11 @@ class WorkerPlugin:
         """Keep the tests asked for, in the order asked for."""
         found = {item.nodeid: item for item in items}
         items[:] = [found[node_id] for node_id in self.node_ids]
+
+    def pytest_collection_finish(self) -> None:
+        """Take pytest's own objects out of sight: ptxlab looks through all others for tensors at every launch."""
+        gc.collect()
+        gc.freeze()
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

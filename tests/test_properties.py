@@ -63,7 +63,7 @@ def gradients(draw: st.DrawFn, *, finite: bool = False) -> list[Tensor]:
 
 
 def examples(leg: Leg) -> int:
-    return {"interpreter": 25, "ptx": 40}.get(leg.name, 150)
+    return {"interpreter": 20, "ptx": 25}.get(leg.name, 100)
 
 
 def run(leg: Leg, test: Any, **strategies: Any) -> None:
