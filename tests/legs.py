@@ -187,6 +187,7 @@ class _Worker:
         self.leg = leg
         self.connection: Connection | None = None
         self.death = ""
+        self.unreported = len(items)
         self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - as long as the worker
         key = secrets.token_bytes(16)
         with Listener(authkey=key) as listener:
@@ -221,6 +222,7 @@ class _Worker:
 
     def reports_on(self, item: pytest.Item) -> list[pytest.TestReport]:
         """Wait for what the worker has to say on a test; a worker that died fails all that it has not reported."""
+        self.unreported -= 1
         reports: list[pytest.TestReport] = []
         while not (reports and reports[-1].when == "teardown"):
             data = self._receive()
@@ -259,14 +261,16 @@ class _Worker:
         return f"{reason}. The end of its output:\n{self.log.read()[-4000:]}"
 
     def end(self) -> None:
-        """End the process, which has ended by itself unless tests were left out."""
-        if self.connection:
-            self.connection.close()
+        """Wait for the process to end, or end it where tests were left out."""
+        if self.unreported:
+            self.process.kill()
         try:
-            self.process.wait(timeout=10)
+            self.process.wait(_START_LIMIT)  # it may have data on coverage to write
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        if self.connection:
+            self.connection.close()
         self.log.close()
 
 

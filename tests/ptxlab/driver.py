@@ -235,8 +235,11 @@ def _live_tensors() -> list[Range]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # looking at some objects' attributes warns of their deprecation
-        # By `type`, since some proxies run code when asked for their class.
-        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+        # By `type`, since some proxies run code when asked for their class. And by a set of types, since there are
+        # hundreds of thousands of objects, of a few thousand types.
+        things = gc.get_objects()
+        kinds = {kind for kind in set(map(type, things)) if issubclass(kind, torch.Tensor)}
+        tensors = [thing for thing in things if type(thing) in kinds]
         return [extent for tensor in tensors if (extent := _extent(tensor))]
 
 
