@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastclip import clipping, originals
+from fastclip.backends import choose
 from fastclip.environment import info
 
 ORDERS = (2.0, 1.0, 3.0, float("inf"))
@@ -47,12 +48,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0, or 1 on any disagreement.
+
+    Raises:
+        SystemExit: With status 2: there is no such device, or no backend for it.
     """
     parser = argparse.ArgumentParser(prog="python -m fastclip check", description=__doc__.splitlines()[0])
     parser.add_argument("--device", action="append", help="a device to check (default: the CPU and every GPU)")
     options = parser.parse_args(arguments)
     environment = info()
     devices = options.device or [entry.device for entry in environment.devices]
+    try:
+        for device in devices:
+            choose(torch.empty(1, device=device).cpu().to(device).device)
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        parser.error(f"cannot check {', '.join(devices)}: {str(error).splitlines()[0]}")
     sys.stdout.write(f"{environment}\n\n")
     sys.stdout.write(f"{'device':8} {'dtype':9} {'what':24} {'against':8} {'difference':>10} {'allowed':>9}\n")
     agree = True

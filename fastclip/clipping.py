@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fastclip import originals
-from fastclip.backends.interface import Reduction, Scalar, clip_coefficient, combine, reduction
-from fastclip.gradients import Gradients, Parameters, as_gradients, check_bounds, collect
+from fastclip.backends.interface import Reduction, Scalar, clip_coefficient, combine, on, reduction
+from fastclip.gradients import Gradients, Parameters, as_gradients, check_bounds, check_dtypes, collect
 from fastclip.plans import Prepared, prepare
 
 _MOST_NAMED = 10  # culprits listed in an error message
@@ -159,12 +159,12 @@ def clip_grads_with_norm_(
     if _has_dtensors([*grads.tensors, total_norm]):
         originals.clip_grads_with_norm_(grads.owners, limit, total_norm, foreach)
         return
-    total = torch.as_tensor(total_norm)
+    total = total_norm if isinstance(total_norm, Tensor) else torch.tensor(total_norm, device="cpu")
     if total.numel() != 1:
         raise ValueError(f"`total_norm` must be one number, not a tensor of shape {tuple(total.shape)}")
     _check_foreach(foreach, grads)
     prepared = prepare(grads, in_place=True)
-    _scale_(grads, prepared, clip_coefficient(total.detach().reshape(()).double(), limit))
+    _scale_(grads, prepared, clip_coefficient(on(prepared.device, total.detach().reshape(())), limit))
 
 
 def clip_grad_value_(
@@ -198,6 +198,7 @@ def clip_grad_value_(
         originals.clip_grad_value_(grads.owners, bound, foreach)
         return
     _check_foreach(foreach, grads)
+    check_dtypes(grads)
     check_bounds(grads, bound)
     prepared = prepare(grads, in_place=True)
     torch.autograd.graph.increment_version(grads.tensors)
@@ -208,25 +209,18 @@ def clip_grad_value_(
 def _reduce(prepared: Prepared, p: float, max_norm: float, norm_dtype: torch.dtype | None) -> Reduction:
     """Reduce all plans to one norm, on the first gradient's device."""
     dtype = norm_dtype or prepared.dtype
-    if len(prepared.plans) == 1:
+    device = prepared.device
+    if len(prepared.plans) == 1 and prepared.plans[0].device == device:
         return prepared.plans[0].reduce(p, max_norm, dtype)
-    if not prepared.plans:  # no gradient has an element
-        return reduction(torch.zeros((), dtype=torch.float64, device=prepared.device), max_norm, dtype)
-    totals = [_on(prepared.device, plan.reduce(p, max_norm, dtype).total) for plan in prepared.plans]
-    return reduction(combine(totals, p), max_norm, dtype)
+    totals = [on(device, plan.reduce(p, max_norm, dtype).total) for plan in prepared.plans]
+    return reduction(combine(totals or [on(device, 0.0)], p), max_norm, dtype)
 
 
 def _scale_(grads: Gradients, prepared: Prepared, coefficient: Scalar) -> None:
     # Raw writes do not bump the version counters by which autograd knows that a saved tensor was changed.
     torch.autograd.graph.increment_version(grads.tensors)
     for plan in prepared.plans:
-        plan.scale_(coefficient if len(prepared.plans) == 1 else _on(plan.device, coefficient))
-
-
-def _on(device: torch.device, scalar: Scalar) -> Tensor:
-    if isinstance(scalar, Tensor):
-        return scalar.to(device, non_blocking=True)
-    return torch.tensor(scalar, dtype=torch.float64, device=device)
+        plan.scale_(coefficient)
 
 
 def _raise_if_nonfinite(grads: Gradients, p: float, total: Scalar) -> None:
@@ -254,7 +248,7 @@ def _stored(grad: Tensor) -> Tensor:
 
 def _as_float(name: str, value: object) -> float:
     try:
-        return float(value)  # type: ignore[arg-type]  # torch takes whatever float() takes
+        return float(value.detach() if isinstance(value, Tensor) else value)  # type: ignore[arg-type]  # as torch does
     except (TypeError, ValueError) as error:
         raise type(error)(f"`{name}` must be a real number, not {value!r}") from None
 

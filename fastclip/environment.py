@@ -93,7 +93,10 @@ def warm_up(parameters: Parameters, norm_type: float = 2.0, *, norm_dtype: torch
         TypeError: `parameters` holds something other than tensors.
     """
     stand_ins = []
-    for device, dtype in dict.fromkeys((tensor.device, tensor.dtype) for tensor in as_gradients(parameters).tensors):
+    tensors = as_gradients(parameters).tensors
+    # Integers (quantised, frozen weights) have no gradients.
+    kinds = dict.fromkeys((t.device, t.dtype) for t in tensors if t.is_floating_point() or t.is_complex())
+    for device, dtype in kinds:
         stand_in = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
         stand_in.grad = torch.zeros_like(stand_in)
         stand_ins.append(stand_in)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -47,7 +47,7 @@ def collect(parameters: Parameters) -> Gradients:
     try:
         grads = [owner.grad for owner in owners]
     except AttributeError as error:
-        raise _not_a_tensor(owners, "parameters") from error
+        raise _not_a_tensor(owners, "parameters", wanted="grad") from error
     present = [grad for grad in grads if grad is not None]
     positions: Sequence[int] = range(len(grads))
     if len(present) < len(grads):
@@ -63,20 +63,22 @@ def as_gradients(tensors: Parameters) -> Gradients:
     """
     owners, names = _listed(tensors, "tensors")
     if not all(isinstance(owner, Tensor) for owner in owners):
-        raise _not_a_tensor(owners, "tensors")
+        raise _not_a_tensor(owners, "tensors", wanted="data_ptr")
     return Gradients(owners, owners, range(len(owners)), names, "tensors")
 
 
 def _listed(parameters: Parameters, argument: str) -> tuple[list[Tensor], list[str] | None]:
     if isinstance(parameters, Tensor):
         return [parameters], None
-    if isinstance(parameters, nn.Module):
+    # A ParameterList is iterated as torch does, which counts a parameter that it holds twice twice.
+    if isinstance(parameters, nn.Module) and not isinstance(parameters, nn.ParameterList):
         parameters = parameters.named_parameters()
     try:
-        items: list[Any] = list(parameters)
+        iterator: Iterator[Any] = iter(parameters)
     except TypeError:
         message = f"`{argument}` must be a tensor, an iterable of tensors or a module, not {type(parameters).__name__}"
         raise TypeError(message) from None
+    items = list(iterator)
     if items and all(_is_named(item) for item in items):
         return [tensor for _, tensor in items], [name for name, _ in items]
     return items, None
@@ -86,14 +88,20 @@ def _is_named(item: object) -> bool:
     return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
-def _not_a_tensor(items: Sequence[object], argument: str) -> TypeError:
-    position, culprit = next((i, item) for i, item in enumerate(items) if not hasattr(item, "grad"))
-    remedies: dict[type, str] = {
-        dict: "pass the 'params' of a parameter group",
-        str: "pass the values of a dict, not the dict",
-    }
-    remedy = remedies.get(type(culprit), "pass tensors, or (name, tensor) pairs as model.named_parameters() yields")
-    return TypeError(f"{argument}[{position}] is a {type(culprit).__name__}, not a tensor: {remedy}")
+_REMEDIES = (
+    (dict, "pass the 'params' of a parameter group"),
+    (str, "pass the values of a dict rather than the dict, and (name, tensor) pairs in a list"),
+    (tuple, "pass tensors only, or (name, tensor) pairs only"),
+    (list, "pass one flat list"),
+    (nn.Module, "pass the module itself, or its parameters()"),
+)
+
+
+def _not_a_tensor(items: Sequence[object], argument: str, *, wanted: str) -> TypeError:
+    position, culprit = next((i, item) for i, item in enumerate(items) if not hasattr(item, wanted))
+    remedies = [remedy for kind, remedy in _REMEDIES if isinstance(culprit, kind)]
+    remedy = [*remedies, "pass tensors, or (name, tensor) pairs as model.named_parameters() yields"][0]
+    return TypeError(f"{argument}[{position}] is of type {type(culprit).__name__}, not a tensor: {remedy}")
 
 
 def check_dtypes(grads: Gradients) -> None:

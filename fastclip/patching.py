@@ -189,8 +189,12 @@ def _warn_of_left(left: list[str]) -> None:
 def _warn_of_early_binding() -> None:
     about_to_go = {id(vars(module)[attribute]) for module, attribute, _ in _places()}
     found = []
+    # One name for each module: multiprocessing gives the main one a second.
+    names = {id(module): name for name, module in reversed(list(sys.modules.items()))}
     for name, module in list(sys.modules.items()):
         if not isinstance(module, ModuleType) or name.partition(".")[0] in {"torch", "fastclip"}:
+            continue
+        if names[id(module)] != name:
             continue
         # By identity, so that no object of the program is asked whether it equals another.
         attributes = dict(vars(module))

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,11 +29,22 @@ from fastclip.backends import ENVIRONMENT_VARIABLE, TORCH, Backend, for_device
 from fastclip.backends.interface import Plan
 from fastclip.gradients import Gradients, check_dtypes, check_writable
 
-Fingerprint: TypeAlias = tuple[object, ...]
+
+class Fingerprint(NamedTuple):
+    """All that plans rest on; two that are equal may share plans."""
+
+    addresses: list[int]
+    numels: list[int]
+    dtypes: list[torch.dtype]
+    contiguous: list[bool]
+    strides: list[tuple[int, ...]]
+    device: torch.device
+    settings: tuple[object, ...]
+
 
 _PLAIN_TYPES = {Tensor, nn.Parameter}
 _PLAIN_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
-_KEPT = 8  # sets of gradients, a thread: models that are trained in turns
+_KEPT = 65_536  # gradients, a thread: a few large models that are trained in turns, or each parameter by itself
 
 
 @dataclass(frozen=True)
@@ -57,8 +69,22 @@ class Prepared:
 
 
 class _Kept(threading.local):
+    """What was prepared last, by the first gradient's address and the number of gradients; the oldest come first."""
+
     def __init__(self) -> None:
-        self.recent: list[Prepared] = []
+        self.by_start: OrderedDict[tuple[int, int], Prepared] = OrderedDict()
+        self.gradients = 0
+
+    def add(self, start: tuple[int, int], prepared: Prepared) -> None:
+        self.discard(start)
+        self.by_start[start] = prepared
+        self.gradients += start[1]
+        while self.gradients > _KEPT and len(self.by_start) > 1:
+            self.discard(next(iter(self.by_start)))
+
+    def discard(self, start: tuple[int, int]) -> None:
+        if self.by_start.pop(start, None):
+            self.gradients -= start[1]
 
 
 _kept = _Kept()
@@ -80,34 +106,34 @@ def prepare(grads: Gradients, *, in_place: bool) -> Prepared:
             serve its device.
     """
     fingerprint = _fingerprint(grads.tensors, in_place=in_place)
-    for prepared in _kept.recent if fingerprint else ():
-        if prepared.fingerprint == fingerprint and _streams_are_current(prepared):
-            return prepared
+    start = (fingerprint.addresses[0], len(grads.tensors)) if fingerprint else (0, 0)
+    kept = _kept.by_start.get(start)
+    if kept and kept.fingerprint == fingerprint and _streams_are_current(kept):
+        return kept
     check_dtypes(grads)
     if in_place:
         check_writable(grads)
     prepared = _prepare(grads.tensors, fingerprint, in_place=in_place)
     if prepared.fingerprint:
-        _kept.recent = [prepared, *_kept.recent[: _KEPT - 1]]
+        _kept.add(start, prepared)
     return prepared
 
 
 def _fingerprint(tensors: list[Tensor], *, in_place: bool) -> Fingerprint | None:
-    """All that a plan rests on, or None where a tensor is not of torch's own two classes or has no address."""
+    """Take the fingerprint, or None where a tensor is not of torch's own two classes or has no address."""
     if not _PLAIN_TYPES.issuperset(map(type, tensors)):
         return None
     try:
         addresses = list(map(Tensor.data_ptr, tensors))
-    except RuntimeError:  # a sparse tensor
+    except RuntimeError:  # a sparse tensor, or one inside of a function transform
         return None
     numels = list(map(Tensor.numel, tensors))
     dtypes = [tensor.dtype for tensor in tensors]
     contiguous = list(map(Tensor.is_contiguous, tensors))
-    strides = (
-        None if all(contiguous) else [t.stride() for t, whole in zip(tensors, contiguous, strict=True) if not whole]
-    )
-    settings = (in_place, torch.is_inference_mode_enabled(), os.environ.get(ENVIRONMENT_VARIABLE))
-    return (addresses, numels, dtypes, contiguous, strides, tensors[0].device, settings)
+    strides = [t.stride() for t, whole in zip(tensors, contiguous, strict=True) if not whole]
+    inference = (torch.is_inference_mode_enabled(), any(map(Tensor.is_inference, tensors)))
+    settings = (in_place, inference, os.environ.get(ENVIRONMENT_VARIABLE))
+    return Fingerprint(addresses, numels, dtypes, contiguous, strides, tensors[0].device, settings)
 
 
 def _prepare(tensors: list[Tensor], fingerprint: Fingerprint | None, *, in_place: bool) -> Prepared:
@@ -170,8 +196,16 @@ def _is_plain(grad: Tensor) -> bool:
         and grad.device.type != "meta"
         and not grad.is_neg()
         and (grad.is_contiguous() or _fills_its_memory(grad))
-        and grad.data_ptr() % grad.element_size() == 0
+        and _has_aligned_memory(grad)
     )
+
+
+def _has_aligned_memory(grad: Tensor) -> bool:
+    try:
+        address = grad.data_ptr()
+    except RuntimeError:  # inside of a function transform (`torch.func`)
+        return False
+    return address > 0 and address % grad.element_size() == 0  # torch's "efficient zeros" have no memory
 
 
 def _fills_its_memory(grad: Tensor) -> bool:

@@ -47,6 +47,8 @@ def run(target: str, arguments: Sequence[str], *, as_module: bool = False, verbo
     main = ModuleType("__main__")
     vars(main)["__builtins__"] = builtins
     sys.modules["__main__"] = main
+    if "__mp_main__" in sys.modules:  # as what multiprocessing, once imported, knows the main module by
+        sys.modules["__mp_main__"] = main
     prepare = _prepare_module if as_module else _prepare_script
     try:
         code = prepare(main, target, arguments)
@@ -72,6 +74,9 @@ def _prepare_script(main: ModuleType, path: str, arguments: Sequence[str]) -> Co
     except OSError as error:
         message = f"cannot open the script {path!r}: {error.strerror}"
         raise _NothingToRunError(message) from None
+    if b"\0" in source:
+        message = f"{path!r} is not Python source; of what Python runs, only that and modules (-m) can be run here"
+        raise _NothingToRunError(message)
     sys.argv = [path, *arguments]
     # Python started with -P or -I put no folder there, and then puts none for a script either.
     if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):

@@ -83,9 +83,24 @@ def _root(total, p, KIND: tl.constexpr):
 
 
 @triton.jit
-def _scale_for(peak, WIDE: tl.constexpr):
-    """The power of two whose exponent is minus that of `peak`, so that peak * scale < 4 (a normal number, at least)."""
-    if WIDE == tl.float64:
+def _leading(x, p, KIND: tl.constexpr):
+    """Of each vector the element whose power is the largest: the smallest one for p < 0, which is returned negated."""
+    if KIND == "power":
+        return tl.max(tl.where(tl.full((), p, tl.float64) < 0, -x, x), 1)
+    else:
+        return tl.max(x, 1)
+
+
+@triton.jit
+def _scale_for(peak, KIND: tl.constexpr, WIDE: tl.constexpr):
+    """What brings the leading value `peak` near 1, and so its power into range.
+
+    For a general power that is its inverse, since 2**p may be out of range. Otherwise it is the power of two whose
+    exponent is minus that of `peak`, which scales without rounding: peak * scale < 4.
+    """
+    if KIND == "power":
+        return 1.0 / tl.maximum(peak, 2.0**-1022)
+    elif WIDE == tl.float64:
         exponent = tl.minimum(peak.to(tl.int64, bitcast=True) >> 52, 2045)
         return ((2046 - exponent) << 52).to(tl.float64, bitcast=True)
     else:
@@ -113,7 +128,7 @@ def _norm(address, numel, chunk, p, KIND: tl.constexpr, TYPE: tl.constexpr, LIMI
     again = passes == 0
     while again:
         x = _load(edge, edge_mask, neutral, WIDE)
-        peaks = tl.max(x, 1)
+        peaks = _leading(x, p, KIND)
         folded = _fold(x * scale, p, KIND, BITS)
         pointers, mask = tile_of(body, vectors, 0, TYPE)
         x = _load(pointers, mask, neutral, WIDE)
@@ -121,17 +136,17 @@ def _norm(address, numel, chunk, p, KIND: tl.constexpr, TYPE: tl.constexpr, LIMI
         for tile in range(1, tl.cdiv(vectors, TILE_VECTORS) + 1):
             pointers, mask = tile_of(body, vectors, tile, TYPE)
             following = _load(pointers, mask, neutral, WIDE)
-            peaks = tl.maximum(peaks, tl.max(x, 1))
+            peaks = tl.maximum(peaks, _leading(x, p, KIND))
             folded = _merge(folded, _fold(x * scale, p, KIND, BITS), KIND)
             x = following
         total = _collapse(folded, KIND)
         passes += 1
         again = passes == 0
         if not BY_ORDER:
-            peak = tl.max(peaks, 0)
+            peak = tl.abs(tl.max(peaks, 0))
             in_range = (total > TINY) & (total < float("inf"))
             again = (passes == 1) & (peak > 0) & (peak < float("inf")) & (in_range == 0)
-            scale = tl.where(again, _scale_for(peak, WIDE), scale)
+            scale = tl.where(again, _scale_for(peak, KIND, WIDE), scale)
     if BY_ORDER:
         return total.to(WIDE, bitcast=True).to(tl.float64)
     else:

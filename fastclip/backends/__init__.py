@@ -64,7 +64,7 @@ def for_device(device: torch.device) -> Backend:
     """
     choice = choose(device)
     if choice.fell_back:
-        _warn_once(device.type, choice.reason)
+        _warn_once(f"fastclip uses torch's own operations for gradients on {device.type}: {choice.reason}")
     return choice.backend
 
 
@@ -111,8 +111,7 @@ def _forced(name: str, device: torch.device) -> Backend:
 _warned: set[str] = set()
 
 
-def _warn_once(device_type: str, reason: str) -> None:
-    if device_type not in _warned:
-        _warned.add(device_type)
-        message = f"fastclip uses torch's own operations for gradients on {device_type}: {reason}"
-        warnings.warn(message, RuntimeWarning, stacklevel=6)
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=7)  # the caller of the public function

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 Scalar: TypeAlias = Tensor | float
-"""One number in fp64: 0-dim on the gradients' device, or a Python float where it is on the host anyway."""
+"""One number in fp64: 0-dim on a device, or a Python float where it is on the host anyway."""
+
+_WITHOUT_FP64 = frozenset({"mps"})
 
 EPS = 1e-6
 """Added to the norm before the division, as torch does: it keeps the coefficient finite where the norm is 0."""
@@ -44,10 +46,22 @@ class Plan(Protocol):
         """Read every gradient once for the p-norm of all of them. For p = 0 that is the number of nonzero tensors."""
 
     def scale_(self, coefficient: Scalar) -> None:
-        """Multiply the gradients by a coefficient on their device; write nothing where it is 1."""
+        """Multiply the gradients by a coefficient, on whatever device it is; write nothing where it is 1."""
 
     def clamp_(self, minimum: float, maximum: float) -> None:
         """Clamp the gradients to [minimum, maximum]; write nothing where nothing is outside."""
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of norms and coefficients on a device: fp64 where it has that."""
+    return torch.float32 if device.type in _WITHOUT_FP64 else torch.float64
+
+
+def on(device: torch.device, scalar: Scalar) -> Tensor:
+    """Bring a number to a device. To the CPU it waits, for what is read there must have arrived."""
+    if isinstance(scalar, Tensor):
+        return scalar.to(device, wide_dtype(device), non_blocking=device.type != "cpu")
+    return torch.tensor(scalar, dtype=wide_dtype(device), device=device)
 
 
 def reduction(total: Tensor, max_norm: float, dtype: torch.dtype) -> Reduction:

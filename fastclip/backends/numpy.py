@@ -37,6 +37,7 @@ THREADS_FROM = 131_072  # elements; below, handing work to another thread costs 
 
 # An fp32 sum of squares above this lost less than 2**-24 of itself to subnormal rounding, for up to PIECE elements.
 TINY = 2.0**-100
+TINY_FP64 = 2.0**-900  # the same for sums in fp64
 
 _STORAGE = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.int16, torch.float16: np.int16}
 """The dtype by which NumPy sees the elements; 16-bit floats are opaque to it."""
@@ -71,7 +72,7 @@ class NumpyPlan:
         with _quiet():
             total = norms[0] if len(norms) == 1 and p else _norm(parts, p)
         # In two steps, because torch refuses to make a number of a dtype that it would overflow.
-        norm = torch.scalar_tensor(total, dtype=torch.float64).to(dtype)
+        norm = torch.scalar_tensor(total, dtype=torch.float64, device=self.device).to(dtype)
         return Reduction(norm, total, clip_coefficient(total, max_norm))
 
     def scale_(self, coefficient: Scalar) -> None:
@@ -100,8 +101,8 @@ class NumpyPlan:
             return [_quietly(work, self.pieces)]
         ends = np.searchsorted(self.elements, [total * (i + 1) // threads for i in range(threads)]) + 1
         mine, *others = (self.pieces[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True))
-        futures = [_pool(threads - 1).submit(_quietly, work, share) for share in others]
-        return [_quietly(work, mine), *(future.result() for future in futures)]
+        pending = [_start(work, share, threads - 1) for share in others]
+        return [_quietly(work, mine), *(result() for result in pending)]
 
 
 @dataclass
@@ -178,7 +179,7 @@ class _Thread(threading.local):
     """Where a thread converts 16-bit pieces to: memory that is in its cache already, 128 KB."""
 
     def __init__(self) -> None:
-        self.converted = torch.empty(HALF_PIECE, dtype=torch.float32)
+        self.converted = torch.empty(HALF_PIECE, dtype=torch.float32, device="cpu")
 
 
 _thread = _Thread()
@@ -233,12 +234,20 @@ def _address_space(dtype: torch.dtype) -> Array:
 
 def _norms_of_segments(x: Array, starts: Array, p: float) -> Sequence[float]:
     """The p-norm of each segment of x, that begins at each of `starts`."""
-    if p == 2:
-        sums = np.add.reduceat(np.multiply(x, x, dtype=np.float64), starts)
-        if x.dtype == np.float32 or ((sums > TINY) & (sums < np.inf)).all():
-            norms: list[float] = np.sqrt(sums).tolist()
-            return norms
-    return [_norm(segment, p) for segment in np.split(x, starts[1:])]
+    if p == 0:
+        counts: list[float] = np.add.reduceat(x != 0, starts, dtype=np.float64).tolist()
+        return counts
+    magnitudes = np.abs(x, dtype=np.float64)
+    if np.isinf(p):
+        extremes: list[float] = (np.maximum if p > 0 else np.minimum).reduceat(magnitudes, starts).tolist()
+        return extremes
+    sums = np.add.reduceat(magnitudes * magnitudes if p == 2 else magnitudes**p, starts)
+    norms: list[float] = (np.sqrt(sums) if p == 2 else sums ** (1 / p)).tolist()
+    out_of_range = np.flatnonzero(~((sums > TINY_FP64) & (sums < np.inf))).tolist()
+    segments = np.split(x, starts[1:]) if out_of_range else []
+    for i in out_of_range:
+        norms[i] = _power_norm(segments[i], p)
+    return norms
 
 
 def _norm(x: Array, p: float) -> float:
@@ -262,12 +271,11 @@ def _euclidean_norm(x: Array) -> float:
 
 
 def _power_norm(x: Array, p: float) -> float:
-    """The norm in fp64, of values scaled by a power of two so that no power overflows."""
+    """The norm in fp64, of values divided by the one whose power is the largest, so that no power overflows."""
     magnitudes = np.abs(x, dtype=np.float64)
-    leading = float(magnitudes.max() if p > 0 else magnitudes.min())  # of which the power is the largest
-    exponent = math.frexp(leading)[1] if 0 < leading < math.inf else 0
-    total = np.power(np.ldexp(magnitudes, -exponent), p).sum()
-    return float(np.ldexp(np.power(total, 1 / p), exponent))
+    leading = float(magnitudes.max() if p > 0 else magnitudes.min())
+    scale = leading if 0 < leading < math.inf else 1.0
+    return float(np.power(np.power(magnitudes / scale, p).sum(), 1 / p) * scale)
 
 
 def _factors(coefficient: float, dtype: torch.dtype) -> tuple[float, ...]:
@@ -277,11 +285,12 @@ def _factors(coefficient: float, dtype: torch.dtype) -> tuple[float, ...]:
     """
     wide = np.float64 if dtype == torch.float64 else np.float32
     small = 2.0**-900 if dtype == torch.float64 else 2.0**-100
-    if wide(coefficient) == 1:
-        return ()
-    if abs(coefficient) < small:
-        return (float(wide(coefficient / small)), small)
-    return (float(wide(coefficient)),)
+    with _quiet():
+        if wide(coefficient) == 1:
+            return ()
+        if abs(coefficient) < small:
+            return (float(wide(coefficient / small)), small)
+        return (float(wide(coefficient)),)
 
 
 def _quiet() -> np.errstate:
@@ -292,6 +301,14 @@ def _quiet() -> np.errstate:
 def _quietly(work: Callable[[Sequence[Piece]], Any], pieces: Sequence[Piece]) -> Any:
     with _quiet():
         return work(pieces)
+
+
+def _start(work: Callable[[Sequence[Piece]], Any], pieces: Sequence[Piece], threads: int) -> Callable[[], Any]:
+    """Start the work in another thread, and return what waits for its result."""
+    try:
+        return _pool(threads).submit(_quietly, work, pieces).result
+    except RuntimeError:  # the interpreter is shutting down, and starts no thread any more
+        return lambda: _quietly(work, pieces)
 
 
 _pools: dict[int, ThreadPoolExecutor] = {}

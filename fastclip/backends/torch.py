@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import Reduction, Scalar, combine, reduction, stable_norm
+from fastclip.backends.interface import Reduction, Scalar, combine, on, reduction, stable_norm, wide_dtype
 
 _LOW_PRECISION = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.complex32: torch.complex64}
-_DOUBLES = (torch.float64, torch.complex128)
-_WITHOUT_FP64 = frozenset({"mps"})
+_OVERFLOW_PROOF = (1.0, 2.0, float("inf"), float("-inf"))
+"""Orders whose powers of narrower types neither overflow nor underflow in fp64."""
 
 
 def obstacle(device: torch.device) -> str | None:  # noqa: ARG001 - the signature is the backends'
@@ -37,12 +37,16 @@ class TorchPlan:
 
     @torch.no_grad()
     def scale_(self, coefficient: Scalar) -> None:
+        coefficient = on(self.device, coefficient)
         for tensor in self.tensors:
+            # As on the other backends: in two factors where one would not be a normal number.
+            small = 2.0**-900 if tensor.dtype.to_real() == torch.float64 else 2.0**-100
+            power = torch.where(coefficient.abs() < small, small, torch.ones_like(coefficient))
             wide = _LOW_PRECISION.get(tensor.dtype)
             if wide is None:
-                tensor.mul_(coefficient)
+                tensor.mul_(coefficient / power).mul_(power)
             else:  # `mul_` would round the coefficient to the tensor's own precision first
-                tensor.copy_(tensor.to(wide).mul_(coefficient))
+                tensor.copy_(tensor.to(wide).mul_(coefficient / power).mul_(power))
 
     @torch.no_grad()
     def clamp_(self, minimum: float, maximum: float) -> None:
@@ -51,14 +55,11 @@ class TorchPlan:
 
 
 def _norm(tensor: Tensor, p: float) -> Tensor:
-    """The norm in fp64, in which squares of narrower types neither overflow nor underflow."""
-    has_fp64 = tensor.device.type not in _WITHOUT_FP64
+    """The norm in fp64, where the device has it."""
+    wide = wide_dtype(tensor.device)
     if p == 0:  # not `vector_norm`, which warns that it casts complex numbers
-        return tensor.count_nonzero().to(torch.float64 if has_fp64 else torch.float32)
-    if not has_fp64:
-        return stable_norm(tensor.to(torch.float32), p)
-    if tensor.dtype in _DOUBLES:
-        return stable_norm(tensor, p)
-    wide = torch.complex128 if tensor.is_complex() else torch.float64
-    norm: Tensor = torch.linalg.vector_norm(tensor, p, dtype=wide)
+        return tensor.count_nonzero().to(wide)
+    if p not in _OVERFLOW_PROOF or tensor.dtype.to_real() == wide or wide != torch.float64:
+        return stable_norm(tensor.to(wide.to_complex() if tensor.is_complex() else wide), p)
+    norm: Tensor = torch.linalg.vector_norm(tensor, p, dtype=wide.to_complex() if tensor.is_complex() else wide)
     return norm

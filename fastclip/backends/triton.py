@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import Reduction, Scalar, reduction
+from fastclip.backends.interface import Reduction, Scalar, on, reduction
 
 SEGMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 """The position of each dtype in `fastclip.kernels.table.ELEMENT_SIZES`."""
 
 PROGRAMS_PER_SM = 4  # as many as fit at the reduction's 64 registers a thread
 PROGRAMS_ON_CPU = 5  # without a GPU: odd and small, so that programs take several chunks and unequal shares
-TABLES_KEPT = 16  # a thread: models that are trained in turns, each with its own set of gradients
+TABLES_KEPT = 512  # a thread: some clip each parameter by itself
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -42,8 +42,9 @@ def _driver_obstacle(device_type: str) -> str | None:
 
     try:
         target = driver.active.get_active_torch_device().type
-    except RuntimeError as error:
-        return f"Triton has no active driver ({error}); TRITON_INTERPRET=1 runs its kernels on the CPU, slowly"
+    except Exception as error:  # noqa: BLE001 - it compiles and loads a driver, which fails in many ways
+        reason = f"{type(error).__name__}: {error}"
+        return f"Triton has no active driver ({reason}); TRITON_INTERPRET=1 runs its kernels on the CPU, slowly"
     return None if target == device_type else f"Triton's active driver serves {target}"
 
 
@@ -97,7 +98,9 @@ class TritonPlan:
 
         tables = self.tables
         with _current(self.device):
-            apply_kernel[tables.grid](tables.chunks, self.rows, coefficient, 0, *tables.ends, **tables.options)
+            apply_kernel[tables.grid](
+                tables.chunks, self.rows, on(self.device, coefficient), 0, *tables.ends, **tables.options
+            )
 
     def clamp_(self, minimum: float, maximum: float) -> None:
         from fastclip.kernels.clamp import clamp_kernel
@@ -168,6 +171,11 @@ def _kind(p: float) -> str:
 def _upload(array: np.ndarray[tuple[int, ...], np.dtype[np.int64]], device: torch.device) -> Tensor:
     """Copy to the device through pinned memory, which torch does not reuse before the copy is complete."""
     host = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "fastclip cannot prepare gradients while a CUDA graph is captured: the graph would read a table that is "
+            "gone when it is replayed. Clip outside of the graph"
+        )
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
