@@ -6,6 +6,7 @@ import ctypes
 import faulthandler
 import gc
 import importlib
+import itertools
 import mmap
 import os
 import resource
@@ -337,6 +338,26 @@ def test_what_is_kept_is_bounded(leg: Leg) -> None:
         from fastclip.backends import triton
 
         assert len(triton._kept.by_sizes) <= triton.TABLES_KEPT
+
+
+def test_gradients_that_overlap_are_never_in_one_plan(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan's tensors are scaled in any order and at once, so two of them that share memory would race for it."""
+    module = importlib.import_module(f"fastclip.backends.{leg.backend}")
+    seen: list[list[Tensor]] = []
+
+    def recorded(tensors: list[Tensor], plan: Callable[[list[Tensor]], interface.Plan] = module.plan) -> interface.Plan:
+        seen.append(tensors)
+        return plan(tensors)
+
+    monkeypatch.setattr(module, "plan", recorded)
+    flat = torch.arange(1.0, 101.0, device=leg.device)
+    views = [flat[50:60], flat[:40], flat[39:50], flat[5:8], flat[60:], flat[5:8], flat[99:]]
+    exact = oracle.norm(views, 2)
+    assert fastclip.clip_grad_norm_(parameters(views), INF).item() == pytest.approx(exact, rel=1e-6)
+    assert sum(map(len, seen)) == (len(views) if leg.backend == "torch" else 3)
+    if leg.backend != "torch":  # which takes one tensor after another
+        places = sorted((tensor.data_ptr(), tensor.data_ptr() + 4 * tensor.numel()) for tensor in seen[0])
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(places))
 
 
 # ---- Threads, and children
