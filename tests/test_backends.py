@@ -6,6 +6,7 @@ import ctypes
 import faulthandler
 import gc
 import importlib
+import itertools
 import mmap
 import os
 import resource
@@ -314,18 +315,12 @@ def test_gradients_that_move_are_found(leg: Leg, rng: np.random.Generator) -> No
 
 def test_the_same_memory_with_another_shape_or_dtype(leg: Leg) -> None:
     """What was prepared rests on sizes, strides and dtypes as well as on addresses."""
-    memory = torch.ones(64, dtype=torch.int32, device=leg.device).view(torch.float32)
-    memory.fill_(1.0)
-    views: list[tuple[Tensor, float]] = [
-        (memory, 8.0),
-        (memory[:16], 4.0),
-        (memory[::4], 4.0),
-        (memory.view(8, 8).t(), 8.0),
-        (memory.view(8, 8)[:, :2], 4.0),
-    ]
-    for view, norm in [*views, *views]:
-        assert fastclip.get_total_norm([view]).item() == norm
-        assert fastclip.clip_grad_norm_(parameters([view]), INF).item() == norm
+    memory = torch.arange(1.0, 65.0, device=leg.device)
+    views = [memory, memory[:16], memory[::4], memory.view(8, 8).t(), memory.view(8, 8)[:, :2]]
+    for view in [*views, *views]:
+        exact = oracle.norm([view], 2)
+        assert fastclip.get_total_norm([view]).item() == pytest.approx(exact, rel=1e-6)
+        assert fastclip.clip_grad_norm_(parameters([view]), INF).item() == pytest.approx(exact, rel=1e-6)
     memory.fill_(0)
     assert fastclip.get_total_norm([memory.view(torch.float64)]).item() == 0
     memory.view(torch.bfloat16).fill_(0.5)
@@ -343,6 +338,26 @@ def test_what_is_kept_is_bounded(leg: Leg) -> None:
         from fastclip.backends import triton
 
         assert len(triton._kept.by_sizes) <= triton.TABLES_KEPT
+
+
+def test_gradients_that_overlap_are_never_in_one_plan(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan's tensors are scaled in any order and at once, so two of them that share memory would race for it."""
+    module = importlib.import_module(f"fastclip.backends.{leg.backend}")
+    seen: list[list[Tensor]] = []
+
+    def recorded(tensors: list[Tensor], plan: Callable[[list[Tensor]], interface.Plan] = module.plan) -> interface.Plan:
+        seen.append(tensors)
+        return plan(tensors)
+
+    monkeypatch.setattr(module, "plan", recorded)
+    flat = torch.arange(1.0, 101.0, device=leg.device)
+    views = [flat[50:60], flat[:40], flat[39:50], flat[5:8], flat[60:], flat[5:8], flat[99:]]
+    exact = oracle.norm(views, 2)
+    assert fastclip.clip_grad_norm_(parameters(views), INF).item() == pytest.approx(exact, rel=1e-6)
+    assert sum(map(len, seen)) == (len(views) if leg.backend == "torch" else 3)
+    if leg.backend != "torch":  # which takes one tensor after another
+        places = sorted((tensor.data_ptr(), tensor.data_ptr() + 4 * tensor.numel()) for tensor in seen[0])
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(places))
 
 
 # ---- Threads, and children

@@ -194,3 +194,20 @@ def test_clip_grad_value(leg: Leg, dtype: str, shapes: str, rng: np.random.Gener
                 numbers = ~np.isnan(expected_values)
                 np.testing.assert_array_equal(np.signbit(result_values)[numbers], np.signbit(expected_values)[numbers])
             assert_untouched_around(result, original)
+
+
+EDGES_OF_FP32 = (1e-45, 1e-40, 3e-23, 1e-22, 2e-21, 1e-20, 1e-17, 1e17, 1e18, 1e19, 3.4e38)
+
+
+@pytest.mark.parametrize("size", [40, 9000])
+def test_norm_over_the_whole_range(leg: Leg, size: int) -> None:
+    """Also where fp32 sums of squares are merely not 0, or not yet infinite, but have lost a part."""
+    for value in EDGES_OF_FP32:
+        tensor = embedded(torch.full((size,), value, dtype=torch.float32), offset=1, device=leg.device)
+        exact = oracle.norm([tensor], 2)
+        norm = fastclip.get_total_norm([tensor], norm_dtype=torch.float64)
+        assert norm.item() == pytest.approx(exact, rel=1e-6, abs=0)
+        # Two thirds of it as the limit; the 1e-6 that torch adds to the norm counts where the norm is small.
+        fastclip.clip_grad_norm_(parameters([tensor]), exact / 1.5, norm_dtype=torch.float64)
+        step = torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps
+        assert tensor.max().item() == pytest.approx(value * exact / 1.5 / (exact + 1e-6), rel=2e-6, abs=step)
