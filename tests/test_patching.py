@@ -161,7 +161,7 @@ def test_the_originals_are_exactly_the_four() -> None:
 
 
 def test_a_torch_without_one_of_the_four_is_named_in_the_error() -> None:
-    with pytest.raises(ImportError, match=r"torch 2\.6 or later: torch \S+ has no torch\.nn\.utils\.get_total_norm"):
+    with pytest.raises(ImportError, match=r"torch 2\.8 or later: torch \S+ has no torch\.nn\.utils\.get_total_norm"):
         originals._function(types.ModuleType("old"), "get_total_norm")
 
 

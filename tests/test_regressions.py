@@ -177,7 +177,7 @@ def test_a_driver_that_cannot_be_built_is_an_obstacle(monkeypatch: pytest.Monkey
             raise subprocess.CalledProcessError(1, ["gcc"])
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(type(driver), "active", property(lambda self: Broken()), raising=False)
+    monkeypatch.setattr(type(driver), "active", Broken(), raising=False)
     assert "CalledProcessError" in str(triton.obstacle(torch.device("cuda")))
 
 
