@@ -157,7 +157,7 @@ def test_what_is_not_a_tensor_is_named_whatever_else_it_has() -> None:
         grad = None
 
     with pytest.raises(TypeError, match=r"tensors\[0\] is of type Impostor"):
-        fastclip.get_total_norm([Impostor()])  # type: ignore[list-item]
+        fastclip.get_total_norm([Impostor()])  # type: ignore[arg-type]
 
 
 def test_the_value_clip_names_an_integer_gradient() -> None:
