@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from multiprocessing.connection import Client, Connection, Listener
@@ -149,17 +149,20 @@ class Relay:
         order = {leg: position for position, leg in enumerate(AVAILABLE, start=1)}
         items.sort(key=lambda item: order[leg] if (leg := _leg_of(item)) else 0)
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtestloop(self, session: pytest.Session) -> None:
-        """Start a worker for each leg that has tests and needs one."""
-        if self.config.option.collectonly or (
-            session.testsfailed and not self.config.option.continue_on_collection_errors
-        ):
-            return
-        for leg in AVAILABLE:
-            mine = [item for item in session.items if _leg_of(item) is leg]
-            if mine:
-                self.workers[leg.name] = _Worker(self.config, leg, mine)
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
+        """Start a worker for each leg that has tests and needs one, and end them before coverage is summed up."""
+        options = self.config.option
+        if not options.collectonly and (options.continue_on_collection_errors or not session.testsfailed):
+            for leg in AVAILABLE:
+                mine = [item for item in session.items if _leg_of(item) is leg]
+                if mine:
+                    self.workers[leg.name] = _Worker(self.config, leg, mine)
+        try:
+            return (yield)
+        finally:
+            for worker in self.workers.values():
+                worker.end()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
@@ -172,11 +175,6 @@ class Relay:
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
-
-    def pytest_sessionfinish(self) -> None:
-        """End the workers, which are at work still where the run was cut short."""
-        for worker in self.workers.values():
-            worker.end()
 
 
 class _Worker:

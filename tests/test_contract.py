@@ -283,10 +283,21 @@ def test_nonfinite_gradients_act_as_in_torch(leg: Leg, special: float) -> None:
 
 
 CULPRITS: list[list[Any]] = [[NAN, 1.0, INF], [2.0, 3.0], [[INF, -INF], [NAN, NAN]]]
+
+
+class Holder(nn.Module):
+    """A module with these parameters."""
+
+    def __init__(self, made: list[nn.Parameter]) -> None:
+        super().__init__()
+        for name, parameter in zip("abc", made, strict=True):
+            self.register_parameter(name, parameter)
+
+
 ADDRESSED: dict[str, tuple[Callable[[list[nn.Parameter]], Any], str]] = {
     "list": (list, "parameters[0] of shape (3,)"),
     "named": (lambda made: zip("abc", made, strict=True), "parameters[0] 'a' of shape (3,)"),
-    "module": (nn.ParameterList, "parameters[0] '0' of shape (3,)"),
+    "module": (lambda made: nn.ModuleList([Holder(made)]), "parameters[0] '0.a' of shape (3,)"),
 }
 
 
