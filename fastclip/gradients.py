@@ -101,7 +101,7 @@ def _not_a_tensor(items: Sequence[object], argument: str, *, wanted: str) -> Typ
     position, culprit = next((i, item) for i, item in enumerate(items) if not hasattr(item, wanted))
     remedies = [remedy for kind, remedy in _REMEDIES if isinstance(culprit, kind)]
     remedy = [*remedies, "pass tensors, or (name, tensor) pairs as model.named_parameters() yields"][0]
-    return TypeError(f"{argument}[{position}] is of type {type(culprit).__name__}, not a tensor: {remedy}")
+    return TypeError(f"{argument}[{position}] is a {type(culprit).__name__}, not a tensor: {remedy}")
 
 
 def check_dtypes(grads: Gradients) -> None:

@@ -156,7 +156,7 @@ def test_what_is_not_a_tensor_is_named_whatever_else_it_has() -> None:
     class Impostor:
         grad = None
 
-    with pytest.raises(TypeError, match=r"tensors\[0\] is of type Impostor"):
+    with pytest.raises(TypeError, match=r"tensors\[0\] is a Impostor"):
         fastclip.get_total_norm([Impostor()])  # type: ignore[arg-type]
 
 
