@@ -467,3 +467,28 @@ def test_devices_without_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = fastclip.clip_grad_norm_(made, 1.0)
     assert norm.item() == pytest.approx(5e30, rel=2**-7)
     assert grad_of(made[0]).tolist() == pytest.approx([0.6, 0.0], rel=2**-7)
+
+
+# ---- launches
+
+
+@pytest.mark.legs("ptx")
+@pytest.mark.parametrize("count", [1, 40])
+def test_launches_do_not_depend_on_the_number_and_dtypes_of_gradients(
+    leg: Leg, rng: np.random.Generator, count: int
+) -> None:
+    import ptxlab
+
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    drawn = (rng.standard_normal(int(rng.integers(1, 3000))) for _ in range(count))
+    grads = [torch.from_numpy(values).to(leg.device, dtypes[i % 4]) for i, values in enumerate(drawn)]
+    made = parameters(grads)
+    calls: list[tuple[Callable[[], object], list[str]]] = [
+        (lambda: fastclip.clip_grad_norm_(made, 1.0, norm_dtype=torch.float32), ["reduce_kernel", "apply_kernel"]),
+        (lambda: fastclip.get_total_norm(grads, norm_dtype=torch.float32), ["reduce_kernel"]),
+        (lambda: fastclip.clip_grad_value_(made, 0.5), ["clamp_kernel"]),
+    ]
+    for call, kernels in calls:
+        with ptxlab.recording() as launched:
+            call()
+        assert [name for name, _ in launched] == kernels
