@@ -370,7 +370,10 @@ def test_gradients_that_overlap_are_never_in_one_plan(leg: Leg, monkeypatch: pyt
 
 
 @pytest.fixture
-def many_threads() -> Iterator[None]:
+def many_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    numpy_backend = importlib.import_module("fastclip.backends.numpy")
+    monkeypatch.setattr(numpy_backend, "THREADS_FROM", 1 << 17)  # elements: small gradients, in many pieces
+    monkeypatch.setattr(numpy_backend, "PIECE", 1 << 16)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

@@ -51,7 +51,7 @@ class Backend:
 
 
 TRITON = Backend("triton", "fused Triton kernels over a chunk table", frozenset({"cuda"}))
-NUMPY = Backend("numpy", "NumPy over zero-copy views, in cache-sized pieces", frozenset({"cpu"}))
+NUMPY = Backend("numpy", "NumPy over zero-copy views", frozenset({"cpu"}))
 TORCH = Backend("torch", "torch's own operations, tensor by tensor", frozenset())
 BACKENDS = {backend.name: backend for backend in (TRITON, NUMPY, TORCH)}
 

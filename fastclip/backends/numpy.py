@@ -1,4 +1,4 @@
-"""The NumPy backend: zero-copy views of the gradients, in cache-sized pieces, over as many threads as torch uses.
+"""The NumPy backend: zero-copy views of the gradients, in pieces, over as many threads as torch uses.
 
 The same three steps as on the GPU: each piece is reduced to norms, these are combined in fp64, and only where the
 coefficient is not 1 (where a value is out of bounds) is anything written. A piece is a part of one large tensor, or
@@ -29,11 +29,11 @@ from fastclip.backends.interface import Reduction, Scalar, clip_coefficient
 
 Array: TypeAlias = npt.NDArray[Any]
 
-PIECE = 65_536  # elements: 256 KB of fp32, which stays in the L2 cache between NumPy's passes over it
-HALF_PIECE = 32_768  # elements: torch runs an operation on no more than these in the calling thread
+PIECE = 1 << 20  # elements: long enough that threads seldom wait for each other's Python between two pieces
+HALF_PIECE = 1 << 18  # elements: their fp32 copy, 1 MB, is still in the cache when it is summed
 SMALL = 1024  # elements: up to here copying a tensor next to others costs less than a call for it alone
 ROW = 1024  # elements summed in fp32: some 32 additions in each SIMD lane
-THREADS_FROM = 131_072  # elements; below, handing work to another thread costs more than it saves
+THREADS_FROM = 1 << 22  # elements; below, handing work to another thread costs more than it saves
 
 # An fp32 sum of squares above this lost less than 2**-24 of itself to subnormal rounding, for up to PIECE elements.
 TINY = 2.0**-100
@@ -176,7 +176,7 @@ class HalfPiece(Piece):
 
 
 class _Thread(threading.local):
-    """Where a thread converts 16-bit pieces to: memory that is in its cache already, 128 KB."""
+    """Where a thread converts 16-bit pieces to: memory that is in its cache already, 1 MB."""
 
     def __init__(self) -> None:
         self.converted = torch.empty(HALF_PIECE, dtype=torch.float32, device="cpu")
