@@ -110,11 +110,9 @@ def check_dtypes(grads: Gradients) -> None:
     Raises:
         RuntimeError: A gradient is neither floating-point nor complex.
     """
-    for index, grad in enumerate(grads.tensors):
-        if not (grad.dtype.is_floating_point or grad.dtype.is_complex):
-            message = (
-                f"{grads.label(index)} is of {grad.dtype}: only floating-point and complex gradients can be clipped"
-            )
+    for dtype, index in _first_of_each_dtype(grads).items():
+        if not (dtype.is_floating_point or dtype.is_complex):
+            message = f"{grads.label(index)} is of {dtype}: only floating-point and complex gradients can be clipped"
             raise RuntimeError(message)
 
 
@@ -125,15 +123,23 @@ def check_bounds(grads: Gradients, *bounds: float) -> None:
         NotImplementedError: A gradient is complex.
         RuntimeError: A finite bound is beyond the largest value of a gradient's dtype.
     """
-    for index, grad in enumerate(grads.tensors):
-        if grad.dtype.is_complex:
-            message = f"clamp is not supported for complex types, and {grads.label(index)} is of {grad.dtype}"
+    for dtype, index in _first_of_each_dtype(grads).items():
+        if dtype.is_complex:
+            message = f"clamp is not supported for complex types, and {grads.label(index)} is of {dtype}"
             raise NotImplementedError(message)
-        largest = torch.finfo(grad.dtype).max
+        largest = torch.finfo(dtype).max
         for bound in bounds:
             if largest < abs(bound) < float("inf"):
-                message = f"{bound} cannot be converted to {grad.dtype} without overflow, for {grads.label(index)}"
+                message = f"{bound} cannot be converted to {dtype} without overflow, for {grads.label(index)}"
                 raise RuntimeError(f"{message}: the largest value there is {largest}")
+
+
+def _first_of_each_dtype(grads: Gradients) -> dict[torch.dtype, int]:
+    """The first gradient of each dtype: what is found of it holds for all that have the same."""
+    first: dict[torch.dtype, int] = {}
+    for index, grad in enumerate(grads.tensors):
+        first.setdefault(grad.dtype, index)
+    return first
 
 
 def check_writable(grads: Gradients) -> None:
