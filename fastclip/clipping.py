@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fastclip import originals
-from fastclip.backends.interface import Reduction, Scalar, clip_coefficient, combine, on, reduction
+from fastclip.backends.interface import Scalar, clip_coefficient, on
 from fastclip.gradients import Gradients, Parameters, as_gradients, check_bounds, check_dtypes, collect
-from fastclip.plans import Prepared, prepare
+from fastclip.plans import prepare
 
 _MOST_NAMED = 10  # culprits listed in an error message
 
@@ -77,10 +77,10 @@ def clip_grad_norm_(
         return _in_dtype(originals.clip_grad_norm_(grads.owners, limit, p, error_if_nonfinite, foreach), norm_dtype)
     _check_foreach(foreach, grads)
     prepared = prepare(grads, in_place=True)
-    reduced = _reduce(prepared, p, limit, norm_dtype)
+    reduced = prepared.reduce(p, limit, norm_dtype or prepared.dtype)
     if error_if_nonfinite:
         _raise_if_nonfinite(grads, p, reduced.total)
-    _scale_(grads, prepared, reduced.coefficient)
+    prepared.scale_(grads, reduced.coefficient)
     return reduced.norm
 
 
@@ -122,7 +122,8 @@ def get_total_norm(
     if _has_dtensors(grads.tensors):
         return _in_dtype(originals.get_total_norm(grads.tensors, p, error_if_nonfinite, foreach), norm_dtype)
     _check_foreach(foreach, grads)
-    reduced = _reduce(prepare(grads, in_place=False), p, float("inf"), norm_dtype)
+    prepared = prepare(grads, in_place=False)
+    reduced = prepared.reduce(p, float("inf"), norm_dtype or prepared.dtype)
     if error_if_nonfinite:
         _raise_if_nonfinite(grads, p, reduced.total)
     return reduced.norm
@@ -164,7 +165,7 @@ def clip_grads_with_norm_(
         raise ValueError(f"`total_norm` must be one number, not a tensor of shape {tuple(total.shape)}")
     _check_foreach(foreach, grads)
     prepared = prepare(grads, in_place=True)
-    _scale_(grads, prepared, clip_coefficient(on(prepared.device, total.detach().reshape(())), limit))
+    prepared.scale_(grads, clip_coefficient(on(prepared.device, total.detach().reshape(())), limit))
 
 
 def clip_grad_value_(
@@ -200,27 +201,7 @@ def clip_grad_value_(
     _check_foreach(foreach, grads)
     check_dtypes(grads)
     check_bounds(grads, bound)
-    prepared = prepare(grads, in_place=True)
-    torch.autograd.graph.increment_version(grads.tensors)
-    for plan in prepared.plans:
-        plan.clamp_(-bound, bound)
-
-
-def _reduce(prepared: Prepared, p: float, max_norm: float, norm_dtype: torch.dtype | None) -> Reduction:
-    """Reduce all plans to one norm, on the first gradient's device."""
-    dtype = norm_dtype or prepared.dtype
-    device = prepared.device
-    if len(prepared.plans) == 1 and prepared.plans[0].device == device:
-        return prepared.plans[0].reduce(p, max_norm, dtype)
-    totals = [on(device, plan.reduce(p, max_norm, dtype).total) for plan in prepared.plans]
-    return reduction(combine(totals or [on(device, 0.0)], p), max_norm, dtype)
-
-
-def _scale_(grads: Gradients, prepared: Prepared, coefficient: Scalar) -> None:
-    # Raw writes do not bump the version counters by which autograd knows that a saved tensor was changed.
-    torch.autograd.graph.increment_version(grads.tensors)
-    for plan in prepared.plans:
-        plan.scale_(coefficient)
+    prepare(grads, in_place=True).clamp_(grads, -bound, bound)
 
 
 def _raise_if_nonfinite(grads: Gradients, p: float, total: Scalar) -> None:

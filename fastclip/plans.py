@@ -19,6 +19,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,17 @@ import torch
 from torch import Tensor, nn
 
 from fastclip.backends import ENVIRONMENT_VARIABLE, TORCH, Backend, for_device
-from fastclip.backends.interface import Plan
+from fastclip.backends.interface import (
+    Bounds,
+    Plan,
+    Reduction,
+    Scalar,
+    combine,
+    on,
+    reduction,
+    upload,
+    wide_dtype,
+)
 from fastclip.gradients import Gradients, check_dtypes, check_writable
 
 
@@ -49,10 +60,12 @@ _KEPT = 65_536  # gradients, a thread: a few large models that are trained in tu
 
 @dataclass(frozen=True)
 class Prepared:
-    """Gradients made ready to be clipped together.
+    """Gradients made ready to be clipped together: what the plans do, done to all of them.
 
     Attributes:
         plans: One for each backend and device, in the order of their first members; none if no gradient has elements.
+        members: The positions, among the gradients, of each plan's members.
+        count: The number of gradients.
         device: The first gradient's.
         dtype: The gradients' own, real and promoted where they differ: that of torch's norm.
         streams: The current stream of each GPU, for which the plans were made.
@@ -61,11 +74,66 @@ class Prepared:
     """
 
     plans: list[Plan]
+    members: list[list[int]]
+    count: int
     device: torch.device
     dtype: torch.dtype
     streams: tuple[tuple[torch.device, int], ...]
     fingerprint: Fingerprint | None
     temporaries: list[Tensor]
+
+    def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
+        """Reduce all plans to one norm, on the first gradient's device."""
+        if self._is_one_plan:
+            return self.plans[0].reduce(p, max_norm, dtype)
+        totals = [on(self.device, plan.reduce(p, max_norm, dtype).total) for plan in self.plans]
+        return reduction(combine(totals or [on(self.device, 0.0)], p), max_norm, dtype)
+
+    def norms(self) -> Tensor:
+        """Return the 2-norm of each gradient, [count], on the first gradient's device."""
+        if self._is_one_plan and self._is_in_order:
+            return self.plans[0].norms()
+        norms = torch.zeros(self.count, dtype=wide_dtype(self.device), device=self.device)
+        for plan, positions in zip(self.plans, self._positions, strict=True):
+            norms[positions] = on(self.device, plan.norms())
+        return norms
+
+    def scale_(self, grads: Gradients, coefficient: Scalar) -> None:
+        """Multiply the gradients that this was prepared from by one coefficient, or by one each."""
+        # Raw writes do not bump the version counters by which autograd knows that a saved tensor was changed.
+        torch.autograd.graph.increment_version(grads.tensors)
+        is_shared = not isinstance(coefficient, Tensor) or coefficient.dim() == 0
+        if is_shared or (self._is_one_plan and self._is_in_order):
+            for plan in self.plans:
+                plan.scale_(coefficient)
+            return
+        for plan, positions in zip(self.plans, self._positions, strict=True):
+            plan.scale_(coefficient[positions])
+
+    def clamp_(self, grads: Gradients, minimum: Bounds, maximum: Bounds, *, watch: bool = False) -> list[Tensor]:
+        """Clamp the gradients that this was prepared from. Return flags if `watch`, as a plan does."""
+        torch.autograd.graph.increment_version(grads.tensors)
+        flags = [
+            plan.clamp_(_pick(minimum, members), _pick(maximum, members), watch=watch)
+            for plan, members in zip(self.plans, self.members, strict=True)
+        ]
+        return [flag for flag in flags if flag is not None]
+
+    @property
+    def _is_one_plan(self) -> bool:
+        return len(self.plans) == 1 and self.plans[0].device == self.device
+
+    @cached_property
+    def _is_in_order(self) -> bool:
+        return self.members[0] == list(range(self.count))
+
+    @cached_property
+    def _positions(self) -> list[Tensor]:
+        return [upload(np.array(members), self.device) for members in self.members]
+
+
+def _pick(bound: Bounds, members: list[int]) -> Bounds:
+    return [bound[i] for i in members] if isinstance(bound, Sequence) else bound
 
 
 class _Kept(threading.local):
@@ -137,15 +205,24 @@ def _fingerprint(tensors: list[Tensor], *, in_place: bool) -> Fingerprint | None
 
 
 def _prepare(tensors: list[Tensor], fingerprint: Fingerprint | None, *, in_place: bool) -> Prepared:
-    groups = _group(tensors, in_place=in_place)
+    values = [_values(t, in_place=in_place) if t.layout is torch.sparse_coo else t for t in tensors]
+    groups = _group(values)
     dtype = _promoted({tensor.dtype.to_real() for tensor in tensors})
     devices = {device for _, device in groups if device.type == "cuda"}
     streams = tuple((device, torch.cuda.current_stream(device).cuda_stream) for device in devices)
     # torch's plans hold the tensors themselves: kept, they would keep the gradients' memory alive.
     keep = all(backend is not TORCH for backend, _ in groups)
-    plans = [backend.plan(members) for (backend, _), members in groups.items()]
-    temporaries = [] if fingerprint else [member for members in groups.values() for member in members]
-    return Prepared(plans, tensors[0].device, dtype, streams, fingerprint if keep else None, temporaries)
+    plans = [backend.plan([values[i] for i in members]) for (backend, _), members in groups.items()]
+    return Prepared(
+        plans,
+        list(groups.values()),
+        len(tensors),
+        tensors[0].device,
+        dtype,
+        streams,
+        fingerprint if keep else None,
+        [] if fingerprint else values,
+    )
 
 
 def _streams_are_current(prepared: Prepared) -> bool:
@@ -159,22 +236,22 @@ def _promoted(dtypes: set[torch.dtype]) -> torch.dtype:
     return promoted
 
 
-def _group(tensors: list[Tensor], *, in_place: bool) -> dict[tuple[Backend, torch.device], list[Tensor]]:
-    groups: dict[tuple[Backend, torch.device], list[Tensor]] = {}
-    plain: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
-        values = _values(tensor, in_place=in_place) if tensor.layout is torch.sparse_coo else tensor
-        if values.numel() == 0:
+def _group(values: Sequence[Tensor]) -> dict[tuple[Backend, torch.device], list[int]]:
+    """The positions of the tensors that each backend serves on each device."""
+    groups: dict[tuple[Backend, torch.device], list[int]] = {}
+    plain: dict[torch.device, list[int]] = {}
+    for position, tensor in enumerate(values):
+        if tensor.numel() == 0:
             continue
-        if _is_plain(values):
-            plain.setdefault(values.device, []).append(values)
+        if _is_plain(tensor):
+            plain.setdefault(tensor.device, []).append(position)
         else:
-            groups.setdefault((TORCH, values.device), []).append(values)
+            groups.setdefault((TORCH, tensor.device), []).append(position)
     for device, members in plain.items():
         backend = for_device(device)
-        overlapping = _overlapping(members)
-        for i, tensor in enumerate(members):
-            groups.setdefault((TORCH if i in overlapping else backend, device), []).append(tensor)
+        overlapping = _overlapping([values[position] for position in members])
+        for i, position in enumerate(members):
+            groups.setdefault((TORCH if i in overlapping else backend, device), []).append(position)
     return groups
 
 

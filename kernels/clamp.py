@@ -16,35 +16,47 @@ from .table import CHUNK_VECTORS, TILE_VECTORS, body_of, edge_of, first_chunk, l
 
 @triton.jit
 def _clamp(pointers, mask, minimum, maximum, TYPE: tl.constexpr, WIDE: tl.constexpr):
+    """Clamp a tile, and tell of which vectors an element was outside."""
     x = tl.load(pointers, mask=mask, other=0).to(WIDE)
     # A reduction inside the thread, broadcast as the store's mask, costs less than a comparison an element. `== 0`
     # rather than the opposite comparisons, so that a NaN bound changes every vector.
-    inside = (tl.min(x, 1) >= minimum) & (tl.max(x, 1) <= maximum)
+    smallest, largest = tl.min(x, 1)[:, None], tl.max(x, 1)[:, None]
+    inside = (smallest >= minimum) & (largest <= maximum)
     x = tl.maximum(x, minimum, propagate_nan=tl.PropagateNan.ALL)
     x = tl.minimum(x, maximum, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(pointers, x.to(TYPE), mask=mask & (inside == 0)[:, None])
+    tl.store(pointers, x.to(TYPE), mask=mask & (inside == 0))
+    return mask & ((smallest < minimum) | (largest > maximum))  # false for a NaN, which stays one
 
 
 @triton.jit
-def _clamp_segment(chunks, rows, minimum, maximum, begin, end, TYPE: tl.constexpr):
+def _clamp_segment(chunks, rows, bounds, changed, begin, end, minimum, maximum, TYPE: tl.constexpr):
+    """Clamp the chunks of one element type; return `changed`, set for the lanes that changed something."""
     WIDE: tl.constexpr = tl.float64 if TYPE == tl.float64 else tl.float32
-    # Rounded to the gradient's own type first, as torch rounds them.
-    low = tl.full((), minimum, tl.float64).to(WIDE).to(TYPE).to(WIDE)
-    high = tl.full((), maximum, tl.float64).to(WIDE).to(TYPE).to(WIDE)
+    low = tl.full((), minimum, tl.float64)
+    high = tl.full((), maximum, tl.float64)
     for index in range(first_chunk(begin), end, tl.num_programs(0)):
-        address, numel, _, chunk = locate(chunks, rows, index)
+        address, numel, tensor, chunk = locate(chunks, rows, index)
+        if bounds is not None:
+            low = tl.load(bounds + 2 * tensor)
+            high = tl.load(bounds + 2 * tensor + 1)
+        # Rounded to the gradient's own type first, as torch rounds them.
+        lowest = low.to(WIDE).to(TYPE).to(WIDE)
+        highest = high.to(WIDE).to(TYPE).to(WIDE)
         body, vectors = body_of(address, numel, chunk, CHUNK_VECTORS, TYPE)
         for tile in range(tl.cdiv(vectors, TILE_VECTORS)):
             pointers, mask = tile_of(body, vectors, tile, TYPE)
-            _clamp(pointers, mask, low, high, TYPE, WIDE)
+            changed |= _clamp(pointers, mask, lowest, highest, TYPE, WIDE)
         pointers, mask = edge_of(address, numel, chunk, TYPE)
-        _clamp(pointers, mask, low, high, TYPE, WIDE)
+        changed |= _clamp(pointers, mask, lowest, highest, TYPE, WIDE)
+    return changed
 
 
 @triton.jit(do_not_specialize=["fp32_end", "bf16_end", "fp16_end", "fp64_end"])
 def clamp_kernel(
     chunks,
     rows,
+    bounds,
+    flags,
     fp32_end: tl.int64,
     bf16_end: tl.int64,
     fp16_end: tl.int64,
@@ -52,8 +64,14 @@ def clamp_kernel(
     minimum: tl.float64,
     maximum: tl.float64,
 ):
-    """Clamp every tensor to [minimum, maximum]."""
-    _clamp_segment(chunks, rows, minimum, maximum, fp32_end * 0, fp32_end, tl.float32)
-    _clamp_segment(chunks, rows, minimum, maximum, fp32_end, bf16_end, tl.bfloat16)
-    _clamp_segment(chunks, rows, minimum, maximum, bf16_end, fp16_end, tl.float16)
-    _clamp_segment(chunks, rows, minimum, maximum, fp16_end, fp64_end, tl.float64)
+    """Clamp every tensor to [minimum, maximum], or tensor t to ``bounds[t]`` (fp64, [tensors, 2]) unless that is None.
+
+    Unless `flags` (int32, one a program) is None, each program leaves there whether any element was outside.
+    """
+    seen = tl.full((TILE_VECTORS, 1), 0, tl.int1)
+    seen = _clamp_segment(chunks, rows, bounds, seen, fp32_end * 0, fp32_end, minimum, maximum, tl.float32)
+    seen = _clamp_segment(chunks, rows, bounds, seen, fp32_end, bf16_end, minimum, maximum, tl.bfloat16)
+    seen = _clamp_segment(chunks, rows, bounds, seen, bf16_end, fp16_end, minimum, maximum, tl.float16)
+    seen = _clamp_segment(chunks, rows, bounds, seen, fp16_end, fp64_end, minimum, maximum, tl.float64)
+    if flags is not None:
+        tl.store(flags + tl.program_id(0), tl.max(tl.max(seen.to(tl.int32), 1), 0))

@@ -78,7 +78,7 @@ class Launcher:
         """Clamp all."""
         from fastclip.kernels.clamp import clamp_kernel
 
-        clamp_kernel[self.grid](self.chunks, self.rows, *self.ends, minimum, maximum, **self.options)
+        clamp_kernel[self.grid](self.chunks, self.rows, None, None, *self.ends, minimum, maximum, **self.options)
 
 
 def chunk_elements(dtype: torch.dtype) -> int:

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 Scalar: TypeAlias = Tensor | float
 """One number in fp64: 0-dim on a device, or a Python float where it is on the host anyway."""
+
+Bounds: TypeAlias = float | Sequence[float]
+"""A bound of values: one for all gradients, or one for each."""
 
 _WITHOUT_FP64 = frozenset({"mps"})
 
@@ -45,11 +50,24 @@ class Plan(Protocol):
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
         """Read every gradient once for the p-norm of all of them. For p = 0 that is the number of nonzero tensors."""
 
-    def scale_(self, coefficient: Scalar) -> None:
-        """Multiply the gradients by a coefficient, on whatever device it is; write nothing where it is 1."""
+    def norms(self) -> Tensor:
+        """Read every gradient once for the 2-norm of each: fp64 where the device has it, in memory that stays as it is.
 
-    def clamp_(self, minimum: float, maximum: float) -> None:
-        """Clamp the gradients to [minimum, maximum]; write nothing where nothing is outside."""
+        On a GPU that is one launch more than `reduce`.
+        """
+
+    def scale_(self, coefficient: Scalar) -> None:
+        """Multiply the gradients by a coefficient, on whatever device it is; write nothing where it is 1.
+
+        A tensor with one dimension holds a coefficient for each gradient.
+        """
+
+    def clamp_(self, minimum: Bounds, maximum: Bounds, *, watch: bool = False) -> Tensor | None:
+        """Clamp the gradients to [minimum, maximum]; write nothing where nothing is outside.
+
+        If `watch`, return flags on the device, of which one is set if any element was outside; valid until the next
+        call.
+        """
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -77,15 +95,32 @@ def clip_coefficient(total: Scalar, max_norm: float) -> Scalar:
     return 1.0 if coefficient > 1 else coefficient
 
 
+def upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Copy to a device; to a GPU without a sync, by pinned memory that torch does not reuse before the copy is done.
+
+    Raises:
+        RuntimeError: A CUDA graph is being captured, which would replay from memory that is gone by then.
+    """
+    host = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "fastclip cannot prepare gradients while a CUDA graph is captured: the graph would read a table that is "
+            "gone when it is replayed. Clip outside of the graph"
+        )
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
 def combine(norms: Sequence[Tensor], p: float) -> Tensor:
     """The p-norm of norms, 0-dim tensors on one device: of all their elements, had they been one vector."""
     # The 0-norms of groups are counts of tensors, and counts add up.
     return stable_norm(torch.stack(list(norms)), 1.0 if p == 0 else p)
 
 
-def stable_norm(x: Tensor, p: float) -> Tensor:
+def stable_norm(x: Tensor, p: float, dim: int | None = None) -> Tensor:
     """``‖x‖_p`` of a nonempty tensor in x's own precision, without overflow or underflow of the powers (p ≠ 0)."""
-    leading = x.abs().amax() if p > 0 else x.abs().amin()  # of which the power is the largest
+    axes = tuple(range(x.dim())) if dim is None else dim
+    magnitudes = x.abs()
+    leading = magnitudes.amax(axes, keepdim=True) if p > 0 else magnitudes.amin(axes, keepdim=True)  # the largest power
     scale = torch.where(leading.isfinite() & (leading > 0), leading, 1.0)
-    norm: Tensor = torch.linalg.vector_norm(x / scale, p) * scale
-    return norm
+    norm: Tensor = torch.linalg.vector_norm(x / scale, p, axes, keepdim=True) * scale
+    return norm.squeeze(axes)

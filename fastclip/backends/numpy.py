@@ -18,16 +18,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import Reduction, Scalar, clip_coefficient
+from fastclip.backends.interface import Bounds, Reduction, Scalar, clip_coefficient
 
 Array: TypeAlias = npt.NDArray[Any]
+Factors: TypeAlias = tuple[float, ...]
+_T = TypeVar("_T")
 
 PIECE = 1 << 20  # elements: long enough that threads seldom wait for each other's Python between two pieces
 HALF_PIECE = 1 << 18  # elements: their fp32 copy, 1 MB, is still in the cache when it is summed
@@ -62,11 +64,10 @@ class NumpyPlan:
         self.owners = np.array([owner for piece in self.pieces for owner in piece.owners])
         self.elements = np.cumsum([piece.elements for piece in self.pieces])
         self.dtypes = {tensor.dtype for tensor in tensors}
+        self.members = len(tensors)
 
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
-        norms: list[float] = []
-        for share in self._run(lambda pieces: [norm for piece in pieces for norm in piece.norms(p)]):
-            norms += share
+        norms = self._norms(p)
         # A piece's 0-norm counts its nonzero elements; the set's counts the tensors that have any.
         parts = np.bincount(self.owners, weights=norms) if p == 0 else np.array(norms)
         with _quiet():
@@ -75,23 +76,47 @@ class NumpyPlan:
         norm = torch.scalar_tensor(total, dtype=torch.float64, device=self.device).to(dtype)
         return Reduction(norm, total, clip_coefficient(total, max_norm))
 
+    def norms(self) -> Tensor:
+        parts = np.array(self._norms(2.0))
+        if len(parts) == self.members:  # the pieces are in the tensors' order, unless some are gathered
+            norms = np.empty(self.members)
+            norms[self.owners] = parts
+            return torch.from_numpy(norms)
+        with _quiet():
+            # Pieces are scaled by the largest of their tensor, so that no square overflows.
+            scales = np.zeros(self.members)
+            np.maximum.at(scales, self.owners, parts)
+            divisors = np.where(np.isfinite(scales) & (scales > 0), scales, 1.0)
+            squares = np.bincount(self.owners, weights=np.square(parts / divisors[self.owners]))
+            return torch.from_numpy(np.sqrt(squares) * divisors)
+
+    def _norms(self, p: float) -> list[float]:
+        """The p-norm of each piece, or of each tensor of one that was gathered: that of `owners`."""
+        norms: list[float] = []
+        for share in self._run(lambda pieces: [norm for piece in pieces for norm in piece.norms(p)]):
+            norms += share
+        return norms
+
     def scale_(self, coefficient: Scalar) -> None:
-        factors = {dtype: _factors(float(coefficient), dtype) for dtype in self.dtypes}
+        coefficients = np.atleast_1d(np.asarray(coefficient, dtype=np.float64))
+        factors = {dtype: _factors(coefficients, dtype) for dtype in self.dtypes}
 
         def scale(pieces: Sequence[Piece]) -> None:
             # Backwards, so that what the reduction read last, and the cache still holds, is read first.
             for piece in reversed(pieces):
                 piece.scale_(factors[piece.dtype])
 
-        if any(factors.values()):
+        if any(map(any, factors.values())):
             self._run(scale)
 
-    def clamp_(self, minimum: float, maximum: float) -> None:
-        def clamp(pieces: Sequence[Piece]) -> None:
-            for piece in pieces:
-                piece.clamp_(minimum, maximum)
+    def clamp_(self, minimum: Bounds, maximum: Bounds, *, watch: bool = False) -> Tensor | None:
+        minimums, maximums = (bound if isinstance(bound, Sequence) else (bound,) for bound in (minimum, maximum))
 
-        self._run(clamp)
+        def clamp(pieces: Sequence[Piece]) -> list[bool]:
+            return [piece.clamp_(minimums, maximums) for piece in pieces]
+
+        changed = self._run(clamp)
+        return torch.tensor([any(share) for share in changed]) if watch else None
 
     def _run(self, work: Callable[[Sequence[Piece]], Any]) -> list[Any]:
         """Do `work` on shares of the pieces, of about as many elements each, one share a thread."""
@@ -128,18 +153,45 @@ class Piece:
             return (_norm(x, p),)
         return _norms_of_segments(x, self._starts, p)
 
-    def scale_(self, factors: Sequence[float]) -> None:
-        """Multiply the elements by each of the factors in turn."""
-        for factor in factors:
-            for view in self.views:
-                np.multiply(view, factor, out=view)
+    def scale_(self, factors: Sequence[Factors]) -> None:
+        """Multiply the elements of each tensor by each of its factors in turn."""
+        for target, own in zip(self._targets, self._own(factors), strict=True):
+            for factor in own:
+                self._multiply(target, factor)
 
-    def clamp_(self, minimum: float, maximum: float) -> None:
-        """Clamp the elements if any is outside of the bounds."""
+    def clamp_(self, minimums: Sequence[float], maximums: Sequence[float]) -> bool:
+        """Clamp the elements if any is outside of its tensor's bounds, and tell whether one was."""
+        bounds = set(zip(self._own(minimums), self._own(maximums), strict=True))
+        if len(bounds) > 1:
+            parts = [type(self)(self.dtype, [v], [o], len(v)) for v, o in zip(self.views, self.owners, strict=True)]
+            outside = [part.clamp_(minimums, maximums) for part in parts]
+            return any(outside)
+        minimum, maximum = bounds.pop()
         x = self._load()
-        if not (x.min() >= minimum and x.max() <= maximum):
-            for view in self.views:
-                np.clip(view, minimum, maximum, out=view)
+        smallest, largest = x.min(), x.max()
+        if smallest >= minimum and largest <= maximum:
+            return False
+        outside = bool(((x < minimum) | (x > maximum)).any()) if math.isnan(smallest) else True
+        for target in self._targets:
+            self._clip(target, minimum, maximum)
+        return outside
+
+    @property
+    def _targets(self) -> Sequence[Any]:
+        """What to write to, for each tensor."""
+        return self.views
+
+    @staticmethod
+    def _multiply(target: Any, factor: float) -> None:
+        np.multiply(target, factor, out=target)
+
+    @staticmethod
+    def _clip(target: Any, minimum: float, maximum: float) -> None:
+        np.clip(target, minimum, maximum, out=target)
+
+    def _own(self, values: Sequence[_T]) -> Sequence[_T]:
+        """Of values for each tensor of the plan, or of one for all, those of this piece's tensors."""
+        return [values[0]] * len(self.owners) if len(values) == 1 else [values[owner] for owner in self.owners]
 
     def _load(self) -> Array:
         """The elements as one array: a view where there is one, a copy of several."""
@@ -154,25 +206,22 @@ class Piece:
 class HalfPiece(Piece):
     """A piece of bfloat16 or float16 elements: torch converts, multiplies and clamps them."""
 
-    def scale_(self, factors: Sequence[float]) -> None:
-        for factor in factors:
-            for tensor in self._tensors:
-                tensor.mul_(factor)  # a Python float takes part in fp32, and the product is rounded once
+    @cached_property
+    def _targets(self) -> Sequence[Any]:
+        return [torch.from_numpy(view).view(self.dtype) for view in self.views]
 
-    def clamp_(self, minimum: float, maximum: float) -> None:
-        x = self._load()
-        if not (x.min() >= minimum and x.max() <= maximum):
-            for tensor in self._tensors:
-                tensor.clamp_(minimum, maximum)
+    @staticmethod
+    def _multiply(target: Any, factor: float) -> None:
+        target.mul_(factor)  # a Python float takes part in fp32, and the product is rounded once
+
+    @staticmethod
+    def _clip(target: Any, minimum: float, maximum: float) -> None:
+        target.clamp_(minimum, maximum)
 
     def _load(self) -> Array:
-        halves = self._tensors[0] if len(self.views) == 1 else torch.from_numpy(super()._load()).view(self.dtype)
+        halves = self._targets[0] if len(self.views) == 1 else torch.from_numpy(super()._load()).view(self.dtype)
         array: Array = _thread.converted[: self.elements].copy_(halves).numpy()
         return array
-
-    @cached_property
-    def _tensors(self) -> list[Tensor]:
-        return [torch.from_numpy(view).view(self.dtype) for view in self.views]
 
 
 class _Thread(threading.local):
@@ -278,7 +327,7 @@ def _power_norm(x: Array, p: float) -> float:
     return float(np.power(np.power(magnitudes / scale, p).sum(), 1 / p) * scale)
 
 
-def _factors(coefficient: float, dtype: torch.dtype) -> tuple[float, ...]:
+def _factors(coefficients: Array, dtype: torch.dtype) -> list[Factors]:
     """What to multiply values of a dtype by, one after another: nothing for 1 in the precision of the multiplication.
 
     A coefficient too small for a normal number is split in two: the norm of finite gradients reaches beyond 2**126.
@@ -286,11 +335,12 @@ def _factors(coefficient: float, dtype: torch.dtype) -> tuple[float, ...]:
     wide = np.float64 if dtype == torch.float64 else np.float32
     small = 2.0**-900 if dtype == torch.float64 else 2.0**-100
     with _quiet():
-        if wide(coefficient) == 1:
-            return ()
-        if abs(coefficient) < small:
-            return (float(wide(coefficient / small)), small)
-        return (float(wide(coefficient)),)
+        is_small = np.abs(coefficients) < small
+        firsts = np.where(is_small, coefficients / small, coefficients).astype(wide)
+    return [
+        (first, small) if split else () if first == 1 else (first,)
+        for first, split in zip(firsts.tolist(), is_small.tolist(), strict=True)
+    ]
 
 
 def _quiet() -> np.errstate:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import Reduction, Scalar, combine, on, reduction, stable_norm, wide_dtype
+from fastclip.backends.interface import Bounds, Reduction, Scalar, combine, on, reduction, stable_norm, wide_dtype
 
 _LOW_PRECISION = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.complex32: torch.complex64}
 _OVERFLOW_PROOF = (1.0, 2.0, float("inf"), float("-inf"))
@@ -36,22 +38,33 @@ class TorchPlan:
         return reduction(total, max_norm, dtype)
 
     @torch.no_grad()
-    def scale_(self, coefficient: Scalar) -> None:
-        coefficient = on(self.device, coefficient)
-        for tensor in self.tensors:
-            # As on the other backends: in two factors where one would not be a normal number.
-            small = 2.0**-900 if tensor.dtype.to_real() == torch.float64 else 2.0**-100
-            power = torch.where(coefficient.abs() < small, small, torch.ones_like(coefficient))
-            wide = _LOW_PRECISION.get(tensor.dtype)
-            if wide is None:
-                tensor.mul_(coefficient / power).mul_(power)
-            else:  # `mul_` would round the coefficient to the tensor's own precision first
-                tensor.copy_(tensor.to(wide).mul_(coefficient / power).mul_(power))
+    def norms(self) -> Tensor:
+        return torch.stack([_norm(tensor, 2.0) for tensor in self.tensors])
 
     @torch.no_grad()
-    def clamp_(self, minimum: float, maximum: float) -> None:
-        for tensor in self.tensors:
-            tensor.clamp_(min=minimum, max=maximum)
+    def scale_(self, coefficient: Scalar) -> None:
+        coefficients = on(self.device, coefficient).expand(len(self.tensors))
+        for tensor, own in zip(self.tensors, coefficients.unbind(), strict=True):
+            # As on the other backends: in two factors where one would not be a normal number.
+            small = 2.0**-900 if tensor.dtype.to_real() == torch.float64 else 2.0**-100
+            power = torch.where(own.abs() < small, small, torch.ones_like(own))
+            wide = _LOW_PRECISION.get(tensor.dtype)
+            if wide is None:
+                tensor.mul_(own / power).mul_(power)
+            else:  # `mul_` would round the coefficient to the tensor's own precision first
+                tensor.copy_(tensor.to(wide).mul_(own / power).mul_(power))
+
+    @torch.no_grad()
+    def clamp_(self, minimum: Bounds, maximum: Bounds, *, watch: bool = False) -> Tensor | None:
+        minimums, maximums = (
+            bound if isinstance(bound, Sequence) else (bound,) * len(self.tensors) for bound in (minimum, maximum)
+        )
+        flags = []
+        for tensor, low, high in zip(self.tensors, minimums, maximums, strict=True):
+            if watch:
+                flags.append(((tensor < low) | (tensor > high)).any())
+            tensor.clamp_(min=low, max=high)
+        return torch.stack(flags) if watch else None
 
 
 def _norm(tensor: Tensor, p: float) -> Tensor:

@@ -7,18 +7,19 @@ element types only are kept for the next plan.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from importlib.util import find_spec
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import Reduction, Scalar, on, reduction
+from fastclip.backends.interface import Bounds, Reduction, Scalar, on, reduction, upload
 
 SEGMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 """The position of each dtype in `fastclip.kernels.table.ELEMENT_SIZES`."""
@@ -62,7 +63,7 @@ class TritonPlan:
         rows = np.empty((len(tensors), 2), dtype=np.int64)
         rows[:, 0] = list(map(Tensor.data_ptr, tensors))
         rows[:, 1] = list(map(Tensor.numel, tensors))
-        self.rows = _upload(rows, self.device)
+        self.rows = upload(rows, self.device)
 
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
         from fastclip.kernels.reduce import reduce_kernel
@@ -77,6 +78,10 @@ class TritonPlan:
         if p == 0:
             return reduction(self._norms(p).count_nonzero().double(), max_norm, dtype)
         return Reduction(norm, tables.total, tables.coefficient)
+
+    def norms(self) -> Tensor:
+        self.reduce(2.0, math.inf, torch.float64)
+        return self._norms(2.0)
 
     def _norms(self, p: float) -> Tensor:
         """The norm of each tensor, in fp64, from what the last `reduce` left: one more launch."""
@@ -97,17 +102,25 @@ class TritonPlan:
         from fastclip.kernels.apply import apply_kernel
 
         tables = self.tables
+        coefficients = on(self.device, coefficient).contiguous()
         with _current(self.device):
             apply_kernel[tables.grid](
-                tables.chunks, self.rows, on(self.device, coefficient), 0, *tables.ends, **tables.options
+                tables.chunks, self.rows, coefficients, coefficients.dim(), *tables.ends, **tables.options
             )
 
-    def clamp_(self, minimum: float, maximum: float) -> None:
+    def clamp_(self, minimum: Bounds, maximum: Bounds, *, watch: bool = False) -> Tensor | None:
         from fastclip.kernels.clamp import clamp_kernel
 
         tables = self.tables
+        shared = isinstance(minimum, float) and isinstance(maximum, float)
+        lowest, highest = (minimum, maximum) if shared else (-math.inf, math.inf)
+        bounds = None if shared else _bounds(self.device, *_spread(minimum, maximum, len(self.rows)))
+        changed = tables.changed if watch else None
         with _current(self.device):
-            clamp_kernel[tables.grid](tables.chunks, self.rows, *tables.ends, minimum, maximum, **tables.options)
+            clamp_kernel[tables.grid](
+                tables.chunks, self.rows, bounds, changed, *tables.ends, lowest, highest, **tables.options
+            )
+        return changed
 
 
 class Tables:
@@ -126,7 +139,7 @@ class Tables:
 
         segments = np.array([SEGMENTS[dtype] for dtype in dtypes])
         layout = table.lay_out(np.array(numels), segments)
-        self.chunks = _upload(layout.chunks, device)
+        self.chunks = upload(layout.chunks, device)
         self.ends = layout.ends
         self.partials = torch.empty(len(layout.chunks), dtype=torch.float64, device=device)
         self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
@@ -139,7 +152,12 @@ class Tables:
     @cached_property
     def slices(self) -> Tensor:
         """First chunk and number of chunks of each tensor, on the device."""
-        return _upload(self._layout.slices, self.chunks.device)
+        return upload(self._layout.slices, self.chunks.device)
+
+    @cached_property
+    def changed(self) -> Tensor:
+        """A flag of each program's: whether it clamped anything."""
+        return torch.empty(self.grid, dtype=torch.int32, device=self.chunks.device)
 
 
 class _KeptTables(threading.local):
@@ -163,20 +181,20 @@ def _tables(device: torch.device, numels: tuple[int, ...], dtypes: tuple[torch.d
     return _kept.by_sizes[key]
 
 
+def _spread(minimum: Bounds, maximum: Bounds, tensors: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    low, high = (tuple(b) if isinstance(b, Sequence) else (b,) * tensors for b in (minimum, maximum))
+    return low, high
+
+
+@lru_cache(maxsize=8)
+def _bounds(device: torch.device, minimums: tuple[float, ...], maximums: tuple[float, ...]) -> Tensor:
+    """Minimum and maximum of each tensor, [tensors, 2], uploaded once."""
+    return upload(np.stack([minimums, maximums], axis=1), device)
+
+
 def _kind(p: float) -> str:
     named = {2.0: "two", 1.0: "one", 0.0: "zero", float("inf"): "max", float("-inf"): "min"}
     return named.get(p, "power")
-
-
-def _upload(array: np.ndarray[tuple[int, ...], np.dtype[np.int64]], device: torch.device) -> Tensor:
-    """Copy to the device through pinned memory, which torch does not reuse before the copy is complete."""
-    host = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "fastclip cannot prepare gradients while a CUDA graph is captured: the graph would read a table that is "
-            "gone when it is replayed. Clip outside of the graph"
-        )
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 @cache
