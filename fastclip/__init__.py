@@ -8,37 +8,70 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastclip.clip_by import (
+        ClipResult,
+        clip_by_global_norm_,
+        clip_by_norm_,
+        clip_by_value_,
+        clip_grads_,
+        measure_grads,
+    )
     from fastclip.clipping import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
     from fastclip.environment import info, warm_up
     from fastclip.patching import patch, patched, unpatch
+    from fastclip.rules import ClipAtThreshold, ClipByGlobalNorm, ClipByNorm, ClipByValue, ClipGradNorm, Rule
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "clip_grad_norm_",
-    "clip_grad_value_",
-    "clip_grads_with_norm_",
-    "get_total_norm",
-    "info",
-    "patch",
-    "patched",
-    "unpatch",
-    "warm_up",
-]
 
 # Imported when they are first asked for, because they import torch: `python -m fastclip run` must not do that before
 # the script does.
 _HOMES = {
+    "ClipAtThreshold": "fastclip.rules",
+    "ClipByGlobalNorm": "fastclip.rules",
+    "ClipByNorm": "fastclip.rules",
+    "ClipByValue": "fastclip.rules",
+    "ClipGradNorm": "fastclip.rules",
+    "ClipResult": "fastclip.clip_by",
+    "Rule": "fastclip.rules",
+    "clip_by_global_norm_": "fastclip.clip_by",
+    "clip_by_norm_": "fastclip.clip_by",
+    "clip_by_value_": "fastclip.clip_by",
     "clip_grad_norm_": "fastclip.clipping",
     "clip_grad_value_": "fastclip.clipping",
+    "clip_grads_": "fastclip.clip_by",
     "clip_grads_with_norm_": "fastclip.clipping",
     "get_total_norm": "fastclip.clipping",
     "info": "fastclip.environment",
+    "measure_grads": "fastclip.clip_by",
     "patch": "fastclip.patching",
     "patched": "fastclip.patching",
     "unpatch": "fastclip.patching",
     "warm_up": "fastclip.environment",
 }
+
+__all__ = [
+    "ClipAtThreshold",
+    "ClipByGlobalNorm",
+    "ClipByNorm",
+    "ClipByValue",
+    "ClipGradNorm",
+    "ClipResult",
+    "Rule",
+    "clip_by_global_norm_",
+    "clip_by_norm_",
+    "clip_by_value_",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
+    "info",
+    "measure_grads",
+    "patch",
+    "patched",
+    "unpatch",
+    "warm_up",
+]
 
 
 def __getattr__(name: str) -> Any:

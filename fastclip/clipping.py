@@ -8,17 +8,15 @@ purpose, and listed in the README under "Better than torch's".
 from __future__ import annotations
 
 import math
-import sys
 import types
 import warnings
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastclip import originals
 from fastclip.backends.interface import Scalar, clip_coefficient, on
-from fastclip.gradients import Gradients, Parameters, as_gradients, check_bounds, check_dtypes, collect
+from fastclip.gradients import Gradients, Parameters, as_gradients, check_bounds, check_dtypes, collect, has_dtensors
 from fastclip.plans import prepare
 
 _MOST_NAMED = 10  # culprits listed in an error message
@@ -73,7 +71,7 @@ def clip_grad_norm_(
     _warn_if_used_up(parameters, grads)
     if not grads.tensors:
         return torch.zeros((), dtype=norm_dtype)
-    if _has_dtensors(grads.tensors):
+    if has_dtensors(grads.tensors):
         return _in_dtype(originals.clip_grad_norm_(grads.owners, limit, p, error_if_nonfinite, foreach), norm_dtype)
     _check_foreach(foreach, grads)
     prepared = prepare(grads, in_place=True)
@@ -119,7 +117,7 @@ def get_total_norm(
     grads = as_gradients(tensors)
     if not grads.tensors:
         return torch.zeros((), dtype=norm_dtype)
-    if _has_dtensors(grads.tensors):
+    if has_dtensors(grads.tensors):
         return _in_dtype(originals.get_total_norm(grads.tensors, p, error_if_nonfinite, foreach), norm_dtype)
     _check_foreach(foreach, grads)
     prepared = prepare(grads, in_place=False)
@@ -157,7 +155,7 @@ def clip_grads_with_norm_(
     grads = collect(parameters)
     if not grads.tensors:
         return
-    if _has_dtensors([*grads.tensors, total_norm]):
+    if has_dtensors([*grads.tensors, total_norm]):
         originals.clip_grads_with_norm_(grads.owners, limit, total_norm, foreach)
         return
     total = total_norm if isinstance(total_norm, Tensor) else torch.tensor(total_norm, device="cpu")
@@ -195,7 +193,7 @@ def clip_grad_value_(
     grads = collect(parameters)
     if not grads.tensors:
         return
-    if _has_dtensors(grads.tensors):
+    if has_dtensors(grads.tensors):
         originals.clip_grad_value_(grads.owners, bound, foreach)
         return
     _check_foreach(foreach, grads)
@@ -250,12 +248,6 @@ def _check_foreach(foreach: bool | None, grads: Gradients) -> None:
     if foreach:
         for device in {grad.device for grad in grads.tensors if grad.device.type not in ("cpu", "cuda")}:
             originals.get_total_norm([torch.empty(1, device=device)], foreach=True)
-
-
-def _has_dtensors(tensors: Sequence[object]) -> bool:
-    """DTensors are left to torch's functions, which know their placements. No script has any before it imports them."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
 
 
 def _in_dtype(norm: Tensor, dtype: torch.dtype | None) -> Tensor:

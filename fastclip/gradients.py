@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -9,7 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+"""A tensor, a module, tensors, (name, tensor) pairs, or parameter groups as in ``optimizer.param_groups``."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Gradients:
         owners: What the caller passed, as a list.
         positions: The position in `owners` of each gradient's owner.
         names: The name of each owner, where the caller gave names.
+        groups: The position of each owner's parameter group, where the caller gave parameter groups.
         argument: What the caller's argument is called.
     """
 
@@ -28,6 +31,7 @@ class Gradients:
     owners: list[Tensor]
     positions: Sequence[int]
     names: list[str] | None
+    groups: list[int] | None
     argument: str
 
     def label(self, index: int) -> str:
@@ -37,22 +41,39 @@ class Gradients:
         return f"{self.argument}[{position}]{name} of shape {tuple(self.tensors[index].shape)}"
 
 
+@dataclass(frozen=True)
+class Owners:
+    """What the caller passed: the tensors, and what is known of them (see `Gradients`)."""
+
+    tensors: list[Tensor]
+    names: list[str] | None = None
+    groups: list[int] | None = None
+
+
 def collect(parameters: Parameters) -> Gradients:
-    """Collect the gradients of a tensor, of tensors, of (name, tensor) pairs, or of a module.
+    """Collect the gradients of a tensor, of tensors, of (name, tensor) pairs, of a module or of parameter groups.
 
     Raises:
-        TypeError: `parameters` is not iterable, or holds something that is neither a tensor nor such a pair.
+        TypeError: `parameters` is not iterable, or holds something that is none of these.
     """
-    owners, names = _listed(parameters, "parameters")
+    return gradients_of(listed(parameters, "parameters"))
+
+
+def gradients_of(owners: Owners) -> Gradients:
+    """Collect the gradients that the owners have now.
+
+    Raises:
+        TypeError: An owner is not a tensor.
+    """
     try:
-        grads = [owner.grad for owner in owners]
+        grads = [owner.grad for owner in owners.tensors]
     except AttributeError as error:
-        raise _not_a_tensor(owners, "parameters", wanted="grad") from error
+        raise _not_a_tensor(owners.tensors, "parameters", wanted="grad") from error
     present = [grad for grad in grads if grad is not None]
     positions: Sequence[int] = range(len(grads))
     if len(present) < len(grads):
         positions = [position for position, grad in enumerate(grads) if grad is not None]
-    return Gradients(present, owners, positions, names, "parameters")
+    return Gradients(present, owners.tensors, positions, owners.names, owners.groups, "parameters")
 
 
 def as_gradients(tensors: Parameters) -> Gradients:
@@ -61,15 +82,21 @@ def as_gradients(tensors: Parameters) -> Gradients:
     Raises:
         TypeError: `tensors` is not iterable, or holds something that is not a tensor.
     """
-    owners, names = _listed(tensors, "tensors")
-    if not all(isinstance(owner, Tensor) for owner in owners):
-        raise _not_a_tensor(owners, "tensors", wanted="data_ptr")
-    return Gradients(owners, owners, range(len(owners)), names, "tensors")
+    owners = listed(tensors, "tensors")
+    if not all(isinstance(owner, Tensor) for owner in owners.tensors):
+        raise _not_a_tensor(owners.tensors, "tensors", wanted="data_ptr")
+    positions = range(len(owners.tensors))
+    return Gradients(owners.tensors, owners.tensors, positions, owners.names, owners.groups, "tensors")
 
 
-def _listed(parameters: Parameters, argument: str) -> tuple[list[Tensor], list[str] | None]:
+def listed(parameters: Parameters, argument: str) -> Owners:
+    """List what the caller passed as `argument`.
+
+    Raises:
+        TypeError: It is not iterable.
+    """
     if isinstance(parameters, Tensor):
-        return [parameters], None
+        return Owners([parameters])
     # A ParameterList is iterated as torch does, which counts a parameter that it holds twice twice.
     if isinstance(parameters, nn.Module) and not isinstance(parameters, nn.ParameterList):
         parameters = parameters.named_parameters()
@@ -80,8 +107,22 @@ def _listed(parameters: Parameters, argument: str) -> tuple[list[Tensor], list[s
         raise TypeError(message) from None
     items = list(iterator)
     if items and all(_is_named(item) for item in items):
-        return [tensor for _, tensor in items], [name for name, _ in items]
-    return items, None
+        return Owners([tensor for _, tensor in items], [name for name, _ in items])
+    if items and all(isinstance(item, dict) and "params" in item for item in items):
+        return _of_groups(items, argument)
+    return Owners(items)
+
+
+def _of_groups(groups: Sequence[dict[str, Any]], argument: str) -> Owners:
+    """List parameter groups, whose names torch's optimizers keep as "param_names", if they were given any."""
+    parts = [listed(group["params"], argument) for group in groups]
+    names = [part.names or group.get("param_names", ()) for part, group in zip(parts, groups, strict=True)]
+    are_named = all(len(own) == len(part.tensors) for own, part in zip(names, parts, strict=True))
+    return Owners(
+        [tensor for part in parts for tensor in part.tensors],
+        [name for own in names for name in own] if are_named else None,
+        [position for position, part in enumerate(parts) for _ in part.tensors],
+    )
 
 
 def _is_named(item: object) -> bool:
@@ -89,7 +130,7 @@ def _is_named(item: object) -> bool:
 
 
 _REMEDIES = (
-    (dict, "pass the 'params' of a parameter group"),
+    (dict, "pass parameter groups only, or their 'params'"),
     (str, "pass the values of a dict rather than the dict, and (name, tensor) pairs in a list"),
     (tuple, "pass tensors only, or (name, tensor) pairs only"),
     (list, "pass one flat list"),
@@ -160,3 +201,9 @@ def check_writable(grads: Gradients) -> None:
 
 def _repeats_elements(grad: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
+
+
+def has_dtensors(tensors: Iterable[object]) -> bool:
+    """Whether any is a DTensor, whose placements torch's functions know. No script has one before it imports them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)

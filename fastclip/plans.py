@@ -91,8 +91,8 @@ class Prepared:
 
     def norms(self) -> Tensor:
         """Return the 2-norm of each gradient, [count], on the first gradient's device."""
-        if self._is_one_plan and self._is_in_order:
-            return self.plans[0].norms()
+        if self._is_in_order:
+            return on(self.device, self.plans[0].norms())
         norms = torch.zeros(self.count, dtype=wide_dtype(self.device), device=self.device)
         for plan, positions in zip(self.plans, self._positions, strict=True):
             norms[positions] = on(self.device, plan.norms())
@@ -102,8 +102,7 @@ class Prepared:
         """Multiply the gradients that this was prepared from by one coefficient, or by one each."""
         # Raw writes do not bump the version counters by which autograd knows that a saved tensor was changed.
         torch.autograd.graph.increment_version(grads.tensors)
-        is_shared = not isinstance(coefficient, Tensor) or coefficient.dim() == 0
-        if is_shared or (self._is_one_plan and self._is_in_order):
+        if not isinstance(coefficient, Tensor) or coefficient.dim() == 0 or self._is_in_order:
             for plan in self.plans:
                 plan.scale_(coefficient)
             return
@@ -125,7 +124,8 @@ class Prepared:
 
     @cached_property
     def _is_in_order(self) -> bool:
-        return self.members[0] == list(range(self.count))
+        """Whether one plan has all gradients, in their order."""
+        return self.members == [list(range(self.count))]
 
     @cached_property
     def _positions(self) -> list[Tensor]:

@@ -713,7 +713,7 @@ def test_foreach_raises_where_torch_has_none() -> None:
     ("parameters_", "message"),
     [
         (3, "`parameters` must be a tensor, an iterable of tensors or a module, not int"),
-        ([{"params": []}], "a dict, not a tensor: pass the 'params' of a parameter group"),
+        ([torch.zeros(1), {"params": []}], "a dict, not a tensor: pass parameter groups only, or their 'params'"),
         ({"weight": torch.zeros(1)}, "a str, not a tensor: pass the values of a dict"),
         ([torch.zeros(1), 2.0], r"parameters\[1\] is a float, not a tensor"),
     ],

@@ -164,8 +164,8 @@ class Piece:
         bounds = set(zip(self._own(minimums), self._own(maximums), strict=True))
         if len(bounds) > 1:
             parts = [type(self)(self.dtype, [v], [o], len(v)) for v, o in zip(self.views, self.owners, strict=True)]
-            outside = [part.clamp_(minimums, maximums) for part in parts]
-            return any(outside)
+            changed = [part.clamp_(minimums, maximums) for part in parts]
+            return any(changed)
         minimum, maximum = bounds.pop()
         x = self._load()
         smallest, largest = x.min(), x.max()

@@ -1,0 +1,146 @@
+"""Groups of gradients, each of which a rule clips by itself.
+
+A set of groups is a label for each group, and for each parameter the position of its group. Norms of groups come from
+the norms of their parameters, on the device, without a sync and in a fixed order, so that they are the same to the bit
+in every run: no atomics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastclip.backends.interface import stable_norm, upload
+from fastclip.gradients import Gradients
+
+By: TypeAlias = Literal["global", "parameter", "layer", "group"] | Callable[[str], Hashable] | Sequence[Hashable]
+"""What a group is: all gradients ("global"), each by itself ("parameter"), those of one module ("layer": names that
+differ only in what follows the last dot), one of the optimizer's parameter groups ("group"); or a function from a
+parameter's name to its group's label; or the labels themselves, one a parameter."""
+
+_WIDTH = 64  # norms that are combined at a time: what shorter groups are padded to
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Who belongs together.
+
+    Attributes:
+        labels: Each group's label: "all", a parameter's or module's name, a parameter group's position, or a label of
+            the caller's.
+        of: For each parameter, with or without gradient, the position of its group.
+    """
+
+    labels: tuple[Hashable, ...]
+    of: tuple[int, ...]
+
+    @property
+    def is_one(self) -> bool:
+        """Whether all parameters are one group."""
+        return len(self.labels) == 1
+
+    @cached_property
+    def is_each(self) -> bool:
+        """Whether every parameter is a group of its own."""
+        return self.of == tuple(range(len(self.labels)))
+
+    def combine(self, norms: Tensor) -> Tensor:
+        """Return the groups' 2-norms, [groups], from the parameters', [parameters]."""
+        if self.is_each:
+            return norms
+        if self.is_one:
+            return stable_norm(norms, 2.0).reshape(1)
+        for index in _levels(self.of, len(self.labels), norms.device):
+            padded = torch.cat([norms, norms.new_zeros(1)])
+            norms = stable_norm(padded[index], 2.0, 1)
+        return norms
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Return each parameter's share, [parameters], of values for each group, [groups]."""
+        return values if self.is_each else values[index_of(self.of, values.device)]
+
+
+def group(grads: Gradients, by: By) -> Groups:
+    """Group the parameters that gradients were collected from.
+
+    Raises:
+        TypeError: `by` is none of what it may be.
+        ValueError: `by` needs names or parameter groups that were not given, or has another number of labels.
+    """
+    count = len(grads.owners)
+    if by == "global":
+        return Groups(("all",), (0,) * count)
+    if by == "parameter":
+        return Groups(tuple(grads.names or range(count)), tuple(range(count)))
+    if by == "group":
+        if grads.groups is None:
+            raise ValueError("by='group' needs parameter groups: pass optimizer.param_groups, or attach the rule")
+        return Groups(tuple(range(max(grads.groups, default=-1) + 1)), tuple(grads.groups))
+    return _labelled(_labels(grads, by))
+
+
+def _labels(grads: Gradients, by: By) -> list[Hashable]:
+    """The label of each parameter's group."""
+    if by == "layer":
+        by = _module_of
+    if callable(by):
+        if grads.names is None:
+            raise ValueError("`by` goes by names: pass a model or model.named_parameters()")
+        return [by(name) for name in grads.names]
+    if isinstance(by, Sequence) and not isinstance(by, str):
+        if len(by) != len(grads.owners):
+            raise ValueError(f"`by` has {len(by)} labels for {len(grads.owners)} parameters")
+        return list(by)
+    known = "'global', 'parameter', 'layer', 'group'"
+    raise TypeError(f"`by` must be one of {known}, a function of a parameter's name, or labels, not {by!r}")
+
+
+def _module_of(name: str) -> str:
+    return name.rpartition(".")[0] or name
+
+
+def _labelled(labels: Sequence[Hashable]) -> Groups:
+    """Groups in the order in which their labels come first."""
+    positions: dict[Hashable, int] = {}
+    of = tuple(positions.setdefault(label, len(positions)) for label in labels)
+    return Groups(tuple(positions), of)
+
+
+def index_of(positions: Sequence[int], device: torch.device) -> Tensor:
+    """Positions as a tensor on a device, uploaded once."""
+    return _index(tuple(positions), device)
+
+
+@lru_cache(maxsize=64)
+def _index(positions: tuple[int, ...], device: torch.device) -> Tensor:
+    return upload(np.array(positions, dtype=np.int64), device)
+
+
+@lru_cache(maxsize=64)
+def _levels(of: tuple[int, ...], count: int, device: torch.device) -> tuple[Tensor, ...]:
+    """How to come from parameters to groups: matrices of positions, of which each row is combined to one norm.
+
+    A long group takes several rows, whose norms the next level combines; a row is filled up with the position behind
+    the last, where there is a 0. So memory stays linear in the number of parameters, whatever the groups' sizes.
+    """
+    levels: list[Tensor] = []
+    groups = np.array(of, dtype=np.int64)
+    while True:
+        sizes = np.bincount(groups, minlength=count)
+        width = min(_WIDTH, max(1, int(sizes.max())))
+        order = np.argsort(groups, kind="stable")
+        within = np.arange(len(groups)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        rows = np.maximum(1, -(-sizes // width))
+        first_row = np.cumsum(rows) - rows
+        index = np.full((int(rows.sum()), width), len(groups))
+        index[first_row[groups[order]] + within // width, within % width] = order
+        levels.append(upload(index, device))
+        groups = np.repeat(np.arange(count), rows)
+        if len(groups) == count:
+            return tuple(levels)
