@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastclip.attachment import Attachment, attach
     from fastclip.clip_by import (
         ClipResult,
         clip_by_global_norm_,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 # Imported when they are first asked for, because they import torch: `python -m fastclip run` must not do that before
 # the script does.
 _HOMES = {
+    "Attachment": "fastclip.attachment",
     "ClipAtThreshold": "fastclip.rules",
     "ClipByGlobalNorm": "fastclip.rules",
     "ClipByNorm": "fastclip.rules",
@@ -33,6 +35,7 @@ _HOMES = {
     "ClipGradNorm": "fastclip.rules",
     "ClipResult": "fastclip.clip_by",
     "Rule": "fastclip.rules",
+    "attach": "fastclip.attachment",
     "clip_by_global_norm_": "fastclip.clip_by",
     "clip_by_norm_": "fastclip.clip_by",
     "clip_by_value_": "fastclip.clip_by",
@@ -50,6 +53,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Attachment",
     "ClipAtThreshold",
     "ClipByGlobalNorm",
     "ClipByNorm",
@@ -57,6 +61,7 @@ __all__ = [
     "ClipGradNorm",
     "ClipResult",
     "Rule",
+    "attach",
     "clip_by_global_norm_",
     "clip_by_norm_",
     "clip_by_value_",

@@ -68,7 +68,7 @@ def clip_grads_(parameters: Parameters, rule: AnyRule | Callable[[Tensor], Tenso
     """
     checked = as_rule(rule)
     grads = collect(parameters)
-    return apply_rule(grads, checked, group(grads, checked.by))
+    return apply_rule(grads, checked, group(grads.owners, checked.by))
 
 
 def clip_by_value_(parameters: Parameters, clip_value_min: Bound, clip_value_max: Bound, *, by: By = "global") -> None:
@@ -92,7 +92,7 @@ def clip_by_value_(parameters: Parameters, clip_value_min: Bound, clip_value_max
     """
     rule = ClipByValue(clip_value_min, clip_value_max, by)
     grads = collect(parameters)
-    groups = group(grads, by)
+    groups = group(grads.owners, by)
     rule = rule.for_groups(groups.labels)
     if grads.tensors:
         _writable(grads, rule).clamp_(grads, *_limits(rule, grads, groups))
@@ -145,7 +145,7 @@ def clip_by_global_norm_(parameters: Parameters, clip_norm: float, use_norm: Ten
     rule = ClipByGlobalNorm(clip_norm)
     grads = collect(parameters)
     if use_norm is None:
-        return apply_rule(grads, rule, group(grads, "global"), each=False).norm
+        return apply_rule(grads, rule, group(grads.owners, "global"), each=False).norm
     norm = torch.as_tensor(use_norm).detach()
     if norm.numel() != 1:
         raise ValueError(f"`use_norm` must be one number, not a tensor of shape {tuple(norm.shape)}")
@@ -173,9 +173,10 @@ def measure_grads(parameters: Parameters, by: By = "parameter") -> ClipResult:
         ValueError: `by` does not fit what is known of the parameters.
     """
     grads = collect(parameters)
-    return apply_rule(grads, None, group(grads, by))
+    return apply_rule(grads, None, group(grads.owners, by))
 
 
+@torch.no_grad()
 def apply_rule(
     grads: Gradients, rule: AnyRule | None, groups: Groups, *, each: bool = True, scale: Tensor | None = None
 ) -> ClipResult:
@@ -215,7 +216,7 @@ def apply_rule(
 
 
 def _of_nothing(grads: Gradients, groups: Groups) -> ClipResult:
-    norms = torch.zeros(len(grads.owners), dtype=torch.float64)
+    norms = torch.zeros(len(grads.owners.tensors), dtype=torch.float64)
     group_norms = torch.zeros(len(groups.labels), dtype=torch.float64)
     return ClipResult(norms.sum(), norms, [], groups, group_norms, None, torch.tensor(False))
 
@@ -242,16 +243,16 @@ def _unscaled(norms: Tensor, scale: Tensor | None) -> Tensor:
 
 def _scattered(norms: Tensor, grads: Gradients) -> Tensor:
     """From the norms of gradients those of all parameters: 0 where there is no gradient."""
-    if len(norms) == len(grads.owners):
+    if len(norms) == len(grads.owners.tensors):
         return norms
-    return norms.new_zeros(len(grads.owners)).index_copy(0, index_of(grads.positions, norms.device), norms)
+    return norms.new_zeros(len(grads.owners.tensors)).index_copy(0, index_of(grads.positions, norms.device), norms)
 
 
 def _gathered(coefficients: Tensor, grads: Gradients, groups: Groups) -> Tensor:
     """From the coefficients of groups those of gradients; one for all where there is one group."""
     if groups.is_one:
         return coefficients[0]
-    if len(grads.tensors) == len(grads.owners):
+    if len(grads.tensors) == len(grads.owners.tensors):
         return groups.spread(coefficients)
     return groups.spread(coefficients)[index_of(grads.positions, coefficients.device)]
 

@@ -72,7 +72,9 @@ def clip_grad_norm_(
     if not grads.tensors:
         return torch.zeros((), dtype=norm_dtype)
     if has_dtensors(grads.tensors):
-        return _in_dtype(originals.clip_grad_norm_(grads.owners, limit, p, error_if_nonfinite, foreach), norm_dtype)
+        return _in_dtype(
+            originals.clip_grad_norm_(grads.owners.tensors, limit, p, error_if_nonfinite, foreach), norm_dtype
+        )
     _check_foreach(foreach, grads)
     prepared = prepare(grads, in_place=True)
     reduced = prepared.reduce(p, limit, norm_dtype or prepared.dtype)
@@ -156,7 +158,7 @@ def clip_grads_with_norm_(
     if not grads.tensors:
         return
     if has_dtensors([*grads.tensors, total_norm]):
-        originals.clip_grads_with_norm_(grads.owners, limit, total_norm, foreach)
+        originals.clip_grads_with_norm_(grads.owners.tensors, limit, total_norm, foreach)
         return
     total = total_norm if isinstance(total_norm, Tensor) else torch.tensor(total_norm, device="cpu")
     if total.numel() != 1:
@@ -194,7 +196,7 @@ def clip_grad_value_(
     if not grads.tensors:
         return
     if has_dtensors(grads.tensors):
-        originals.clip_grad_value_(grads.owners, bound, foreach)
+        originals.clip_grad_value_(grads.owners.tensors, bound, foreach)
         return
     _check_foreach(foreach, grads)
     check_dtypes(grads)
@@ -238,7 +240,7 @@ def _check_norm_dtype(norm_dtype: torch.dtype | None) -> None:
 
 
 def _warn_if_used_up(parameters: object, grads: Gradients) -> None:
-    if isinstance(parameters, types.GeneratorType) and not grads.owners:
+    if isinstance(parameters, types.GeneratorType) and not grads.owners.tensors:
         message = "`parameters` is an empty generator, no gradient clipping will occur."
         warnings.warn(message, stacklevel=3)  # the caller of the public function
 

@@ -15,39 +15,41 @@ Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor] | Iterable[tuple[s
 
 
 @dataclass(frozen=True)
+class Owners:
+    """What the caller passed, as lists: the tensors, and what is known of each.
+
+    Attributes:
+        tensors: Parameters, or, for `get_total_norm`, what takes their gradients' place.
+        names: Their names, where the caller gave names.
+        groups: The position of each one's parameter group, where the caller gave parameter groups.
+    """
+
+    tensors: list[Tensor]
+    names: list[str] | None = None
+    groups: list[int] | None = None
+
+
+@dataclass(frozen=True)
 class Gradients:
     """The gradients that are there, and what is needed to name one in an error message.
 
     Attributes:
         tensors: The gradients, without those that are None.
-        owners: What the caller passed, as a list.
-        positions: The position in `owners` of each gradient's owner.
-        names: The name of each owner, where the caller gave names.
-        groups: The position of each owner's parameter group, where the caller gave parameter groups.
+        owners: Whose they are, those without gradient included.
+        positions: The position among the owners of each gradient's.
         argument: What the caller's argument is called.
     """
 
     tensors: list[Tensor]
-    owners: list[Tensor]
+    owners: Owners
     positions: Sequence[int]
-    names: list[str] | None
-    groups: list[int] | None
     argument: str
 
     def label(self, index: int) -> str:
         """Name one of `tensors` as the caller knows it."""
         position = self.positions[index]
-        name = f" {self.names[position]!r}" if self.names else ""
+        name = f" {self.owners.names[position]!r}" if self.owners.names else ""
         return f"{self.argument}[{position}]{name} of shape {tuple(self.tensors[index].shape)}"
-
-
-@dataclass(frozen=True)
-class Owners:
-    """What the caller passed: the tensors, and what is known of them (see `Gradients`)."""
-
-    tensors: list[Tensor]
-    names: list[str] | None = None
-    groups: list[int] | None = None
 
 
 def collect(parameters: Parameters) -> Gradients:
@@ -73,7 +75,7 @@ def gradients_of(owners: Owners) -> Gradients:
     positions: Sequence[int] = range(len(grads))
     if len(present) < len(grads):
         positions = [position for position, grad in enumerate(grads) if grad is not None]
-    return Gradients(present, owners.tensors, positions, owners.names, owners.groups, "parameters")
+    return Gradients(present, owners, positions, "parameters")
 
 
 def as_gradients(tensors: Parameters) -> Gradients:
@@ -85,8 +87,7 @@ def as_gradients(tensors: Parameters) -> Gradients:
     owners = listed(tensors, "tensors")
     if not all(isinstance(owner, Tensor) for owner in owners.tensors):
         raise _not_a_tensor(owners.tensors, "tensors", wanted="data_ptr")
-    positions = range(len(owners.tensors))
-    return Gradients(owners.tensors, owners.tensors, positions, owners.names, owners.groups, "tensors")
+    return Gradients(owners.tensors, owners, range(len(owners.tensors)), "tensors")
 
 
 def listed(parameters: Parameters, argument: str) -> Owners:

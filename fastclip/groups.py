@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastclip.backends.interface import stable_norm, upload
-from fastclip.gradients import Gradients
+from fastclip.gradients import Owners
 
 By: TypeAlias = Literal["global", "parameter", "layer", "group"] | Callable[[str], Hashable] | Sequence[Hashable]
 """What a group is: all gradients ("global"), each by itself ("parameter"), those of one module ("layer": names that
@@ -66,36 +66,36 @@ class Groups:
         return values if self.is_each else values[index_of(self.of, values.device)]
 
 
-def group(grads: Gradients, by: By) -> Groups:
-    """Group the parameters that gradients were collected from.
+def group(owners: Owners, by: By) -> Groups:
+    """Group parameters, with or without gradients.
 
     Raises:
         TypeError: `by` is none of what it may be.
         ValueError: `by` needs names or parameter groups that were not given, or has another number of labels.
     """
-    count = len(grads.owners)
+    count = len(owners.tensors)
     if by == "global":
         return Groups(("all",), (0,) * count)
     if by == "parameter":
-        return Groups(tuple(grads.names or range(count)), tuple(range(count)))
+        return Groups(tuple(owners.names or range(count)), tuple(range(count)))
     if by == "group":
-        if grads.groups is None:
+        if owners.groups is None:
             raise ValueError("by='group' needs parameter groups: pass optimizer.param_groups, or attach the rule")
-        return Groups(tuple(range(max(grads.groups, default=-1) + 1)), tuple(grads.groups))
-    return _labelled(_labels(grads, by))
+        return Groups(tuple(range(max(owners.groups, default=-1) + 1)), tuple(owners.groups))
+    return _labelled(_labels(owners, by))
 
 
-def _labels(grads: Gradients, by: By) -> list[Hashable]:
+def _labels(owners: Owners, by: By) -> list[Hashable]:
     """The label of each parameter's group."""
     if by == "layer":
         by = _module_of
     if callable(by):
-        if grads.names is None:
+        if owners.names is None:
             raise ValueError("`by` goes by names: pass a model or model.named_parameters()")
-        return [by(name) for name in grads.names]
+        return [by(name) for name in owners.names]
     if isinstance(by, Sequence) and not isinstance(by, str):
-        if len(by) != len(grads.owners):
-            raise ValueError(f"`by` has {len(by)} labels for {len(grads.owners)} parameters")
+        if len(by) != len(owners.tensors):
+            raise ValueError(f"`by` has {len(by)} labels for {len(owners.tensors)} parameters")
         return list(by)
     known = "'global', 'parameter', 'layer', 'group'"
     raise TypeError(f"`by` must be one of {known}, a function of a parameter's name, or labels, not {by!r}")

@@ -17,6 +17,7 @@ Only clipping by value is not a matter of norms: `ClipByValue` holds the bounds.
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -44,11 +45,10 @@ class _Bounded:
 
     def __post_init__(self) -> None:
         for name in self.bounds:
-            object.__setattr__(self, name, _checked(name, getattr(self, name), self._check))
+            object.__setattr__(self, name, _numbers(name, getattr(self, name), self._number))
 
-    def _check(self, name: str, value: float) -> None:
-        if not 0 < value < math.inf:
-            raise ValueError(f"`{name}` must be above 0 and finite, not {value}")
+    def _number(self, name: str, value: object) -> float:
+        return positive(name, value)
 
     def for_groups(self: _R, labels: Sequence[Hashable]) -> _R:
         """Return this rule with its bounds in the order of the groups.
@@ -59,10 +59,14 @@ class _Bounded:
         ordered = {name: _in_order(name, getattr(self, name), labels) for name in self.bounds}
         return replace(self, **ordered) if any(not isinstance(b, float) for b in ordered.values()) else self
 
-    def settings(self) -> dict[str, Any]:
-        """Return the fields that hold plain data, for a checkpoint; a function as `by` is not."""
+    def settings(self, labels: Sequence[Hashable]) -> dict[str, Any]:
+        """Return the fields as plain data, for a checkpoint; without `by` where that is a function."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, (float, str, tuple, dict))}
+        return {
+            name: {label: float(value[label]) for label in labels} if isinstance(value, Mapping) else value
+            for name, value in values.items()
+            if not callable(value)
+        }
 
 
 @dataclass(frozen=True)
@@ -209,9 +213,11 @@ class ClipByValue(_Bounded):
         if isinstance(low, float) and isinstance(high, float):
             _check_order([low], [high])
 
-    def _check(self, name: str, value: float) -> None:
-        if math.isnan(value):
+    def _number(self, name: str, value: object) -> float:
+        number = _real(name, value)
+        if math.isnan(number):
             raise ValueError(f"`{name}` must be a number, not NaN")
+        return number
 
     def numbers(self) -> list[float]:
         """Return every bound."""
@@ -280,24 +286,35 @@ def as_rule(rule: object) -> AnyRule:
     raise TypeError(f"`rule` must be a rule ({known}) or a function from norms to coefficients, not {rule!r}")
 
 
-def _checked(name: str, bound: object, check: Callable[[str, float], None]) -> Bound:
+def positive(name: str, value: object) -> float:
+    """Return a finite number above 0.
+
+    Raises:
+        TypeError: `value` is not a number.
+        ValueError: It is not above 0, or not finite.
+    """
+    number = _real(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"`{name}` must be above 0 and finite, not {value}")
+    return number
+
+
+def _real(name: str, value: object) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]  # whatever has __float__
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"`{name}` must be a real number, not {value!r}") from None
+
+
+def _numbers(name: str, bound: object, number: Callable[[str, object], float]) -> Bound:
     """The bound with its numbers as floats, each of them checked."""
-
-    def number(value: object) -> float:
-        try:
-            as_float = float(value)  # type: ignore[arg-type]  # whatever has __float__
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"`{name}` must be a real number, or one for each group, not {value!r}") from None
-        check(name, as_float)
-        return as_float
-
     if isinstance(bound, Mapping):
         for value in _values(bound):
-            number(value)
+            number(name, value)
         return bound  # whose numbers are taken when its labels meet the groups: a defaultdict may have more
     if isinstance(bound, Sequence) and not isinstance(bound, str):
-        return tuple(map(number, bound))
-    return number(bound)
+        return tuple(number(name, value) for value in bound)
+    return number(name, bound)
 
 
 def _values(bound: Sequence[float] | Mapping[Any, float]) -> list[float]:
@@ -338,3 +355,37 @@ def _check_order(minimums: Sequence[float], maximums: Sequence[float]) -> None:
 def _on(device: torch.device, bounds: tuple[float, ...]) -> Tensor:
     """The groups' bounds on a device, uploaded once."""
     return upload(np.array(bounds), device)
+
+
+def state_of(rule: AnyRule, labels: Sequence[Hashable]) -> dict[str, Any]:
+    """Return what a checkpoint holds of a rule: its name and settings, or the state of a function that has one."""
+    if isinstance(rule, Rule):
+        get_state = getattr(rule.function, "state_dict", None)
+        return {"name": "Rule", "state": get_state() if get_state else None}
+    return {"name": type(rule).__name__, "settings": rule.settings(labels)}
+
+
+def from_state(rule: AnyRule, labels: Sequence[Hashable], state: dict[str, Any]) -> AnyRule:
+    """Return the rule that a checkpoint holds; what it could not hold is taken from the rule in use.
+
+    Like the learning rate, the bounds are the checkpoint's. It says so where that changes the rule.
+
+    Raises:
+        ValueError: The checkpoint's rule is unknown, or a function's state is there without a function to take it.
+    """
+    if state["name"] == "Rule":
+        if not isinstance(rule, Rule):
+            raise ValueError(
+                f"the checkpoint was made with a rule of its own, but {rule} is attached: attach that rule"
+            )
+        if state["state"] is not None:
+            rule.function.load_state_dict(state["state"])  # type: ignore[attr-defined]
+        return rule
+    if state["name"] not in BY_NAME:
+        raise ValueError(f"the checkpoint was made with the rule {state['name']}, which this version does not know")
+    if state == state_of(rule, labels):
+        return rule
+    kept = {"by": rule.by} if "by" not in state["settings"] else {}
+    restored: AnyRule = BY_NAME[state["name"]](**state["settings"], **kept)
+    warnings.warn(f"the checkpoint's rule {restored} takes the place of {rule}", stacklevel=2)
+    return restored

@@ -1,0 +1,316 @@
+"""A rule given once to an optimizer, as Keras does it: every ``optimizer.step()`` clips first.
+
+The clipping happens where the gradients are final: when `step` is called, or, for optimizers that evaluate a closure,
+each time the closure returns. So gradients that are accumulated over several backward passes are clipped once, and a
+step that `torch.amp.GradScaler` leaves out is not clipped at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastclip.clip_by import ClipResult, apply_rule
+from fastclip.gradients import Owners, gradients_of, listed
+from fastclip.groups import Groups, group
+from fastclip.rules import AnyRule, ClipByGlobalNorm, ClipByNorm, ClipByValue, as_rule, from_state, positive, state_of
+
+if TYPE_CHECKING:
+    from fastclip.monitor import Monitor
+
+_STATE = "fastclip"  # the key in the optimizer's state dict, which torch's `load_state_dict` passes over
+
+
+def attach(
+    optimizer: Optimizer,
+    rule: AnyRule | Callable[[Tensor], Tensor] | None = None,
+    *,
+    clipnorm: float | None = None,
+    clipvalue: float | None = None,
+    global_clipnorm: float | None = None,
+    monitor: Monitor | None = None,
+    names: nn.Module | Iterable[tuple[str, Tensor]] | None = None,
+) -> Attachment:
+    r"""Clip the gradients of an optimizer at each of its steps, by a rule that is given once.
+
+    The rule is one of `fastclip.rules` or a function from norms to coefficients; or, as with Keras' optimizers, one of
+
+    =====================  ===================================================================================
+    ``clipnorm=c``         :math:`g_t \leftarrow g_t \cdot c / \max(\|g_t\|_2, c)`, each parameter by itself
+    ``clipvalue=c``        :math:`g_i \leftarrow \min(\max(g_i, -c), c)`
+    ``global_clipnorm=c``  :math:`g_t \leftarrow g_t \cdot \min(c / \|g\|_2, 1)`, all parameters together
+    =====================  ===================================================================================
+
+    The optimizer's state dict holds the rule and what it last found, under the key ``"fastclip"``. Loading it into an
+    optimizer that has something attached restores them; one without passes over it.
+
+    With a `torch.amp.GradScaler`, fused optimizers get their gradients scaled: norms are taken without the scale.
+
+    Args:
+        optimizer: Any `torch.optim.Optimizer`.
+        rule: What to clip by; None, where a monitor is given, watches only.
+        clipnorm: As in Keras, above 0.
+        clipvalue: As in Keras, above 0.
+        global_clipnorm: As in Keras, above 0.
+        monitor: Is told of every step, and may skip it.
+        names: The model, or its ``named_parameters()``, for rules and messages that go by names. The optimizer knows
+            them itself if it was made from ``model.named_parameters()``, and so does a monitor made from a model.
+
+    Returns:
+        The attachment: ``norm`` and ``clipped`` tell of the last step, ``detach()`` ends it.
+
+    Raises:
+        TypeError: `optimizer` is no `torch.optim.Optimizer`, or `rule` is no rule.
+        ValueError: Not exactly one rule is given, its bounds do not fit, or the optimizer has an attachment already.
+
+    Example:
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> clipper = fastclip.attach(optimizer, global_clipnorm=1.0)
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> print(clipper.norm, clipper.clipped)
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+    if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in _step_hooks(optimizer)):
+        raise ValueError("the optimizer has a rule attached already: detach() it first")
+    chosen = _one_of(rule, clipnorm, clipvalue, global_clipnorm)
+    if chosen is None and monitor is None:
+        raise ValueError("nothing to attach: give a rule, one of clipnorm, clipvalue, global_clipnorm, or a monitor")
+    return Attachment(optimizer, chosen, monitor, names)
+
+
+class Attachment:
+    """A rule at work in an optimizer; made by `attach`.
+
+    Attributes:
+        rule: The rule; None where a monitor only watches.
+        monitor: The monitor that is told of every step, if any.
+        norm: The 2-norm of all gradients at the last step, before clipping: 0-dim, fp64, on their device. None before
+            the first step. To look at the number is to wait for the device.
+        clipped: Whether the last step was clipped: 0-dim bool, on the device.
+        result: All that the last step found; None before the first step, and when it was restored from a state dict.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        rule: AnyRule | None,
+        monitor: Monitor | None,
+        names: nn.Module | Iterable[tuple[str, Tensor]] | None,
+    ) -> None:
+        self.rule = rule
+        self.monitor = monitor
+        self.norm: Tensor | None = None
+        self.clipped: Tensor | None = None
+        self.result: ClipResult | None = None
+        self._kind = type(optimizer).__name__
+        self._names = _names_by_id(names)
+        self._members: tuple[list[int], Owners, Groups] | None = None
+        self._undo: Callable[[], None] | None = None
+        self._restored: dict[str, Any] | None = None
+        self._find_members(optimizer)  # what does not fit is refused here rather than at the first step
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_post_hook(self._save),
+            optimizer.register_load_state_dict_pre_hook(self._take),
+            optimizer.register_load_state_dict_post_hook(self._load),
+        ]
+
+    def __repr__(self) -> str:
+        state = "attached to" if self._handles else "detached from"
+        return f"<{self.rule or self.monitor} {state} {self._kind}>"
+
+    def detach(self) -> None:
+        """End it: the optimizer steps as before. What the last step found stays readable."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Clip; or, where there is a closure, have the gradients clipped that it will leave."""
+        self._after_step()  # a step that raised did not get there
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._clip(optimizer)
+            return None
+
+        def clipped_closure() -> Any:
+            self._after_step()  # an optimizer may evaluate it several times a step
+            loss = closure()
+            if self.monitor is not None and loss is not None:
+                self.monitor.record_loss(loss)
+            self._clip(optimizer)
+            return loss
+
+        if len(args) > 1:
+            return (args[0], clipped_closure, *args[2:]), kwargs
+        return args, {**kwargs, "closure": clipped_closure}
+
+    @torch.no_grad()
+    def _clip(self, optimizer: Optimizer) -> None:
+        owners, groups = self._find_members(optimizer)
+        scale = getattr(optimizer, "grad_scale", None)  # as GradScaler sets it for fused optimizers
+        if scale is not None and isinstance(self.rule, ClipByValue):
+            raise RuntimeError(
+                f"{self.rule} is attached, but the gradients still carry the scale of GradScaler: call "
+                "scaler.unscale_(optimizer) before scaler.step(optimizer)"
+            )
+        grads = gradients_of(owners)
+        result = apply_rule(grads, self.rule, groups, each=self.monitor is not None, scale=scale)
+        self.result, self.norm, self.clipped = result, result.norm, result.clipped
+        if self.monitor is not None:
+            skip = self.monitor.update(result)
+            if self.monitor.skips:
+                self._undo = _skip_step(optimizer, owners, skip)
+
+    def _after_step(self, *_: object) -> None:
+        """Put back what `_skip_step` changed."""
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+
+    def _find_members(self, optimizer: Optimizer) -> tuple[Owners, Groups]:
+        """The optimizer's parameters and their groups; found anew only where the optimizer has other parameters."""
+        ids = [id(parameter) for group_ in optimizer.param_groups for parameter in group_["params"]]
+        if self._members is None or self._members[0] != ids:
+            owners = listed(optimizer.param_groups, "optimizer.param_groups")
+            if owners.names is None and self._names.keys() >= set(ids):
+                owners = Owners(owners.tensors, [self._names[i] for i in ids], owners.groups)
+            if self.monitor is not None:
+                owners = _in_order_of(self.monitor.owners, owners)
+            groups = group(owners, "global" if self.rule is None else self.rule.by)
+            if self.rule is not None:
+                self.rule.for_groups(groups.labels)
+            self._members = (ids, owners, groups)
+        return self._members[1:]
+
+    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        state: dict[str, Any] = {"norm": self.norm, "clipped": self.clipped}
+        if self.rule is not None:
+            state["rule"] = state_of(self.rule, self._find_members(optimizer)[1].labels)
+        if self.monitor is not None:
+            state["monitor"] = self.monitor.state_dict()
+        state_dict[_STATE] = state
+
+    def _take(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict.get(_STATE)
+
+    def _load(self, optimizer: Optimizer) -> None:
+        """Restore, now that torch has found nothing wrong with the rest of the state."""
+        state, self._restored = self._restored, None
+        if state is None:
+            return
+        if self.rule is not None and "rule" in state:
+            self.rule = from_state(self.rule, self._find_members(optimizer)[1].labels, state["rule"])
+        if self.monitor is not None and "monitor" in state:
+            self.monitor.load_state_dict(state["monitor"])
+        self.norm, self.clipped, self.result = state["norm"], state["clipped"], None
+        self._members = None
+        self._find_members(optimizer)
+
+
+def _one_of(
+    rule: AnyRule | Callable[[Tensor], Tensor] | None,
+    clipnorm: float | None,
+    clipvalue: float | None,
+    global_clipnorm: float | None,
+) -> AnyRule | None:
+    """The one rule that is given, in whichever way."""
+    given: dict[str, Any] = {
+        "rule": rule,
+        "clipnorm": clipnorm,
+        "clipvalue": clipvalue,
+        "global_clipnorm": global_clipnorm,
+    }
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise ValueError(f"only one rule can be attached, not {' and '.join(named)} together")
+    if clipnorm is not None:
+        return ClipByNorm(positive("clipnorm", clipnorm))
+    if clipvalue is not None:
+        bound = positive("clipvalue", clipvalue)
+        return ClipByValue(-bound, bound)
+    if global_clipnorm is not None:
+        return ClipByGlobalNorm(positive("global_clipnorm", global_clipnorm))
+    return None if rule is None else as_rule(rule)
+
+
+def _step_hooks(optimizer: Optimizer) -> Iterable[object]:
+    return optimizer._optimizer_step_pre_hooks.values()
+
+
+def _names_by_id(names: nn.Module | Iterable[tuple[str, Tensor]] | None) -> dict[int, str]:
+    if names is None:
+        return {}
+    owners = listed(names, "names")
+    if owners.names is None:
+        raise TypeError("`names` must be a model or its named_parameters()")
+    return {id(tensor): name for tensor, name in zip(owners.tensors, owners.names, strict=True)}
+
+
+def _in_order_of(watched: Owners, owners: Owners) -> Owners:
+    """The optimizer's parameters in the order in which a monitor watches them, by the names it knows."""
+    positions = {id(tensor): position for position, tensor in enumerate(owners.tensors)}
+    if len(watched.tensors) != len(owners.tensors) or any(id(tensor) not in positions for tensor in watched.tensors):
+        raise ValueError(
+            f"the monitor watches {len(watched.tensors)} parameters, which are not the {len(owners.tensors)} of the "
+            "optimizer: make it from the same model, or from optimizer.param_groups"
+        )
+    order = [positions[id(tensor)] for tensor in watched.tensors]
+    groups = None if owners.groups is None else [owners.groups[i] for i in order]
+    names = watched.names or (None if owners.names is None else [owners.names[i] for i in order])
+    return Owners(watched.tensors, names, groups)
+
+
+def _skip_step(optimizer: Optimizer, owners: Owners, skip: Tensor) -> Callable[[], None] | None:
+    """Have the step that follows change nothing where `skip` is set; return what puts things back after it.
+
+    Fused optimizers look at ``found_inf`` on the device. Any other has to be kept from stepping by the host, which
+    waits for the device: every torch optimizer passes over parameters whose gradient is None.
+    """
+    if _takes_found_inf(optimizer):
+        found = getattr(optimizer, "found_inf", None)  # GradScaler's
+        flag = skip.to(torch.float32)
+        optimizer.found_inf = flag if found is None else torch.maximum(found, flag.to(found.device))  # type: ignore[attr-defined]
+
+        def put_back() -> None:
+            if found is None:
+                del optimizer.found_inf  # type: ignore[attr-defined]
+            else:
+                optimizer.found_inf = found  # type: ignore[attr-defined]
+
+        return put_back
+    if not skip:
+        return None
+    grads = [parameter.grad for parameter in owners.tensors]
+    for parameter in owners.tensors:
+        parameter.grad = None
+
+    def give_back() -> None:
+        for parameter, grad in zip(owners.tensors, grads, strict=True):
+            if parameter.grad is None:
+                parameter.grad = grad
+
+    return give_back
+
+
+def _takes_found_inf(optimizer: Optimizer) -> bool:
+    """Whether the step is right with ``found_inf`` set.
+
+    Fused SGD is not as long as it has no momentum: it would keep the memory that it just allocated for it.
+    """
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
+        "momentum_buffer" in optimizer.state.get(parameter, ())
+        for group_ in optimizer.param_groups
+        if group_.get("momentum")
+        for parameter in group_["params"]
+        if parameter.grad is not None
+    )

@@ -1,0 +1,523 @@
+"""A rule attached to an optimizer: the same steps as clipping by hand, whatever the optimizer and the training loop."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import io
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from legs import Leg
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastclip
+from fastclip.gradients import Owners, listed
+
+RULES: dict[str, Callable[[], Any]] = {
+    "clip_by_norm": lambda: fastclip.ClipByNorm(0.01),
+    "clip_by_global_norm": lambda: fastclip.ClipByGlobalNorm(0.02),
+    "clip_grad_norm": lambda: fastclip.ClipGradNorm(0.02),
+    "at_threshold": lambda: fastclip.ClipAtThreshold(0.02),
+    "by_value": lambda: fastclip.ClipByValue(-0.001, 0.002),
+    "by_layer": lambda: fastclip.ClipByNorm({"0": 0.01, "2": 0.02}, by="layer"),
+    "function": lambda: lambda norms: torch.where(norms > 0.01, 0.3, 1.0),
+}
+
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.5),
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.5, momentum=0.9),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
+    "fused_adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, fused=True),
+    "fused_sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.5, momentum=0.9, fused=True),
+    "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.01),
+}
+
+
+class Training:
+    """A small model on random data, the same for the same seed."""
+
+    def __init__(self, make: Callable[[Any], Optimizer] = OPTIMIZERS["momentum"], *, named: bool = True) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
+        for parameter in self.model.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        self.batches = [
+            (torch.randn(8, 5, generator=generator), torch.randn(8, 1, generator=generator)) for _ in "abcd"
+        ]
+        self.optimizer = make(self.model.named_parameters() if named else self.model.parameters())
+
+    def backward(self, batch: int) -> Tensor:
+        """Add a batch's gradients to those that are there; return the loss."""
+        x, y = self.batches[batch]
+        loss = (self.model(x) - y).square().mean()
+        loss.backward()
+        return loss
+
+    def steps(self, clip: Callable[[], object] = lambda: None) -> None:
+        """Train on every batch; `clip` is called before each step."""
+        for batch in range(len(self.batches)):
+            self.optimizer.zero_grad()
+            self.backward(batch)
+            clip()
+            self.optimizer.step()
+
+    def assert_same_as(self, other: Training) -> None:
+        """The weights are those of the other, to the bit."""
+        for own, theirs in zip(self.model.parameters(), other.model.parameters(), strict=True):
+            oracle.assert_same_bits(own.detach(), theirs.detach())
+
+
+class StubMonitor:
+    """What an attachment asks of a monitor: it skips the steps that it is told to."""
+
+    def __init__(self, model: nn.Module, *skipped: int) -> None:
+        self.owners: Owners = listed(model, "parameters")
+        self.skips = bool(skipped)
+        self.skipped = skipped
+        self.norms: list[Tensor] = []
+        self.losses: list[Tensor] = []
+
+    def record_loss(self, loss: Tensor) -> None:
+        self.losses.append(loss)
+
+    def update(self, result: fastclip.ClipResult) -> Tensor:
+        assert result.norms is not None
+        self.norms.append(result.norms)
+        return torch.tensor(len(self.norms) - 1 in self.skipped)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": len(self.norms)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.norms = [torch.zeros(0)] * state["steps"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("rule", RULES)
+def test_same_as_by_hand(rule: str, optimizer: str) -> None:
+    ours, theirs, plain = (Training(OPTIMIZERS[optimizer]) for _ in range(3))
+    clipper = fastclip.attach(ours.optimizer, RULES[rule]())
+    ours.steps()
+    theirs.steps(lambda: fastclip.clip_grads_(theirs.model, RULES[rule]()))
+    plain.steps()
+    ours.assert_same_as(theirs)
+    with pytest.raises(AssertionError):  # or the rule would have had nothing to do
+        ours.assert_same_as(plain)
+    assert clipper.clipped
+
+
+@pytest.mark.parametrize(
+    ("keras", "clip"),
+    [
+        ({"clipnorm": 0.01}, lambda model: fastclip.clip_by_norm_(model, 0.01)),
+        ({"clipvalue": 0.001}, lambda model: fastclip.clip_by_value_(model, -0.001, 0.001)),
+        ({"global_clipnorm": 0.02}, lambda model: fastclip.clip_by_global_norm_(model, 0.02)),
+    ],
+    ids=["clipnorm", "clipvalue", "global_clipnorm"],
+)
+def test_the_arguments_of_keras(keras: dict[str, float], clip: Callable[[nn.Module], object]) -> None:
+    ours, theirs = Training(), Training()
+    fastclip.attach(ours.optimizer, **keras)  # type: ignore[arg-type]
+    ours.steps()
+    theirs.steps(lambda: clip(theirs.model))
+    ours.assert_same_as(theirs)
+
+
+def test_accumulated_gradients_are_clipped_once() -> None:
+    ours, theirs = Training(), Training()
+    clipper = fastclip.attach(ours.optimizer, global_clipnorm=0.02)
+    for training in (ours, theirs):
+        training.backward(0)
+        training.backward(1)
+    assert clipper.norm is None
+    exact = oracle.norm([p.grad for p in theirs.model.parameters() if p.grad is not None], 2)
+    fastclip.clip_by_global_norm_(theirs.model, 0.02)
+    for training in (ours, theirs):
+        training.optimizer.step()
+    ours.assert_same_as(theirs)
+    assert clipper.norm is not None
+    assert clipper.norm.item() == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("by_keyword", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [OPTIMIZERS["momentum"], lambda parameters: torch.optim.LBFGS(parameters, lr=0.1, max_iter=4)],
+    ids=["sgd", "lbfgs"],
+)
+def test_closure(make: Callable[[Any], Optimizer], by_keyword: bool) -> None:
+    """The gradients exist only inside, and LBFGS evaluates the closure several times a step."""
+
+    def train(training: Training, clip: Callable[[], object]) -> list[float]:
+        losses = []
+        for batch in range(4):
+
+            def closure(batch: int = batch) -> Tensor:
+                training.optimizer.zero_grad()
+                loss = training.backward(batch)
+                clip()
+                return loss
+
+            arguments: Any = {"closure": closure} if by_keyword else {}
+            losses.append(training.optimizer.step(*([] if by_keyword else [closure]), **arguments).item())
+        return losses
+
+    ours, theirs = (Training(lambda p: make([tensor for _, tensor in p])) for _ in range(2))
+    monitor = StubMonitor(ours.model)
+    clipper = fastclip.attach(ours.optimizer, clipvalue=0.001, monitor=monitor)  # type: ignore[arg-type]
+    our_losses = train(ours, lambda: None)
+    their_losses = train(theirs, lambda: fastclip.clip_by_value_(theirs.model, -0.001, 0.001))
+    assert our_losses == their_losses
+    ours.assert_same_as(theirs)
+    assert clipper.clipped
+    assert our_losses[0] == monitor.losses[0].item()
+    assert len(monitor.losses) == len(monitor.norms)
+
+
+def test_read_afterwards() -> None:
+    training = Training()
+    clipper = fastclip.attach(training.optimizer, global_clipnorm=1e6)
+    assert clipper.norm is None
+    assert clipper.clipped is None
+    assert clipper.result is None
+    training.steps()
+    assert clipper.norm is not None
+    exact = oracle.norm([p.grad for p in training.model.parameters() if p.grad is not None], 2)
+    assert clipper.norm.item() == pytest.approx(exact, rel=1e-6)
+    assert not clipper.clipped
+    assert clipper.result is not None
+    assert clipper.result.coefficients is not None
+    assert clipper.result.coefficients.tolist() == [1.0]
+
+
+class Syncs(TorchDispatchMode):
+    """Counts what would wait for a GPU: numbers that are fetched, and copies to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.legs("torch", "interpreter", "ptx", "gpu")
+@pytest.mark.parametrize("rule", RULES)
+def test_no_sync_until_asked(leg: Leg, rule: str) -> None:
+    training = Training(OPTIMIZERS["sgd"])
+    training.model.to(leg.device)
+    clipper = fastclip.attach(training.optimizer, RULES[rule]())
+    for parameter in training.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    training.optimizer.step()
+    with Syncs() as syncs:
+        training.optimizer.step()
+        assert syncs.count == 0
+        assert clipper.norm is not None
+        assert clipper.norm.item() > 0
+        assert syncs.count == 1
+
+
+def test_detached() -> None:
+    ours, plain = Training(), Training()
+    clipper = fastclip.attach(ours.optimizer, global_clipnorm=0.02)
+    clipper.detach()
+    clipper.detach()
+    ours.steps()
+    plain.steps()
+    ours.assert_same_as(plain)
+    assert "fastclip" not in ours.optimizer.state_dict()
+    assert "detached" in repr(clipper)
+    fastclip.attach(ours.optimizer, clipnorm=1.0)
+
+
+def test_repr_names_rule_and_optimizer() -> None:
+    assert repr(fastclip.attach(Training().optimizer, clipnorm=2.0)) == (
+        "<ClipByNorm(clip_norm=2.0, by='parameter') attached to SGD>"
+    )
+
+
+def saved_and_loaded(state: dict[str, Any]) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_saved_and_restored() -> None:
+    first, second = Training(), Training()
+    rule = fastclip.ClipByNorm({"0": 0.01, "2": 0.02}, by="layer")
+    before = fastclip.attach(first.optimizer, rule, monitor=StubMonitor(first.model))  # type: ignore[arg-type]
+    first.steps()
+    monitor = StubMonitor(second.model)
+    after = fastclip.attach(second.optimizer, fastclip.ClipByGlobalNorm(5.0), monitor=monitor)  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match=r"ClipByNorm\(.*'0': 0.01.*takes the place of ClipByGlobalNorm"):
+        second.optimizer.load_state_dict(saved_and_loaded(first.optimizer.state_dict()))
+    assert after.rule == rule
+    assert after.norm is not None
+    assert before.norm is not None
+    assert after.norm.item() == before.norm.item()
+    assert after.clipped
+    assert len(monitor.norms) == 4
+    second.model.load_state_dict(first.model.state_dict())
+    first.steps()
+    second.steps()
+    second.assert_same_as(first)
+
+
+def test_bounds_with_a_default_are_saved_as_plain_numbers() -> None:
+    ours, theirs = Training(), Training()
+    for training, rest in ((ours, 0.02), (theirs, 0.03)):
+        bounds = collections.defaultdict(lambda rest=rest: rest, {"0": 0.01})  # type: ignore[misc]
+        clipper = fastclip.attach(training.optimizer, fastclip.ClipByNorm(bounds, by="layer"))
+    state = saved_and_loaded(ours.optimizer.state_dict())
+    ours.optimizer.load_state_dict(state)  # the same: no warning
+    with pytest.warns(UserWarning, match="takes the place"):
+        theirs.optimizer.load_state_dict(state)
+    assert clipper.rule == fastclip.ClipByNorm({"0": 0.01, "2": 0.02}, by="layer")
+
+
+def test_state_dict_of_an_attached_optimizer_is_a_plain_one_s_too() -> None:
+    ours, plain = Training(), Training()
+    fastclip.attach(ours.optimizer, clipnorm=0.01)
+    ours.steps()
+    plain.optimizer.load_state_dict(saved_and_loaded(ours.optimizer.state_dict()))
+    plain_state = plain.optimizer.state_dict()
+    assert plain_state.keys() == {"state", "param_groups"}
+    ours.optimizer.load_state_dict(saved_and_loaded(plain_state))  # and the other way round
+    assert ours.optimizer.state_dict()["fastclip"]["rule"]["name"] == "ClipByNorm"
+
+
+def test_a_state_that_does_not_fit_changes_nothing() -> None:
+    ours, other = Training(), Training(lambda _: torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
+    clipper = fastclip.attach(ours.optimizer, clipnorm=0.01)
+    fastclip.attach(other.optimizer, clipnorm=5.0)
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        ours.optimizer.load_state_dict(other.optimizer.state_dict())
+    assert clipper.rule == fastclip.ClipByNorm(0.01)
+    ours.optimizer.load_state_dict(Training().optimizer.state_dict())  # nor is it remembered
+    assert clipper.rule == fastclip.ClipByNorm(0.01)
+
+
+class RunningMean:
+    """A rule with a state: it clips by the mean of the norms so far."""
+
+    def __init__(self) -> None:
+        self.total = torch.zeros((), dtype=torch.float64)
+        self.count = 0
+
+    def __call__(self, norms: Tensor) -> Tensor:
+        self.total += norms.norm()
+        self.count += 1
+        return (self.total / self.count / norms.norm()).clamp(max=1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total, self.count = state["total"].clone(), state["count"]
+
+
+def test_the_state_of_a_rule_of_one_s_own() -> None:
+    first, second = Training(), Training()
+    fastclip.attach(first.optimizer, RunningMean())
+    first.steps()
+    fastclip.attach(second.optimizer, RunningMean())
+    second.optimizer.load_state_dict(saved_and_loaded(first.optimizer.state_dict()))
+    second.model.load_state_dict(first.model.state_dict())
+    first.steps()
+    second.steps()
+    second.assert_same_as(first)
+    other = Training()
+    fastclip.attach(other.optimizer, clipnorm=1.0)
+    with pytest.raises(ValueError, match="made with a rule of its own"):
+        other.optimizer.load_state_dict(first.optimizer.state_dict())
+
+
+def test_distributed_checkpoints_pass_over_it() -> None:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    training = Training(OPTIMIZERS["adam"])
+    clipper = fastclip.attach(training.optimizer, clipnorm=0.01)
+    training.steps()
+    state = copy.deepcopy(get_optimizer_state_dict(training.model, training.optimizer))
+    set_optimizer_state_dict(training.model, training.optimizer, state)
+    assert clipper.rule == fastclip.ClipByNorm(0.01)
+
+
+@pytest.mark.parametrize("unscaled", [False, True], ids=["by step", "by unscale_"])
+@pytest.mark.parametrize("optimizer", ["adam", "fused_adamw", "fused_sgd"])
+@pytest.mark.parametrize("infinite", [False, True], ids=["finite", "inf"])
+def test_grad_scaler(optimizer: str, unscaled: bool, infinite: bool) -> None:
+    """With and without `unscale_` before: fused optimizers get scaled gradients without."""
+    ours, theirs = Training(OPTIMIZERS[optimizer]), Training(OPTIMIZERS[optimizer])
+    clipper = fastclip.attach(ours.optimizer, fastclip.ClipByGlobalNorm(0.02))
+    for training in (ours, theirs):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        for batch in range(3):
+            x, y = training.batches[batch]
+            training.optimizer.zero_grad()
+            scaler.scale((training.model(x) - y).square().mean()).backward()
+            weight = next(training.model.parameters())
+            if infinite and batch == 1:
+                assert weight.grad is not None
+                weight.grad[0] = math.inf
+            if training is theirs or unscaled:
+                scaler.unscale_(training.optimizer)
+            if training is theirs:
+                norm = fastclip.clip_by_global_norm_(training.model, 0.02)
+            scaler.step(training.optimizer)
+            scaler.update()
+    for own, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        # The scale is a power of two, but the coefficient is rounded to fp32 before it, once with and once without it.
+        torch.testing.assert_close(own, other, rtol=1e-6, atol=1e-7)
+    assert clipper.norm is not None
+    assert clipper.norm.item() == pytest.approx(norm.item(), rel=1e-6)
+
+
+def test_values_that_carry_a_scale_are_refused() -> None:
+    training = Training(OPTIMIZERS["fused_adamw"])
+    fastclip.attach(training.optimizer, clipvalue=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(training.backward(0).detach().requires_grad_() * 1.0).backward()
+    with pytest.raises(RuntimeError, match=r"unscale_\(optimizer\)"):
+        scaler.step(training.optimizer)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_skipped_steps_change_nothing(optimizer: str) -> None:
+    """Neither weights nor the optimizer's state; the gradients stay."""
+    ours, theirs = Training(OPTIMIZERS[optimizer]), Training(OPTIMIZERS[optimizer])
+    monitor = StubMonitor(ours.model, 0, 2)
+    fastclip.attach(ours.optimizer, clipnorm=0.01, monitor=monitor)  # type: ignore[arg-type]
+    for batch in range(4):
+        for training in (ours, theirs):
+            training.optimizer.zero_grad()
+            training.backward(batch)
+        ours.optimizer.step()
+        assert all(parameter.grad is not None for parameter in ours.model.parameters())
+        assert not hasattr(ours.optimizer, "found_inf")
+        if batch not in monitor.skipped:
+            fastclip.clip_by_norm_(theirs.model, 0.01)
+            theirs.optimizer.step()
+    ours.assert_same_as(theirs)
+
+
+def test_fused_optimizers_skip_without_a_sync() -> None:
+    training = Training(OPTIMIZERS["fused_adamw"])
+    monitor = StubMonitor(training.model, 1)
+    fastclip.attach(training.optimizer, monitor=monitor)  # type: ignore[arg-type]
+    training.backward(0)
+    training.optimizer.step()
+    before = [parameter.detach().clone() for parameter in training.model.parameters()]
+    with Syncs() as syncs:
+        training.optimizer.step()
+    assert syncs.count == 0
+    for parameter, old in zip(training.model.parameters(), before, strict=True):
+        oracle.assert_same_bits(parameter.detach(), old)
+
+
+def test_skipping_leaves_what_the_scaler_found() -> None:
+    """A step is skipped where either asks for it."""
+    training = Training(OPTIMIZERS["fused_adamw"])
+    fastclip.attach(training.optimizer, monitor=StubMonitor(training.model, 99))  # type: ignore[arg-type]
+    before = [parameter.detach().clone() for parameter in training.model.parameters()]
+    training.backward(0)
+    training.optimizer.found_inf = found = torch.ones(())  # type: ignore[attr-defined]
+    training.optimizer.step()
+    assert training.optimizer.found_inf is found  # type: ignore[attr-defined]
+    for parameter, old in zip(training.model.parameters(), before, strict=True):
+        oracle.assert_same_bits(parameter.detach(), old)
+
+
+def two_groups(parameters: Iterator[tuple[str, Tensor]]) -> Optimizer:
+    named = list(parameters)
+    return torch.optim.SGD([{"params": named[2:]}, {"params": named[:2], "lr": 0.1}], lr=0.5)
+
+
+def test_parameter_groups_and_the_monitor_s_order() -> None:
+    """The monitor's parameters are in the model's order, the optimizer's in that of its groups."""
+    ours, theirs = Training(two_groups), Training(two_groups)
+    monitor = StubMonitor(ours.model)
+    rule = fastclip.ClipByNorm([0.03, 0.01], by="group")
+    clipper = fastclip.attach(ours.optimizer, rule, monitor=monitor)  # type: ignore[arg-type]
+    ours.steps()
+    theirs.steps(lambda: fastclip.clip_grads_(theirs.optimizer.param_groups, rule))
+    ours.assert_same_as(theirs)
+    assert clipper.result is not None
+    assert clipper.result.groups.labels == (0, 1)
+    assert clipper.result.groups.of == (1, 1, 0, 0)
+    last = fastclip.measure_grads(ours.model).norms
+    assert last is not None
+    layers = [math.hypot(*last[:2].tolist()), math.hypot(*last[2:].tolist())]
+    assert layers == pytest.approx([0.01, 0.03], rel=1e-6)
+
+
+def test_names_from_the_model() -> None:
+    training = Training(named=False)
+    with pytest.raises(ValueError, match="goes by names"):
+        fastclip.attach(training.optimizer, fastclip.ClipByNorm(1.0, by="layer"))
+    clipper = fastclip.attach(training.optimizer, fastclip.ClipByNorm(1.0, by="layer"), names=training.model)
+    training.steps()
+    assert clipper.result is not None
+    assert clipper.result.groups.labels == ("0", "2")
+
+
+def test_parameters_that_come_later() -> None:
+    training = Training()
+    clipper = fastclip.attach(training.optimizer, clipnorm=0.5)
+    training.steps()
+    late = nn.Parameter(torch.zeros(3))
+    training.optimizer.add_param_group({"params": [("late", late)]})
+    late.grad = torch.full((3,), 2.0)
+    training.optimizer.step()
+    assert late.grad.norm().item() == pytest.approx(0.5)
+    assert clipper.result is not None
+    assert clipper.result.groups.labels[-1] == "late"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, "nothing to attach"),
+        ({"clipnorm": 1.0, "clipvalue": 1.0}, ValueError, "only one rule can be attached, not clipnorm and clipvalue"),
+        ({"rule": fastclip.ClipByNorm(1.0), "global_clipnorm": 1.0}, ValueError, "rule and global_clipnorm"),
+        ({"clipnorm": 0.0}, ValueError, "above 0"),
+        ({"clipvalue": -1.0}, ValueError, "`clipvalue` must be above 0"),
+        ({"clipvalue": "a lot"}, ValueError, "`clipvalue` must be a real number"),
+        ({"clipnorm": [1.0]}, TypeError, "`clipnorm` must be a real number"),
+        ({"global_clipnorm": math.nan}, ValueError, "above 0"),
+        ({"rule": 1.0}, TypeError, "`rule` must be a rule"),
+        ({"rule": fastclip.ClipByNorm([1.0, 2.0], by="group")}, ValueError, "2 bounds for 1 groups"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    training = Training()
+    with pytest.raises(error, match=message):
+        fastclip.attach(training.optimizer, **arguments)
+    fastclip.attach(training.optimizer, clipnorm=1.0)  # nothing was attached
+
+
+def test_not_an_optimizer() -> None:
+    with pytest.raises(TypeError, match=r"`optimizer` must be a torch.optim.Optimizer, not Linear"):
+        fastclip.attach(nn.Linear(1, 1), clipnorm=1.0)  # type: ignore[arg-type]
+
+
+def test_attached_twice() -> None:
+    training = Training()
+    fastclip.attach(training.optimizer, clipnorm=1.0)
+    with pytest.raises(ValueError, match="attached already"):
+        fastclip.attach(training.optimizer, clipnorm=1.0)
+
+
+def test_a_monitor_of_another_model() -> None:
+    with pytest.raises(ValueError, match="not the 4 of the optimizer"):
+        fastclip.attach(Training().optimizer, monitor=StubMonitor(nn.Linear(1, 1)))  # type: ignore[arg-type]
