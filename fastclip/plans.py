@@ -9,7 +9,8 @@ values. Whatever the mixture, one norm is taken over all of it.
 
 Training clips the same gradients again and again, so what was prepared is kept, together with a *fingerprint* of what
 it rests on: address, size, dtype and strides of every gradient, and the settings. It is taken anew on every call, and
-nothing is reused unless all of it is as it was: `zero_grad(set_to_none=True)`, for one, moves gradients.
+nothing is reused unless all of it is as it was. Where only the addresses differ (`zero_grad(set_to_none=True)` moves
+gradients), what does not depend on them is: who serves which gradient, and the tables of sizes.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -38,13 +40,14 @@ from fastclip.backends.interface import (
     upload,
     wide_dtype,
 )
-from fastclip.gradients import Gradients, check_dtypes, check_writable
+from fastclip.gradients import Gradients, check_dtypes, check_writable, first_of_each_dtype
+
+Int64s: TypeAlias = npt.NDArray[np.int64]
 
 
-class Fingerprint(NamedTuple):
-    """All that plans rest on; two that are equal may share plans."""
+class Layout(NamedTuple):
+    """All but the addresses that plans rest on."""
 
-    addresses: list[int]
     numels: list[int]
     dtypes: list[torch.dtype]
     contiguous: list[bool]
@@ -53,9 +56,62 @@ class Fingerprint(NamedTuple):
     settings: tuple[object, ...]
 
 
+class Fingerprint(NamedTuple):
+    """All that plans rest on; two that are equal may share plans."""
+
+    addresses: list[int]
+    layout: Layout
+
+    @property
+    def start(self) -> tuple[int, int]:
+        """What plans are looked up by."""
+        return self.addresses[0], len(self.addresses)
+
+    @property
+    def sketch(self) -> tuple[object, ...]:
+        """What plans for the same layout are looked up by."""
+        numels, dtypes = self.layout.numels, self.layout.dtypes
+        return len(numels), numels[0], numels[-1], dtypes[0], self.layout.settings
+
+
 _PLAIN_TYPES = {Tensor, nn.Parameter}
 _PLAIN_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 _KEPT = 65_536  # gradients, a thread: a few large models that are trained in turns, or each parameter by itself
+
+
+class Arrangement:
+    """Which plan serves which gradient, and what else does not depend on the gradients' addresses.
+
+    Attributes:
+        members: The positions, among the gradients, of each plan's members.
+        count: The number of gradients.
+        device: The first gradient's.
+        dtype: The gradients' own, real and promoted where they differ: that of torch's norm.
+        first_of_dtype: The position of the first gradient of each dtype.
+        itemsizes: Bytes an element of each gradient, [gradients].
+        sizes: Bytes of each gradient, [gradients].
+        indices: The index of each gradient's device.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], members: list[list[int]]) -> None:
+        self.members = members
+        self.count = len(tensors)
+        self.device = tensors[0].device
+        self.first_of_dtype = first_of_each_dtype(tensors)
+        self.dtype = _promoted({dtype.to_real() for dtype in self.first_of_dtype})
+        self.itemsizes = np.array([tensor.dtype.itemsize for tensor in tensors])
+        self.sizes = np.fromiter(map(Tensor.numel, tensors), np.int64, self.count) * self.itemsizes
+        self.indices = list(map(Tensor.get_device, tensors))
+
+    @cached_property
+    def is_in_order(self) -> bool:
+        """Whether one plan has all gradients, in their order."""
+        return self.members == [list(range(self.count))]
+
+    @cached_property
+    def positions(self) -> list[Tensor]:
+        """`members` on the first gradient's device."""
+        return [upload(np.array(members), self.device) for members in self.members]
 
 
 @dataclass(frozen=True)
@@ -64,37 +120,41 @@ class Prepared:
 
     Attributes:
         plans: One for each backend and device, in the order of their first members; none if no gradient has elements.
-        members: The positions, among the gradients, of each plan's members.
-        count: The number of gradients.
-        device: The first gradient's.
-        dtype: The gradients' own, real and promoted where they differ: that of torch's norm.
+        arrangement: Which plan serves which gradient.
         streams: The current stream of each GPU, for which the plans were made.
         fingerprint: What all this rests on, or None where that cannot be told and it must not be used again.
         temporaries: Among others the coalesced values of sparse gradients, of which plans know but the addresses.
     """
 
     plans: list[Plan]
-    members: list[list[int]]
-    count: int
-    device: torch.device
-    dtype: torch.dtype
+    arrangement: Arrangement
     streams: tuple[tuple[torch.device, int], ...]
     fingerprint: Fingerprint | None
     temporaries: list[Tensor]
 
+    @property
+    def device(self) -> torch.device:
+        """The first gradient's."""
+        return self.arrangement.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The gradients' own, real and promoted where they differ: that of torch's norm."""
+        return self.arrangement.dtype
+
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
         """Reduce all plans to one norm, on the first gradient's device."""
-        if self._is_one_plan:
+        if len(self.plans) == 1 and self.plans[0].device == self.device:
             return self.plans[0].reduce(p, max_norm, dtype)
         totals = [on(self.device, plan.reduce(p, max_norm, dtype).total) for plan in self.plans]
         return reduction(combine(totals or [on(self.device, 0.0)], p), max_norm, dtype)
 
     def norms(self) -> Tensor:
-        """Return the 2-norm of each gradient, [count], on the first gradient's device."""
-        if self._is_in_order:
+        """Return the 2-norm of each gradient, [gradients], on the first gradient's device."""
+        if self.arrangement.is_in_order:
             return on(self.device, self.plans[0].norms())
-        norms = torch.zeros(self.count, dtype=wide_dtype(self.device), device=self.device)
-        for plan, positions in zip(self.plans, self._positions, strict=True):
+        norms = torch.zeros(self.arrangement.count, dtype=wide_dtype(self.device), device=self.device)
+        for plan, positions in zip(self.plans, self.arrangement.positions, strict=True):
             norms[positions] = on(self.device, plan.norms())
         return norms
 
@@ -102,11 +162,11 @@ class Prepared:
         """Multiply the gradients that this was prepared from by one coefficient, or by one each."""
         # Raw writes do not bump the version counters by which autograd knows that a saved tensor was changed.
         torch.autograd.graph.increment_version(grads.tensors)
-        if not isinstance(coefficient, Tensor) or coefficient.dim() == 0 or self._is_in_order:
+        if not isinstance(coefficient, Tensor) or coefficient.dim() == 0 or self.arrangement.is_in_order:
             for plan in self.plans:
                 plan.scale_(coefficient)
             return
-        for plan, positions in zip(self.plans, self._positions, strict=True):
+        for plan, positions in zip(self.plans, self.arrangement.positions, strict=True):
             plan.scale_(coefficient[positions])
 
     def clamp_(self, grads: Gradients, minimum: Bounds, maximum: Bounds, *, watch: bool = False) -> list[Tensor]:
@@ -114,22 +174,9 @@ class Prepared:
         torch.autograd.graph.increment_version(grads.tensors)
         flags = [
             plan.clamp_(_pick(minimum, members), _pick(maximum, members), watch=watch)
-            for plan, members in zip(self.plans, self.members, strict=True)
+            for plan, members in zip(self.plans, self.arrangement.members, strict=True)
         ]
         return [flag for flag in flags if flag is not None]
-
-    @property
-    def _is_one_plan(self) -> bool:
-        return len(self.plans) == 1 and self.plans[0].device == self.device
-
-    @cached_property
-    def _is_in_order(self) -> bool:
-        """Whether one plan has all gradients, in their order."""
-        return self.members == [list(range(self.count))]
-
-    @cached_property
-    def _positions(self) -> list[Tensor]:
-        return [upload(np.array(members), self.device) for members in self.members]
 
 
 def _pick(bound: Bounds, members: list[int]) -> Bounds:
@@ -137,29 +184,46 @@ def _pick(bound: Bounds, members: list[int]) -> Bounds:
 
 
 class _Kept(threading.local):
-    """What was prepared last, by the first gradient's address and the number of gradients; the oldest come first."""
+    """What was prepared, by the first gradient's address and the number of gradients; the oldest come first."""
 
     def __init__(self) -> None:
         self.by_start: OrderedDict[tuple[int, int], Prepared] = OrderedDict()
+        self.by_sketch: dict[tuple[object, ...], Prepared] = {}  # the last one of each
         self.gradients = 0
 
-    def add(self, start: tuple[int, int], prepared: Prepared) -> None:
-        self.discard(start)
-        self.by_start[start] = prepared
-        self.gradients += start[1]
-        while self.gradients > _KEPT and len(self.by_start) > 1:
-            self.discard(next(iter(self.by_start)))
+    def find(self, fingerprint: Fingerprint) -> Prepared | None:
+        """Return what was prepared for just these gradients."""
+        kept = self.by_start.get(fingerprint.start)
+        return kept if kept and kept.fingerprint == fingerprint and _streams_are_current(kept) else None
 
-    def discard(self, start: tuple[int, int]) -> None:
-        if self.by_start.pop(start, None):
-            self.gradients -= start[1]
+    def find_elsewhere(self, fingerprint: Fingerprint) -> Prepared | None:
+        """Return what was prepared for gradients that differ in their addresses only."""
+        kept = self.by_sketch.get(fingerprint.sketch)
+        if kept and kept.fingerprint and kept.fingerprint.layout == fingerprint.layout and _streams_are_current(kept):
+            return kept
+        return None
+
+    def add(self, fingerprint: Fingerprint, prepared: Prepared) -> None:
+        self._discard(fingerprint.start)
+        self.by_start[fingerprint.start] = prepared
+        self.by_sketch[fingerprint.sketch] = prepared
+        self.gradients += prepared.arrangement.count
+        while self.gradients > _KEPT and len(self.by_start) > 1:
+            self._discard(next(iter(self.by_start)))
+
+    def _discard(self, start: tuple[int, int]) -> None:
+        prepared = self.by_start.pop(start, None)
+        if prepared and prepared.fingerprint:
+            self.gradients -= prepared.arrangement.count
+            if self.by_sketch.get(prepared.fingerprint.sketch) is prepared:
+                del self.by_sketch[prepared.fingerprint.sketch]
 
 
 _kept = _Kept()
 
 
 def prepare(grads: Gradients, *, in_place: bool) -> Prepared:
-    """Group gradients into plans, or find the plans of the last call that had the same.
+    """Group gradients into plans, or find the plans of an earlier call that had the same.
 
     Gradients without elements contribute nothing and are left out. Of plain gradients that share memory (one listed
     twice, overlapping views) all but the first are left to torch, one after another: there they are counted and scaled
@@ -174,16 +238,17 @@ def prepare(grads: Gradients, *, in_place: bool) -> Prepared:
             serve its device.
     """
     fingerprint = _fingerprint(grads.tensors, in_place=in_place)
-    start = (fingerprint.addresses[0], len(grads.tensors)) if fingerprint else (0, 0)
-    kept = _kept.by_start.get(start)
-    if kept and kept.fingerprint == fingerprint and _streams_are_current(kept):
+    kept = _kept.find(fingerprint) if fingerprint else None
+    if kept:
         return kept
-    check_dtypes(grads)
-    if in_place:
-        check_writable(grads)
-    prepared = _prepare(grads.tensors, fingerprint, in_place=in_place)
+    prepared = _moved(grads.tensors, fingerprint) if fingerprint else None
+    if prepared is None:
+        check_dtypes(grads)
+        if in_place:
+            check_writable(grads)
+        prepared = _prepare(grads.tensors, fingerprint, in_place=in_place)
     if prepared.fingerprint:
-        _kept.add(start, prepared)
+        _kept.add(prepared.fingerprint, prepared)
     return prepared
 
 
@@ -198,31 +263,46 @@ def _fingerprint(tensors: list[Tensor], *, in_place: bool) -> Fingerprint | None
     numels = list(map(Tensor.numel, tensors))
     dtypes = [tensor.dtype for tensor in tensors]
     contiguous = list(map(Tensor.is_contiguous, tensors))
-    strides = [t.stride() for t, whole in zip(tensors, contiguous, strict=True) if not whole]
-    inference = (torch.is_inference_mode_enabled(), any(map(Tensor.is_inference, tensors)))
+    strides = [] if all(contiguous) else [t.stride() for t, whole in zip(tensors, contiguous, strict=True) if not whole]
+    # One for all: a loop whose gradients are inference tensors has no others, and to write to one does no harm.
+    inference = (torch.is_inference_mode_enabled(), tensors[0].is_inference())
     settings = (in_place, inference, os.environ.get(ENVIRONMENT_VARIABLE))
-    return Fingerprint(addresses, numels, dtypes, contiguous, strides, tensors[0].device, settings)
+    return Fingerprint(addresses, Layout(numels, dtypes, contiguous, strides, tensors[0].device, settings))
+
+
+def _moved(tensors: list[Tensor], fingerprint: Fingerprint) -> Prepared | None:
+    """Take over what was prepared for the same gradients elsewhere, or None where there is none or it would not be so.
+
+    That was for plain gradients only; what the layout does not tell of it is looked at again, for all at once.
+    """
+    kept = _kept.find_elsewhere(fingerprint)
+    if kept is None:
+        return None
+    arrangement = kept.arrangement
+    addresses = np.array(fingerprint.addresses)
+    has_elements = arrangement.sizes > 0
+    is_addressable = (addresses > 0) & (addresses % arrangement.itemsizes == 0) | ~has_elements
+    if (
+        not is_addressable.all()
+        or arrangement.indices != list(map(Tensor.get_device, tensors))
+        or any(map(Tensor.is_neg, tensors))
+        or _overlapping(addresses[has_elements], arrangement.sizes[has_elements])
+    ):
+        return None
+    plans = [plan.moved(addresses[members]) for plan, members in zip(kept.plans, arrangement.members, strict=True)]
+    return replace(kept, plans=plans, fingerprint=fingerprint)
 
 
 def _prepare(tensors: list[Tensor], fingerprint: Fingerprint | None, *, in_place: bool) -> Prepared:
     values = [_values(t, in_place=in_place) if t.layout is torch.sparse_coo else t for t in tensors]
     groups = _group(values)
-    dtype = _promoted({tensor.dtype.to_real() for tensor in tensors})
     devices = {device for _, device in groups if device.type == "cuda"}
     streams = tuple((device, torch.cuda.current_stream(device).cuda_stream) for device in devices)
     # torch's plans hold the tensors themselves: kept, they would keep the gradients' memory alive.
     keep = all(backend is not TORCH for backend, _ in groups)
     plans = [backend.plan([values[i] for i in members]) for (backend, _), members in groups.items()]
-    return Prepared(
-        plans,
-        list(groups.values()),
-        len(tensors),
-        tensors[0].device,
-        dtype,
-        streams,
-        fingerprint if keep else None,
-        [] if fingerprint else values,
-    )
+    arrangement = Arrangement(tensors, list(groups.values()))
+    return Prepared(plans, arrangement, streams, fingerprint if keep else None, [] if fingerprint else values)
 
 
 def _streams_are_current(prepared: Prepared) -> bool:
@@ -249,7 +329,9 @@ def _group(values: Sequence[Tensor]) -> dict[tuple[Backend, torch.device], list[
             groups.setdefault((TORCH, tensor.device), []).append(position)
     for device, members in plain.items():
         backend = for_device(device)
-        overlapping = _overlapping([values[position] for position in members])
+        tensors = [values[position] for position in members]
+        starts = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+        overlapping = _overlapping(starts, np.array([tensor.nbytes for tensor in tensors]))
         for i, position in enumerate(members):
             groups.setdefault((TORCH if i in overlapping else backend, device), []).append(position)
     return groups
@@ -296,10 +378,8 @@ def _fills_its_memory(grad: Tensor) -> bool:
     return True
 
 
-def _overlapping(tensors: Sequence[Tensor]) -> set[int]:
-    """Positions of the tensors whose memory begins within that of another one."""
-    starts = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
-    sizes = np.fromiter((tensor.numel() * tensor.element_size() for tensor in tensors), np.int64, len(tensors))
+def _overlapping(starts: Int64s, sizes: Int64s) -> set[int]:
+    """Positions of the tensors, of nonzero sizes in bytes, whose memory begins within that of another one."""
     order = np.argsort(starts, kind="stable")
     ends = np.maximum.accumulate((starts + sizes)[order])
     return set(order[1:][starts[order][1:] < ends[:-1]].tolist())

@@ -47,6 +47,9 @@ class Plan(Protocol):
 
     device: torch.device
 
+    def moved(self, addresses: npt.NDArray[np.int64]) -> Plan:
+        """Return a plan for gradients that differ from this one's in their addresses only, [gradients]."""
+
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
         """Read every gradient once for the p-norm of all of them. For p = 0 that is the number of nonzero tensors."""
 

@@ -11,10 +11,11 @@ is slow: both are converted, scaled and clamped by torch, piece by piece.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -60,11 +61,17 @@ class NumpyPlan:
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.device = tensors[0].device
-        self.pieces = _cut(tensors)
+        self._shapes = [(tensor.numel(), tensor.dtype) for tensor in tensors]
+        self.pieces = _cut(map(Tensor.data_ptr, tensors), self._shapes)
         self.owners = np.array([owner for piece in self.pieces for owner in piece.owners])
         self.elements = np.cumsum([piece.elements for piece in self.pieces])
         self.dtypes = {tensor.dtype for tensor in tensors}
         self.members = len(tensors)
+
+    def moved(self, addresses: Array) -> NumpyPlan:
+        plan = copy.copy(self)
+        plan.pieces = _cut(addresses.tolist(), self._shapes)
+        return plan
 
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
         norms = self._norms(p)
@@ -234,16 +241,14 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def _cut(tensors: Sequence[Tensor]) -> list[Piece]:
+def _cut(addresses: Iterable[int], shapes: Sequence[tuple[int, torch.dtype]]) -> list[Piece]:
     """Cut large tensors into pieces, and gather small ones of the same dtype in pieces."""
     pieces: list[Piece] = []
     gathering: dict[torch.dtype, Piece] = {}
-    for owner, tensor in enumerate(tensors):
-        dtype = tensor.dtype
+    for owner, (address, (elements, dtype)) in enumerate(zip(addresses, shapes, strict=True)):
         kind, limit = (HalfPiece, HALF_PIECE) if dtype.itemsize == 2 else (Piece, PIECE)
         memory = _address_space(dtype)
-        start = (tensor.data_ptr() - _LOWEST_ADDRESS) // dtype.itemsize
-        elements = tensor.numel()
+        start = (address - _LOWEST_ADDRESS) // dtype.itemsize
         if elements > SMALL:
             for begin in range(0, elements, limit):
                 size = min(limit, elements - begin)

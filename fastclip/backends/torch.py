@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -30,6 +32,9 @@ class TorchPlan:
     def __init__(self, tensors: list[Tensor]) -> None:
         self.tensors = tensors
         self.device = tensors[0].device
+
+    def moved(self, addresses: npt.NDArray[np.int64]) -> TorchPlan:
+        raise NotImplementedError("a plan that holds tensors is never kept")
 
     @torch.no_grad()
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:

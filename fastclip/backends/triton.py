@@ -7,6 +7,7 @@ element types only are kept for the next plan.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
 import threading
@@ -14,12 +15,16 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cache, cached_property, lru_cache
 from importlib.util import find_spec
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fastclip.backends.interface import Bounds, Reduction, Scalar, on, reduction, upload
+
+Int64s: TypeAlias = npt.NDArray[np.int64]
 
 SEGMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 """The position of each dtype in `fastclip.kernels.table.ELEMENT_SIZES`."""
@@ -60,21 +65,26 @@ class TritonPlan:
     def __init__(self, tensors: list[Tensor]) -> None:
         self.device = tensors[0].device
         self.tables = _tables(self.device, tuple(map(Tensor.numel, tensors)), tuple(tensor.dtype for tensor in tensors))
-        rows = np.empty((len(tensors), 2), dtype=np.int64)
-        rows[:, 0] = list(map(Tensor.data_ptr, tensors))
-        rows[:, 1] = list(map(Tensor.numel, tensors))
-        self.rows = upload(rows, self.device)
+        self._numels = np.fromiter(map(Tensor.numel, tensors), np.int64, len(tensors))
+        self.rows = self._upload_rows(np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors)))
+
+    def _upload_rows(self, addresses: Int64s) -> Tensor:
+        return upload(np.stack([addresses, self._numels], axis=1), self.device)
+
+    def moved(self, addresses: Int64s) -> TritonPlan:
+        plan = copy.copy(self)
+        plan.rows = self._upload_rows(addresses)
+        return plan
 
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
         from fastclip.kernels.reduce import reduce_kernel
 
         tables = self.tables
         norm = torch.empty((), dtype=dtype, device=self.device)
+        kind = _kind(p)
         scratch = (tables.partials, tables.ticket, tables.state, norm)
-        with _current(self.device):
-            reduce_kernel[tables.grid](
-                tables.chunks, self.rows, *scratch, *tables.ends, p, max_norm, KIND=_kind(p), **tables.options
-            )
+        arguments = (tables.chunks, self.rows, *scratch, *tables.ends, p, max_norm, kind)
+        self._launch(reduce_kernel, (kind, dtype), tables.programs, arguments)
         if p == 0:
             return reduction(self._norms(p).count_nonzero().double(), max_norm, dtype)
         return Reduction(norm, tables.total, tables.coefficient)
@@ -92,10 +102,8 @@ class TritonPlan:
         norms = torch.empty(tensors, dtype=torch.float64, device=self.device)
         # A chunk's 0-norm counts its nonzero elements, and counts add up.
         kind = "one" if p == 0 else _kind(p)
-        with _current(self.device):
-            tensor_norms_kernel[(min(_programs(self.device), tensors),)](
-                tables.partials, tables.slices, norms, tensors, p, KIND=kind, **tables.options
-            )
+        arguments = (tables.partials, tables.slices, norms, tensors, p, kind)
+        self._launch(tensor_norms_kernel, (kind,), min(_programs(self.device), tensors), arguments)
         return norms
 
     def scale_(self, coefficient: Scalar) -> None:
@@ -103,24 +111,41 @@ class TritonPlan:
 
         tables = self.tables
         coefficients = on(self.device, coefficient).contiguous()
-        with _current(self.device):
-            apply_kernel[tables.grid](
-                tables.chunks, self.rows, coefficients, coefficients.dim(), *tables.ends, **tables.options
-            )
+        arguments = (tables.chunks, self.rows, coefficients, coefficients.dim(), *tables.ends)
+        self._launch(apply_kernel, (), tables.programs, arguments)
 
     def clamp_(self, minimum: Bounds, maximum: Bounds, *, watch: bool = False) -> Tensor | None:
         from fastclip.kernels.clamp import clamp_kernel
 
         tables = self.tables
         shared = isinstance(minimum, float) and isinstance(maximum, float)
-        lowest, highest = (minimum, maximum) if shared else (-math.inf, math.inf)
+        limits = (minimum, maximum) if shared else (-math.inf, math.inf)
         bounds = None if shared else _bounds(self.device, *_spread(minimum, maximum, len(self.rows)))
         changed = tables.changed if watch else None
-        with _current(self.device):
-            clamp_kernel[tables.grid](
-                tables.chunks, self.rows, bounds, changed, *tables.ends, lowest, highest, **tables.options
-            )
+        arguments = (tables.chunks, self.rows, bounds, changed, *tables.ends, *limits)
+        self._launch(clamp_kernel, (shared, watch), tables.programs, arguments)
         return changed
+
+    def _launch(self, kernel: Any, variant: tuple[object, ...], programs: int, arguments: tuple[Any, ...]) -> None:
+        """Launch a kernel on the gradients' device.
+
+        Triton looks at every argument to find which variant of a kernel they need, which takes longer than the launch.
+        Here that follows from `variant` alone: all other arguments always have the same types, and are aligned or not
+        specialised.
+        """
+        from triton.runtime import JITFunction, driver
+
+        grid = (programs, 1, 1)
+        with _current(self.device):
+            if not isinstance(kernel, JITFunction):  # but one that is interpreted
+                kernel[grid](*arguments, **self.tables.options)
+                return
+            key = (kernel.__name__, driver.active, *variant)
+            compiled = self.tables.compiled.get(key)
+            if compiled is None:
+                self.tables.compiled[key] = kernel[grid](*arguments, **self.tables.options)
+            else:
+                compiled[grid](*arguments)
 
 
 class Tables:
@@ -131,7 +156,8 @@ class Tables:
         partials: One fp64 a chunk, for its norm.
         ticket: A counter of the programs that are done, 0 between launches.
         state: The last norm and its coefficient, in fp64; `total` and `coefficient` are views of it.
-        grid: How many programs to launch.
+        programs: How many programs to launch.
+        compiled: The variants of kernels that were launched with these tables.
     """
 
     def __init__(self, device: torch.device, numels: Sequence[int], dtypes: Sequence[torch.dtype]) -> None:
@@ -145,7 +171,8 @@ class Tables:
         self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
         self.state = torch.empty(2, dtype=torch.float64, device=device)
         self.total, self.coefficient = self.state.unbind()
-        self.grid = (min(_programs(device), len(layout.chunks)),)
+        self.programs = min(_programs(device), len(layout.chunks))
+        self.compiled: dict[tuple[object, ...], Any] = {}
         self.options = table.LAUNCH_OPTIONS
         self._layout = layout
 
@@ -157,7 +184,7 @@ class Tables:
     @cached_property
     def changed(self) -> Tensor:
         """A flag of each program's: whether it clamped anything."""
-        return torch.empty(self.grid, dtype=torch.int32, device=self.chunks.device)
+        return torch.empty(self.programs, dtype=torch.int32, device=self.chunks.device)
 
 
 class _KeptTables(threading.local):
@@ -206,4 +233,5 @@ def _programs(device: torch.device) -> int:
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device: make it the gradients'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    is_current = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return contextlib.nullcontext() if is_current else torch.cuda.device(device)

@@ -1,0 +1,88 @@
+"""What is kept of earlier calls, and when it may be used again: never where a result could differ."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from gradients import embedded, parameters, random_values, twin
+from legs import Leg
+from torch import Tensor
+
+import fastclip
+from fastclip import backends
+
+
+def some_gradients(rng: np.random.Generator, leg: Leg, offset: int = 0) -> list[Tensor]:
+    """Gradients of the same sizes and types, each time elsewhere."""
+    kinds = ((torch.float32, 7), (torch.float64, 3), (torch.float32, 0), (torch.float16, 40), (torch.float32, 1500))
+    values = [random_values(rng, (size,), dtype) for dtype, size in kinds]
+    return [embedded(value, offset, device=leg.device) for value in values]
+
+
+def assert_clipped(grads: list[Tensor]) -> None:
+    """Clip them, and compare with fp64."""
+    exact = oracle.norm(grads, 2)
+    originals = [twin(grad) for grad in grads]
+    norm = fastclip.clip_grad_norm_(parameters(grads), exact / 2)
+    assert norm.item() == pytest.approx(exact, rel=1e-6)
+    for grad, original in zip(grads, originals, strict=True):
+        factor = oracle.coefficient(exact, exact / 2)
+        oracle.assert_close(grad, oracle.as_numpy(original) * factor, 4 * oracle.half_ulp(torch.float16))
+
+
+def test_gradients_that_moved_are_not_grouped_again(
+    leg: Leg, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_alive = [some_gradients(rng, leg) for _ in range(4)]
+    assert_clipped(kept_alive[0])
+    if leg.backend != "torch":  # which keeps nothing, for it would have to keep the gradients
+        monkeypatch.setattr(backends.Backend, "plan", None)  # a plan made from scratch would fail
+    for grads in kept_alive[1:]:
+        assert_clipped(grads)
+    assert_clipped(kept_alive[1])  # and back
+
+
+def test_gradients_that_moved_by_less_than_a_vector(leg: Leg, rng: np.random.Generator) -> None:
+    for offset in range(5):
+        assert_clipped(some_gradients(rng, leg, offset))
+
+
+def test_gradients_that_moved_and_overlap_now(leg: Leg) -> None:
+    def clip(first: Tensor, second: Tensor) -> float:
+        return fastclip.clip_grad_norm_(parameters([first, second]), 1.0).item()
+
+    memory = torch.ones(12, device=leg.device)
+    clip(torch.ones(8, device=leg.device), torch.ones(8, device=leg.device))
+    reference = memory.clone()
+    norm = clip(memory[:8], memory[4:])
+    expected = torch.nn.utils.clip_grad_norm_(parameters([reference[:8], reference[4:]]), 1.0)
+    assert norm == pytest.approx(expected.item(), rel=1e-6)
+    assert memory.tolist() == pytest.approx(reference.tolist(), rel=1e-6)
+
+
+def test_gradients_that_moved_and_are_negated_views_now(leg: Leg) -> None:
+    """Their memory holds the opposite of their values, which matters to bounds that are not symmetric."""
+    values = torch.tensor([-5.0, -1.0, 1.0, 5.0], device=leg.device)
+    fastclip.clip_by_value_(parameters([values.clone()]), -2.0, 3.0)
+    negated = torch._neg_view(-values)
+    fastclip.clip_by_value_(parameters([negated]), -2.0, 3.0)
+    assert negated.tolist() == [-2.0, -1.0, 1.0, 3.0]
+
+
+def test_gradients_without_memory_now(leg: Leg) -> None:
+    assert fastclip.get_total_norm([torch.ones(5, device=leg.device)]).item() == pytest.approx(5**0.5)
+    nothing = torch._efficientzerotensor((5,), device=leg.device)
+    assert fastclip.get_total_norm([nothing]).item() == 0
+
+
+def test_what_is_kept_knows_its_settings(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that is forced in between is used."""
+    grads = [torch.ones(8, device=leg.device), torch.ones(3, device=leg.device)]
+    fastclip.get_total_norm(grads)
+    monkeypatch.setenv("FASTCLIP_BACKEND", "none of them")
+    with pytest.raises(RuntimeError, match="names no backend"):
+        fastclip.get_total_norm(grads)
+    with pytest.raises(RuntimeError, match="names no backend"):
+        fastclip.get_total_norm([grad.clone() for grad in grads])
