@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastclip import clipping, originals
+from fastclip import clip_by, clipping, originals
 from fastclip.backends import choose
 from fastclip.environment import info
 
@@ -105,13 +105,21 @@ def _compare_norm_clipping(device: torch.device, dtype: torch.dtype, p: float) -
 
 
 def _compare_the_rest(device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
+    where = (str(device), str(dtype).removeprefix("torch."))
+
     def row(what: str, same: bool) -> Row:
-        return Row(str(device), str(dtype).removeprefix("torch."), what, "torch", 0.0 if same else float("inf"), 0.0)
+        return Row(*where, what, "torch", 0.0 if same else float("inf"), 0.0)
 
     gradients = _random_gradients(device, dtype)
     untouched = _parameters(gradients)
     clipping.clip_grad_norm_(untouched, float("inf"))
     yield row("nothing to clip", _identical(untouched, _parameters(gradients)))
+    each = _parameters(gradients)
+    clip_by.clip_by_norm_(each, 1.0)
+    exact = [gradient.double().cpu() for gradient in gradients]
+    clipped = [gradient / gradient.norm().clamp(min=1.0) for gradient in exact]
+    allowed = NORM_TOLERANCE[dtype] + torch.finfo(dtype).eps
+    yield Row(*where, "each clipped by its norm", "fp64", _difference(each, clipped), allowed)
     ours, theirs = _parameters(gradients), _parameters(gradients)
     clipping.clip_grad_value_(ours, 0.5)
     originals.clip_grad_value_(theirs, 0.5)

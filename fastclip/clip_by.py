@@ -163,7 +163,7 @@ def measure_grads(parameters: Parameters, by: By = "parameter") -> ClipResult:
 
     Args:
         parameters: As in `clip_grads_`.
-        by: What a group is.
+        by: What a group is. With "global" the norm of all is the only one that is taken: one launch on a GPU, not two.
 
     Returns:
         The norms, on the gradients' device.
@@ -173,7 +173,7 @@ def measure_grads(parameters: Parameters, by: By = "parameter") -> ClipResult:
         ValueError: `by` does not fit what is known of the parameters.
     """
     grads = collect(parameters)
-    return apply_rule(grads, None, group(grads.owners, by))
+    return apply_rule(grads, None, group(grads.owners, by), each=by != "global")
 
 
 @torch.no_grad()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import pytest
 from torch import Tensor
 
-from fastclip import check, clipping
+from fastclip import check, clip_by, clipping
 
 
 def test_agreement(capsys: pytest.CaptureFixture[str]) -> None:
@@ -16,8 +17,8 @@ def test_agreement(capsys: pytest.CaptureFixture[str]) -> None:
     assert "fastclip agrees with torch and with fp64." in printed
     rows = [line for line in printed.splitlines() if line.startswith("cpu ")]
     for dtype in ("float32", "bfloat16", "float16", "float64"):
-        # Four orders, each with the norm and the gradients against fp64 and the gradients against torch; four more.
-        assert sum(f" {dtype} " in row and row.endswith(" ok") for row in rows) == 16
+        # Four orders, each with the norm and the gradients against fp64 and the gradients against torch; five more.
+        assert sum(f" {dtype} " in row and row.endswith(" ok") for row in rows) == 17
 
 
 @pytest.mark.parametrize("error", [1e-5, float("nan")])
@@ -33,8 +34,11 @@ def test_disagreement(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert "fastclip agrees" not in printed
 
 
-def test_gradients_that_are_not_clipped_disagree(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clipping, "clip_grad_value_", lambda *_: None)
+@pytest.mark.parametrize(("module", "function"), [(clipping, "clip_grad_value_"), (clip_by, "clip_by_norm_")])
+def test_gradients_that_are_not_clipped_disagree(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, function: str
+) -> None:
+    monkeypatch.setattr(module, function, lambda *_: None)
     assert check.main(["--device", "cpu"]) == 1
 
 
