@@ -92,7 +92,6 @@ class Attachment:
         monitor: The monitor that is told of every step, if any.
         norm: The 2-norm of all gradients at the last step, before clipping: 0-dim, fp64, on their device. None before
             the first step. To look at the number is to wait for the device.
-        clipped: Whether the last step was clipped: 0-dim bool, on the device.
         result: All that the last step found; None before the first step, and when it was restored from a state dict.
     """
 
@@ -106,11 +105,11 @@ class Attachment:
         self.rule = rule
         self.monitor = monitor
         self.norm: Tensor | None = None
-        self.clipped: Tensor | None = None
         self.result: ClipResult | None = None
         self._kind = type(optimizer).__name__
         self._names = _names_by_id(names)
         self._members: tuple[list[int], Owners, Groups] | None = None
+        self._clipped: Tensor | None = None  # as it was restored
         self._undo: Callable[[], None] | None = None
         self._restored: dict[str, Any] | None = None
         self._find_members(optimizer)  # what does not fit is refused here rather than at the first step
@@ -121,6 +120,11 @@ class Attachment:
             optimizer.register_load_state_dict_pre_hook(self._take),
             optimizer.register_load_state_dict_post_hook(self._load),
         ]
+
+    @property
+    def clipped(self) -> Tensor | None:
+        """Whether the last step was clipped: 0-dim bool, on the device. None before the first step."""
+        return self._clipped if self.result is None else self.result.clipped
 
     def __repr__(self) -> str:
         state = "attached to" if self._handles else "detached from"
@@ -165,7 +169,7 @@ class Attachment:
             )
         grads = gradients_of(owners)
         result = apply_rule(grads, self.rule, groups, each=self.monitor is not None, scale=scale)
-        self.result, self.norm, self.clipped = result, result.norm, result.clipped
+        self.result, self.norm = result, result.norm
         if self.monitor is not None:
             skip = self.monitor.update(result)
             if self.monitor.skips:
@@ -212,7 +216,7 @@ class Attachment:
             self.rule = from_state(self.rule, self._find_members(optimizer)[1].labels, state["rule"])
         if self.monitor is not None and "monitor" in state:
             self.monitor.load_state_dict(state["monitor"])
-        self.norm, self.clipped, self.result = state["norm"], state["clipped"], None
+        self.norm, self._clipped, self.result = state["norm"], state["clipped"], None
         self._members = None
         self._find_members(optimizer)
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import Bounds, on, stable_norm, wide_dtype
+from fastclip.backends.interface import Bounds, norm_of_norms, on, wide_dtype
 from fastclip.gradients import Gradients, Parameters, check_bounds, check_dtypes, collect, has_dtensors
 from fastclip.groups import By, Groups, group, index_of
 from fastclip.plans import Prepared, prepare
@@ -32,7 +33,7 @@ class ClipResult:
         groups: Who belongs together, and the groups' labels.
         group_norms: The 2-norm of each group, [groups], fp64.
         coefficients: What each group was multiplied by, [groups], fp64; None where nothing was clipped by norm.
-        clipped: 0-dim bool: whether a coefficient was not 1, or a value outside the bounds.
+        changed: 0-dim bool: whether a value was outside the bounds, where values were clamped.
     """
 
     norm: Tensor
@@ -40,8 +41,15 @@ class ClipResult:
     present: Sequence[int]
     groups: Groups
     group_norms: Tensor
-    coefficients: Tensor | None
-    clipped: Tensor
+    coefficients: Tensor | None = None
+    changed: Tensor | None = None
+
+    @cached_property
+    def clipped(self) -> Tensor:
+        """0-dim bool, on the device: whether a coefficient was not 1, or a value outside the bounds."""
+        if self.coefficients is not None:
+            return (self.coefficients != 1).any()
+        return torch.zeros((), dtype=torch.bool, device=self.norm.device) if self.changed is None else self.changed
 
 
 def clip_grads_(parameters: Parameters, rule: AnyRule | Callable[[Tensor], Tensor]) -> ClipResult:
@@ -197,28 +205,25 @@ def apply_rule(
     norms = None
     if each or not groups.is_one:
         norms = _scattered(_unscaled(prepared.norms(), scale), grads)
-        norm = stable_norm(norms, 2.0)
-        group_norms = groups.combine(norms)
+        norm = norm_of_norms(norms, prepared.dtype)
+        group_norms = norm.reshape(1) if groups.is_one else groups.combine(norms, prepared.dtype)
     else:
         norm = _unscaled(prepared.reduce(2.0, float("inf"), wide_dtype(prepared.device)).norm, scale)
         group_norms = norm.reshape(1)
-    coefficients = None
-    if rule is None:
-        clipped = torch.zeros((), dtype=torch.bool, device=prepared.device)
-    elif isinstance(rule, ClipByValue):
+    coefficients = changed = None
+    if isinstance(rule, ClipByValue):
         flags = prepared.clamp_(grads, *_limits(rule, grads, groups), watch=True)
-        clipped = torch.stack([flag.any().to(prepared.device) for flag in flags]).any()
-    else:
+        changed = torch.stack([flag.any().to(prepared.device) for flag in flags]).any()
+    elif rule is not None:
         coefficients = _coefficients(rule, group_norms)
-        clipped = (coefficients != 1).any()
         prepared.scale_(grads, _gathered(coefficients, grads, groups))
-    return ClipResult(norm, norms, grads.positions, groups, group_norms, coefficients, clipped)
+    return ClipResult(norm, norms, grads.positions, groups, group_norms, coefficients, changed)
 
 
 def _of_nothing(grads: Gradients, groups: Groups) -> ClipResult:
     norms = torch.zeros(len(grads.owners.tensors), dtype=torch.float64)
     group_norms = torch.zeros(len(groups.labels), dtype=torch.float64)
-    return ClipResult(norms.sum(), norms, [], groups, group_norms, None, torch.tensor(False))
+    return ClipResult(norms.sum(), norms, [], groups, group_norms)
 
 
 def _writable(grads: Gradients, rule: AnyRule) -> Prepared:

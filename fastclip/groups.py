@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import stable_norm, upload
+from fastclip.backends.interface import norm_of_norms, upload
 from fastclip.gradients import Owners
 
 By: TypeAlias = Literal["global", "parameter", "layer", "group"] | Callable[[str], Hashable] | Sequence[Hashable]
@@ -50,15 +50,13 @@ class Groups:
         """Whether every parameter is a group of its own."""
         return self.of == tuple(range(len(self.labels)))
 
-    def combine(self, norms: Tensor) -> Tensor:
-        """Return the groups' 2-norms, [groups], from the parameters', [parameters]."""
+    def combine(self, norms: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the groups' 2-norms, [groups], from the parameters', [parameters], of gradients of a dtype."""
         if self.is_each:
             return norms
-        if self.is_one:
-            return stable_norm(norms, 2.0).reshape(1)
         for index in _levels(self.of, len(self.labels), norms.device):
             padded = torch.cat([norms, norms.new_zeros(1)])
-            norms = stable_norm(padded[index], 2.0, 1)
+            norms = norm_of_norms(padded[index], dtype, 1)
         return norms
 
     def spread(self, values: Tensor) -> Tensor:

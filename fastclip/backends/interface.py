@@ -119,6 +119,14 @@ def combine(norms: Sequence[Tensor], p: float) -> Tensor:
     return stable_norm(torch.stack(list(norms)), 1.0 if p == 0 else p)
 
 
+def norm_of_norms(norms: Tensor, dtype: torch.dtype, dim: int | None = None) -> Tensor:
+    """Return the 2-norm of 2-norms, as `wide_dtype` has them, of gradients of a dtype: of all their elements."""
+    if dtype != torch.float64 and norms.dtype == torch.float64:  # whose squares neither overflow nor underflow
+        norm: Tensor = torch.linalg.vector_norm(norms, 2.0, dim)
+        return norm
+    return stable_norm(norms, 2.0, dim)
+
+
 def stable_norm(x: Tensor, p: float, dim: int | None = None) -> Tensor:
     """``‖x‖_p`` of a nonempty tensor in x's own precision, without overflow or underflow of the powers (p ≠ 0)."""
     axes = tuple(range(x.dim())) if dim is None else dim
