@@ -25,6 +25,7 @@ class Gradients:
         names: The name of each owner, where the caller gave names.
         groups: The position of each owner's parameter group, where the caller gave parameter groups.
         argument: What the caller's argument is called.
+        group_count: The number of parameter groups, those without parameters among them.
     """
 
     tensors: list[Tensor]
@@ -33,6 +34,7 @@ class Gradients:
     names: list[str] | None
     groups: list[int] | None
     argument: str
+    group_count: int = 0
 
     def label(self, index: int) -> str:
         """Name one of `tensors` as the caller knows it."""
@@ -48,6 +50,7 @@ class Owners:
     tensors: list[Tensor]
     names: list[str] | None = None
     groups: list[int] | None = None
+    group_count: int = 0
 
 
 def collect(parameters: Parameters) -> Gradients:
@@ -73,7 +76,8 @@ def gradients_of(owners: Owners) -> Gradients:
     positions: Sequence[int] = range(len(grads))
     if len(present) < len(grads):
         positions = [position for position, grad in enumerate(grads) if grad is not None]
-    return Gradients(present, owners.tensors, positions, owners.names, owners.groups, "parameters")
+    names, groups, count = owners.names, owners.groups, owners.group_count
+    return Gradients(present, owners.tensors, positions, names, groups, "parameters", count)
 
 
 def as_gradients(tensors: Parameters) -> Gradients:
@@ -122,6 +126,7 @@ def _of_groups(groups: Sequence[dict[str, Any]], argument: str) -> Owners:
         [tensor for part in parts for tensor in part.tensors],
         [name for own in names for name in own] if are_named else None,
         [position for position, part in enumerate(parts) for _ in part.tensors],
+        len(parts),
     )
 
 

@@ -73,32 +73,40 @@ def group(grads: Gradients, by: By) -> Groups:
         TypeError: `by` is none of what it may be.
         ValueError: `by` needs names or parameter groups that were not given, or has another number of labels.
     """
+    if not isinstance(by, str):
+        return _labelled(_labels(grads, by))
     count = len(grads.owners)
     if by == "global":
         return Groups(("all",), (0,) * count)
     if by == "parameter":
         return Groups(tuple(grads.names or range(count)), tuple(range(count)))
+    if by == "layer":
+        return _labelled(_labels(grads, _module_of))
     if by == "group":
         if grads.groups is None:
             raise ValueError("by='group' needs parameter groups: pass optimizer.param_groups, or attach the rule")
-        return Groups(tuple(range(max(grads.groups, default=-1) + 1)), tuple(grads.groups))
-    return _labelled(_labels(grads, by))
+        # The last groups may be without parameters.
+        labels = range(max(grads.group_count, 1 + max(grads.groups, default=-1)))
+        return Groups(tuple(labels), tuple(grads.groups))
+    raise _no_grouping(by)
 
 
-def _labels(grads: Gradients, by: By) -> list[Hashable]:
+def _labels(grads: Gradients, by: Callable[[str], Hashable] | Sequence[Hashable]) -> Sequence[Hashable]:
     """The label of each parameter's group."""
-    if by == "layer":
-        by = _module_of
     if callable(by):
         if grads.names is None:
             raise ValueError("`by` goes by names: pass a model or model.named_parameters()")
         return [by(name) for name in grads.names]
-    if isinstance(by, Sequence) and not isinstance(by, str):
-        if len(by) != len(grads.owners):
-            raise ValueError(f"`by` has {len(by)} labels for {len(grads.owners)} parameters")
-        return list(by)
+    if not isinstance(by, Sequence):
+        raise _no_grouping(by)
+    if len(by) != len(grads.owners):
+        raise ValueError(f"`by` has {len(by)} labels for {len(grads.owners)} parameters")
+    return by
+
+
+def _no_grouping(by: object) -> TypeError:
     known = "'global', 'parameter', 'layer', 'group'"
-    raise TypeError(f"`by` must be one of {known}, a function of a parameter's name, or labels, not {by!r}")
+    return TypeError(f"`by` must be one of {known}, a function of a parameter's name, or labels, not {by!r}")
 
 
 def _module_of(name: str) -> str:
