@@ -8,6 +8,7 @@ step that `torch.amp.GradScaler` leaves out is not clipped at all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -187,7 +188,7 @@ class Attachment:
         if self._members is None or self._members[0] != ids:
             owners = listed(optimizer.param_groups, "optimizer.param_groups")
             if owners.names is None and self._names.keys() >= set(ids):
-                owners = Owners(owners.tensors, [self._names[i] for i in ids], owners.groups)
+                owners = replace(owners, names=[self._names[i] for i in ids])
             if self.monitor is not None:
                 owners = _in_order_of(self.monitor.owners, owners)
             groups = group(owners, "global" if self.rule is None else self.rule.by)
@@ -271,7 +272,7 @@ def _in_order_of(watched: Owners, owners: Owners) -> Owners:
     order = [positions[id(tensor)] for tensor in watched.tensors]
     groups = None if owners.groups is None else [owners.groups[i] for i in order]
     names = watched.names or (None if owners.names is None else [owners.names[i] for i in order])
-    return Owners(watched.tensors, names, groups)
+    return Owners(watched.tensors, names, groups, owners.group_count)
 
 
 def _skip_step(optimizer: Optimizer, owners: Owners, skip: Tensor) -> Callable[[], None] | None:

@@ -265,7 +265,10 @@ def _gathered(coefficients: Tensor, grads: Gradients, groups: Groups) -> Tensor:
 def _coefficients(rule: Callable[[Tensor], Tensor], norms: Tensor) -> Tensor:
     """Ask the rule, and see that its answer fits the groups."""
     answer = rule(norms)
-    coefficients = torch.as_tensor(answer, dtype=norms.dtype, device=norms.device).detach()
+    try:
+        coefficients = torch.as_tensor(answer, dtype=norms.dtype, device=norms.device).detach()
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{rule!r} returned {answer!r}, not coefficients: {error}") from None
     if coefficients.shape not in (norms.shape, (), (1,)):
         raise ValueError(
             f"{rule!r} returned coefficients of shape {tuple(coefficients.shape)} for norms of shape "

@@ -23,11 +23,13 @@ class Owners:
         tensors: Parameters, or, for `get_total_norm`, what takes their gradients' place.
         names: Their names, where the caller gave names.
         groups: The position of each one's parameter group, where the caller gave parameter groups.
+        group_count: The number of parameter groups, those without parameters among them.
     """
 
     tensors: list[Tensor]
     names: list[str] | None = None
     groups: list[int] | None = None
+    group_count: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def _of_groups(groups: Sequence[dict[str, Any]], argument: str) -> Owners:
         [tensor for part in parts for tensor in part.tensors],
         [name for own in names for name in own] if are_named else None,
         [position for position, part in enumerate(parts) for _ in part.tensors],
+        len(parts),
     )
 
 

@@ -50,7 +50,7 @@ class Groups:
         """Whether every parameter is a group of its own."""
         return self.of == tuple(range(len(self.labels)))
 
-    def combine(self, norms: Tensor, dtype: torch.dtype) -> Tensor:
+    def combine(self, norms: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return the groups' 2-norms, [groups], from the parameters', [parameters], of gradients of a dtype."""
         if self.is_each:
             return norms
@@ -71,32 +71,38 @@ def group(owners: Owners, by: By) -> Groups:
         TypeError: `by` is none of what it may be.
         ValueError: `by` needs names or parameter groups that were not given, or has another number of labels.
     """
+    if not isinstance(by, str):
+        return _labelled(_labels(owners, by))
     count = len(owners.tensors)
     if by == "global":
         return Groups(("all",), (0,) * count)
     if by == "parameter":
         return Groups(tuple(owners.names or range(count)), tuple(range(count)))
+    if by == "layer":
+        return _labelled(_labels(owners, _module_of))
     if by == "group":
         if owners.groups is None:
             raise ValueError("by='group' needs parameter groups: pass optimizer.param_groups, or attach the rule")
-        return Groups(tuple(range(max(owners.groups, default=-1) + 1)), tuple(owners.groups))
-    return _labelled(_labels(owners, by))
+        return Groups(tuple(range(owners.group_count)), tuple(owners.groups))
+    raise _no_grouping(by)
 
 
-def _labels(owners: Owners, by: By) -> list[Hashable]:
+def _labels(owners: Owners, by: Callable[[str], Hashable] | Sequence[Hashable]) -> Sequence[Hashable]:
     """The label of each parameter's group."""
-    if by == "layer":
-        by = _module_of
     if callable(by):
         if owners.names is None:
             raise ValueError("`by` goes by names: pass a model or model.named_parameters()")
         return [by(name) for name in owners.names]
-    if isinstance(by, Sequence) and not isinstance(by, str):
-        if len(by) != len(owners.tensors):
-            raise ValueError(f"`by` has {len(by)} labels for {len(owners.tensors)} parameters")
-        return list(by)
+    if not isinstance(by, Sequence):
+        raise _no_grouping(by)
+    if len(by) != len(owners.tensors):
+        raise ValueError(f"`by` has {len(by)} labels for {len(owners.tensors)} parameters")
+    return by
+
+
+def _no_grouping(by: object) -> TypeError:
     known = "'global', 'parameter', 'layer', 'group'"
-    raise TypeError(f"`by` must be one of {known}, a function of a parameter's name, or labels, not {by!r}")
+    return TypeError(f"`by` must be one of {known}, a function of a parameter's name, or labels, not {by!r}")
 
 
 def _module_of(name: str) -> str:

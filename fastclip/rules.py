@@ -20,8 +20,10 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from itertools import repeat
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
@@ -76,10 +78,12 @@ class _NormRule(_Bounded, ABC):
     def __call__(self, norms: Tensor) -> Tensor:
         """Return the coefficients, of the shape of `norms`."""
         bound = getattr(self, self.bounds[0])
-        return self._coefficients(norms, bound if isinstance(bound, float) else _on(norms.device, bound))
+        # A tensor, because torch takes number / tensor for number * (1 / tensor), and that is not 1 for c / c.
+        bounds = torch.full_like(norms, bound) if isinstance(bound, float) else _on(norms.device, bound)
+        return self._coefficients(norms, bounds)
 
     @abstractmethod
-    def _coefficients(self, norms: Tensor, bound: Any) -> Tensor: ...
+    def _coefficients(self, norms: Tensor, bounds: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -103,9 +107,8 @@ class ClipByNorm(_NormRule):
     by: By = "parameter"
     bounds = ("clip_norm",)
 
-    def _coefficients(self, norms: Tensor, bound: Any) -> Tensor:
-        coefficients: Tensor = bound / norms.clamp(min=bound)
-        return coefficients
+    def _coefficients(self, norms: Tensor, bounds: Tensor) -> Tensor:
+        return bounds / norms.clamp(min=bounds)
 
 
 @dataclass(frozen=True)
@@ -129,11 +132,10 @@ class ClipByGlobalNorm(_NormRule):
     by: By = "global"
     bounds = ("clip_norm",)
 
-    def _coefficients(self, norms: Tensor, bound: Any) -> Tensor:
+    def _coefficients(self, norms: Tensor, bounds: Tensor) -> Tensor:
         # The original multiplies by clip_norm * min(1 / norm, 1 / clip_norm), which is 1 but for rounding where
         # nothing is to be clipped. norm - norm is 0, or NaN where the norm is not finite: the original's own trick.
-        coefficients: Tensor = (bound / norms).clamp(max=1.0) + (norms - norms)
-        return coefficients
+        return (bounds / norms).clamp(max=1.0) + (norms - norms)
 
 
 @dataclass(frozen=True)
@@ -154,9 +156,8 @@ class ClipGradNorm(_NormRule):
     by: By = "global"
     bounds = ("max_norm",)
 
-    def _coefficients(self, norms: Tensor, bound: Any) -> Tensor:
-        coefficients: Tensor = (bound / (norms + EPS)).clamp(max=1.0)
-        return coefficients
+    def _coefficients(self, norms: Tensor, bounds: Tensor) -> Tensor:
+        return (bounds / (norms + EPS)).clamp(max=1.0)
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,8 @@ class ClipAtThreshold(_NormRule):
     by: By = "global"
     bounds = ("threshold",)
 
-    def _coefficients(self, norms: Tensor, bound: Any) -> Tensor:
-        return torch.where(norms >= bound, bound / norms, 1.0)
+    def _coefficients(self, norms: Tensor, bounds: Tensor) -> Tensor:
+        return torch.where(norms >= bounds, bounds / norms, 1.0)
 
 
 @dataclass(frozen=True)
@@ -210,8 +211,8 @@ class ClipByValue(_Bounded):
     def __post_init__(self) -> None:
         super().__post_init__()
         low, high = self.clip_value_min, self.clip_value_max
-        if isinstance(low, float) and isinstance(high, float):
-            _check_order([low], [high])
+        if not (isinstance(low, Mapping) or isinstance(high, Mapping)):  # whose order is known once groups are
+            _check_order(low, high)
 
     def _number(self, name: str, value: object) -> float:
         number = _real(name, value)
@@ -230,9 +231,6 @@ class ClipByValue(_Bounded):
             bound if isinstance(bound, float) else [bound[group] for group in group_of]
             for bound in (self.clip_value_min, self.clip_value_max)
         )
-        if not (isinstance(low, float) and isinstance(high, float)):
-            lows, highs = ([b] * len(group_of) if isinstance(b, float) else b for b in (low, high))
-            _check_order(lows, highs)
         return low, high
 
 
@@ -301,9 +299,12 @@ def positive(name: str, value: object) -> float:
 
 def _real(name: str, value: object) -> float:
     try:
-        return float(value)  # type: ignore[arg-type]  # whatever has __float__
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"`{name}` must be a real number, not {value!r}") from None
+        # float() takes text and booleans too, which are mistakes here.
+        return float(None if isinstance(value, (str, bytes, bool)) else value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"`{name}` must be a real number, or one for each group, not {value!r}") from None
+    except OverflowError:
+        raise ValueError(f"`{name}` must be within the range of floats") from None
 
 
 def _numbers(name: str, bound: object, number: Callable[[str, object], float]) -> Bound:
@@ -312,7 +313,7 @@ def _numbers(name: str, bound: object, number: Callable[[str, object], float]) -
         for value in _values(bound):
             number(name, value)
         return bound  # whose numbers are taken when its labels meet the groups: a defaultdict may have more
-    if isinstance(bound, Sequence) and not isinstance(bound, str):
+    if isinstance(bound, Sequence) and not isinstance(bound, (str, bytes)):
         return tuple(number(name, value) for value in bound)
     return number(name, bound)
 
@@ -326,9 +327,12 @@ def _in_order(name: str, bound: Bound, labels: Sequence[Hashable]) -> float | tu
     if isinstance(bound, float):
         return bound
     if isinstance(bound, Mapping):
-        unknown = [label for label in bound if label not in set(labels)]
+        known = set(labels)
+        unknown = [label for label in bound if label not in known]
         if unknown:
             raise ValueError(f"`{name}` has a bound for {unknown[0]!r}, which is no group: there are {_some(labels)}")
+        if hasattr(bound, "__missing__"):
+            bound = copy(bound)  # a defaultdict keeps what it is asked for, and the caller's is to stay as it is
         try:
             return tuple(bound[label] for label in labels)
         except KeyError as error:
@@ -345,8 +349,11 @@ def _some(labels: Sequence[Hashable]) -> str:
     return f"{listed} and {len(labels) - 10} more" if len(labels) > 10 else listed
 
 
-def _check_order(minimums: Sequence[float], maximums: Sequence[float]) -> None:
-    for low, high in zip(minimums, maximums, strict=True):
+def _check_order(minimum: float | Sequence[float], maximum: float | Sequence[float]) -> None:
+    bounds = [repeat(b) if isinstance(b, float) else b for b in (minimum, maximum)]
+    if isinstance(minimum, float) and isinstance(maximum, float):
+        bounds = [[minimum], [maximum]]
+    for low, high in zip(*bounds, strict=False):  # whether there is one for each group is not known yet
         if low > high:
             raise ValueError(f"`clip_value_min`, {low}, is above `clip_value_max`, {high}")
 

@@ -88,6 +88,19 @@ def coefficient(total: float, max_norm: float) -> float:
     return 1.0 if quotient > 1 else quotient
 
 
+def rule(name: str, total: float, bound: float) -> float:
+    """The coefficient that a rule, by its name, has for a norm."""
+    if name == "ClipGradNorm":
+        return coefficient(total, bound)
+    if name == "ClipAtThreshold":  # the article's words: if it reaches the threshold, then c / norm
+        return bound / total if total >= bound else 1.0
+    if math.isnan(total):
+        return math.nan
+    if name == "ClipByGlobalNorm" and math.isinf(total):
+        return math.nan
+    return bound / total if total > bound else 1.0
+
+
 def assert_norm(result: Tensor, exact: float, dtypes: Sequence[torch.dtype], leg: Leg) -> None:
     """`result` is the norm `exact` of gradients of these dtypes, rounded to its own dtype."""
     assert result.dim() == 0

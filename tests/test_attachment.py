@@ -492,7 +492,7 @@ def test_parameters_that_come_later() -> None:
         ({"rule": fastclip.ClipByNorm(1.0), "global_clipnorm": 1.0}, ValueError, "rule and global_clipnorm"),
         ({"clipnorm": 0.0}, ValueError, "above 0"),
         ({"clipvalue": -1.0}, ValueError, "`clipvalue` must be above 0"),
-        ({"clipvalue": "a lot"}, ValueError, "`clipvalue` must be a real number"),
+        ({"clipvalue": "a lot"}, TypeError, "`clipvalue` must be a real number"),
         ({"clipnorm": [1.0]}, TypeError, "`clipnorm` must be a real number"),
         ({"global_clipnorm": math.nan}, ValueError, "above 0"),
         ({"rule": 1.0}, TypeError, "`rule` must be a rule"),
