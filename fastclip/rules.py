@@ -214,11 +214,6 @@ class ClipByValue(_Bounded):
         if math.isnan(value):
             raise ValueError(f"`{name}` must be a number, not NaN")
 
-    def numbers(self) -> list[float]:
-        """Return every bound."""
-        bounds = (self.clip_value_min, self.clip_value_max)
-        return [number for bound in bounds for number in ([bound] if isinstance(bound, float) else _values(bound))]
-
     def limits(self, group_of: Sequence[int]) -> tuple[Bounds, Bounds]:
         """Return minimum and maximum: for all, or for each gradient, given the position of its group."""
         low, high = (
@@ -293,16 +288,12 @@ def _checked(name: str, bound: object, check: Callable[[str, float], None]) -> B
         return as_float
 
     if isinstance(bound, Mapping):
-        for value in _values(bound):
+        for value in bound.values():
             number(value)
         return bound  # whose numbers are taken when its labels meet the groups: a defaultdict may have more
     if isinstance(bound, Sequence) and not isinstance(bound, (str, bytes)):
         return tuple(map(number, bound))
     return number(bound)
-
-
-def _values(bound: Sequence[float] | Mapping[Any, float]) -> list[float]:
-    return list(bound.values() if isinstance(bound, Mapping) else bound)
 
 
 def _in_order(name: str, bound: Bound, labels: Sequence[Hashable]) -> float | tuple[float, ...]:
