@@ -103,7 +103,8 @@ def clip_by_value_(parameters: Parameters, clip_value_min: Bound, clip_value_max
     groups = group(grads.owners, by)
     rule = rule.for_groups(groups.labels)
     if grads.tensors:
-        _writable(grads, rule).clamp_(grads, *_limits(rule, grads, groups))
+        limits = _limits(rule, grads, groups)
+        _prepared(grads, limits).clamp_(grads, *limits)
 
 
 def clip_by_norm_(parameters: Parameters, clip_norm: Bound, *, by: By = "parameter") -> Tensor:
@@ -154,13 +155,17 @@ def clip_by_global_norm_(parameters: Parameters, clip_norm: float, use_norm: Ten
     grads = collect(parameters)
     if use_norm is None:
         return apply_rule(grads, rule, group(grads.owners, "global"), each=False).norm
-    norm = torch.as_tensor(use_norm).detach()
+    try:
+        norm = torch.as_tensor(use_norm).detach()
+    except (TypeError, ValueError, RuntimeError):  # all of which torch raises for what is no number
+        raise TypeError(f"`use_norm` must be one number, not {use_norm!r}") from None
     if norm.numel() != 1:
         raise ValueError(f"`use_norm` must be one number, not a tensor of shape {tuple(norm.shape)}")
-    if grads.tensors:
-        prepared = _writable(grads, rule)
-        norm = on(prepared.device, norm.reshape(()))
-        prepared.scale_(grads, rule(norm))
+    if not grads.tensors:
+        return on(norm.device, norm.reshape(()))
+    prepared = _prepared(grads)
+    norm = on(prepared.device, norm.reshape(()))
+    prepared.scale_(grads, rule(norm))
     return norm
 
 
@@ -201,7 +206,8 @@ def apply_rule(
         rule = rule.for_groups(groups.labels)
     if not grads.tensors:
         return _of_nothing(grads, groups)
-    prepared = prepare(grads, in_place=False) if rule is None else _writable(grads, rule)
+    limits = _limits(rule, grads, groups) if isinstance(rule, ClipByValue) else None
+    prepared = _prepared(grads, limits, in_place=rule is not None)
     norms = None
     if each or not groups.is_one:
         norms = _scattered(_unscaled(prepared.norms(), scale), grads)
@@ -211,10 +217,9 @@ def apply_rule(
         norm = _unscaled(prepared.reduce(2.0, float("inf"), wide_dtype(prepared.device)).norm, scale)
         group_norms = norm.reshape(1)
     coefficients = changed = None
-    if isinstance(rule, ClipByValue):
-        flags = prepared.clamp_(grads, *_limits(rule, grads, groups), watch=True)
-        changed = torch.stack([flag.any().to(prepared.device) for flag in flags]).any()
-    elif rule is not None:
+    if limits is not None:
+        changed = _any(prepared.clamp_(grads, *limits, watch=True), prepared.device)
+    elif rule is not None and not isinstance(rule, ClipByValue):
         coefficients = _coefficients(rule, group_norms)
         prepared.scale_(grads, _gathered(coefficients, grads, groups))
     return ClipResult(norm, norms, grads.positions, groups, group_norms, coefficients, changed)
@@ -226,16 +231,22 @@ def _of_nothing(grads: Gradients, groups: Groups) -> ClipResult:
     return ClipResult(norms.sum(), norms, [], groups, group_norms)
 
 
-def _writable(grads: Gradients, rule: AnyRule) -> Prepared:
-    """Prepare gradients to be changed by a rule, once it is certain that nothing will be refused."""
+def _prepared(grads: Gradients, limits: tuple[Bounds, Bounds] | None = None, *, in_place: bool = True) -> Prepared:
+    """Prepare gradients to be changed, by values to these limits, once it is certain that nothing will be refused."""
     if has_dtensors(grads.tensors):
         raise NotImplementedError(
             "rules do not take DTensor gradients yet: clip with fastclip.clip_grad_norm_ or fastclip.clip_grad_value_"
         )
-    if isinstance(rule, ClipByValue):
+    if limits is not None:
         check_dtypes(grads)
-        check_bounds(grads, *rule.numbers())
-    return prepare(grads, in_place=True)
+        check_bounds(grads, *limits)
+    return prepare(grads, in_place=in_place)
+
+
+def _any(flags: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Whether any flag of any plan is set: 0-dim. There is no plan where no gradient has elements."""
+    found = [flag.any().to(device) for flag in flags]
+    return torch.stack(found).any() if found else torch.zeros((), dtype=torch.bool, device=device)
 
 
 def _limits(rule: ClipByValue, grads: Gradients, groups: Groups) -> tuple[Bounds, Bounds]:
@@ -267,7 +278,7 @@ def _coefficients(rule: Callable[[Tensor], Tensor], norms: Tensor) -> Tensor:
     answer = rule(norms)
     try:
         coefficients = torch.as_tensor(answer, dtype=norms.dtype, device=norms.device).detach()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise type(error)(f"{rule!r} returned {answer!r}, not coefficients: {error}") from None
     if coefficients.shape not in (norms.shape, (), (1,)):
         raise ValueError(

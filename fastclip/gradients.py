@@ -165,8 +165,12 @@ def check_dtypes(grads: Gradients) -> None:
             raise RuntimeError(message)
 
 
-def check_bounds(grads: Gradients, *bounds: float) -> None:
+def check_bounds(grads: Gradients, *bounds: float | Sequence[float]) -> None:
     """Refuse gradients that cannot be clamped to the bounds, which are rounded to the gradients' own dtypes.
+
+    Args:
+        grads: The gradients.
+        bounds: Each is one for all gradients, or one for each.
 
     Raises:
         NotImplementedError: A gradient is complex.
@@ -178,9 +182,10 @@ def check_bounds(grads: Gradients, *bounds: float) -> None:
             raise NotImplementedError(message)
         largest = torch.finfo(dtype).max
         for bound in bounds:
-            if largest < abs(bound) < float("inf"):
-                message = f"{bound} cannot be converted to {dtype} without overflow, for {grads.label(index)}"
-                raise RuntimeError(f"{message}: the largest value there is {largest}")
+            for i, value in enumerate(bound) if isinstance(bound, Sequence) else ((index, bound),):
+                if largest < abs(value) < float("inf") and grads.tensors[i].dtype == dtype:
+                    message = f"{value} cannot be converted to {dtype} without overflow, for {grads.label(i)}"
+                    raise RuntimeError(f"{message}: the largest value there is {largest}")
 
 
 def first_of_each_dtype(tensors: Sequence[Tensor]) -> dict[torch.dtype, int]:

@@ -220,11 +220,6 @@ class ClipByValue(_Bounded):
             raise ValueError(f"`{name}` must be a number, not NaN")
         return number
 
-    def numbers(self) -> list[float]:
-        """Return every bound."""
-        bounds = (self.clip_value_min, self.clip_value_max)
-        return [number for bound in bounds for number in ([bound] if isinstance(bound, float) else _values(bound))]
-
     def limits(self, group_of: Sequence[int]) -> tuple[Bounds, Bounds]:
         """Return minimum and maximum: for all, or for each gradient, given the position of its group."""
         low, high = (
@@ -310,16 +305,12 @@ def _real(name: str, value: object) -> float:
 def _numbers(name: str, bound: object, number: Callable[[str, object], float]) -> Bound:
     """The bound with its numbers as floats, each of them checked."""
     if isinstance(bound, Mapping):
-        for value in _values(bound):
+        for value in bound.values():
             number(name, value)
         return bound  # whose numbers are taken when its labels meet the groups: a defaultdict may have more
     if isinstance(bound, Sequence) and not isinstance(bound, (str, bytes)):
         return tuple(number(name, value) for value in bound)
     return number(name, bound)
-
-
-def _values(bound: Sequence[float] | Mapping[Any, float]) -> list[float]:
-    return list(bound.values() if isinstance(bound, Mapping) else bound)
 
 
 def _in_order(name: str, bound: Bound, labels: Sequence[Hashable]) -> float | tuple[float, ...]:

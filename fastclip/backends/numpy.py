@@ -173,7 +173,7 @@ class Piece:
             parts = [type(self)(self.dtype, [v], [o], len(v)) for v, o in zip(self.views, self.owners, strict=True)]
             changed = [part.clamp_(minimums, maximums) for part in parts]
             return any(changed)
-        minimum, maximum = bounds.pop()
+        minimum, maximum = self._rounded(*bounds.pop())
         x = self._load()
         smallest, largest = x.min(), x.max()
         if smallest >= minimum and largest <= maximum:
@@ -195,6 +195,10 @@ class Piece:
     @staticmethod
     def _clip(target: Any, minimum: float, maximum: float) -> None:
         np.clip(target, minimum, maximum, out=target)
+
+    def _rounded(self, *bounds: float) -> Sequence[float]:
+        """The bounds as the elements' dtype has them: NumPy rounds them itself where it knows that."""
+        return bounds
 
     def _own(self, values: Sequence[_T]) -> Sequence[_T]:
         """Of values for each tensor of the plan, or of one for all, those of this piece's tensors."""
@@ -224,6 +228,10 @@ class HalfPiece(Piece):
     @staticmethod
     def _clip(target: Any, minimum: float, maximum: float) -> None:
         target.clamp_(minimum, maximum)
+
+    def _rounded(self, *bounds: float) -> Sequence[float]:
+        rounded: list[float] = torch.tensor(bounds, dtype=self.dtype, device="cpu").tolist()
+        return rounded
 
     def _load(self) -> Array:
         halves = self._targets[0] if len(self.views) == 1 else torch.from_numpy(super()._load()).view(self.dtype)

@@ -49,7 +49,7 @@ class TorchPlan:
     @torch.no_grad()
     def scale_(self, coefficient: Scalar) -> None:
         coefficients = on(self.device, coefficient).expand(len(self.tensors))
-        for tensor, own in zip(self.tensors, coefficients.unbind(), strict=True):
+        for tensor, own in zip(map(_real, self.tensors), coefficients.unbind(), strict=True):
             # As on the other backends: in two factors where one would not be a normal number.
             small = 2.0**-900 if tensor.dtype.to_real() == torch.float64 else 2.0**-100
             power = torch.where(own.abs() < small, small, torch.ones_like(own))
@@ -70,6 +70,17 @@ class TorchPlan:
                 flags.append(((tensor < low) | (tensor > high)).any())
             tensor.clamp_(min=low, max=high)
         return torch.stack(flags) if watch else None
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Real and imaginary parts of a complex tensor, which are what is scaled.
+
+    A complex product by c + 0i would spread an infinity or a NaN from one part to the other, also where c is 1.
+    """
+    if not tensor.is_complex():
+        return tensor
+    # Scaling by a real number does not mind whether the imaginary part is stored with the opposite sign.
+    return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
 
 
 def _norm(tensor: Tensor, p: float) -> Tensor:
