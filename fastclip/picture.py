@@ -70,8 +70,9 @@ def _draw_series(axes: Axes, history: History, values: Array, mean: Array, known
     axes.plot(history.steps, mean, color=_MEAN, linewidth=1, linestyle="--")
     bad = known & ~np.isfinite(values)
     for steps, colour in ((history.steps[history.skipped], _SKIPPED), (history.steps[bad], _ALARM)):
-        at_top = axes.get_xaxis_transform()
-        axes.plot(steps, np.ones(len(steps)), "v", color=colour, transform=at_top, clip_on=False)
+        if len(steps):
+            at_top = axes.get_xaxis_transform()
+            axes.plot(steps, np.ones(len(steps)), "v", color=colour, transform=at_top, clip_on=False)
     axes.grid(alpha=0.3)
 
 
@@ -108,8 +109,9 @@ def _draw_layers(figure: Figure, axes: Axes, history: History, labels: Sequence[
     named = range(0, len(labels), -(-len(labels) // _LABELS))
     axes.set_yticks(list(named), [_shortened(labels[g]) for g in named], fontsize="small")
     culprits = np.flatnonzero(is_bad.any(axis=0))
-    at_right = axes.get_yaxis_transform()
-    axes.plot(np.full(len(culprits), 1.005), culprits, "<", color=_ALARM, transform=at_right, clip_on=False)
+    if len(culprits):
+        at_right = axes.get_yaxis_transform()
+        axes.plot(np.full(len(culprits), 1.005), culprits, "<", color=_ALARM, transform=at_right, clip_on=False)
     figure.colorbar(ScalarMappable(scale, colours), ax=axes, label="gradient norm", pad=0.02, aspect=40)
 
 
