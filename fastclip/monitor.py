@@ -119,11 +119,12 @@ class Monitor:
                 raise ValueError(f"`{name}` must be at least 1, not {count}")
         if not 0 <= decay < 1:
             raise ValueError(f"`decay` must be from 0 to below 1, not {decay}")
-        self._parameters = as_gradients(parameters)
-        if not self._parameters.owners:
+        self._weights = as_gradients(parameters)
+        self.owners = self._weights.owners
+        if not self.owners.tensors:
             raise ValueError("there are no parameters to monitor: an iterator that was used before is empty")
-        self.groups = group(self._parameters, by)
-        self.names = self._parameters.names or [f"parameters[{i}]" for i in range(len(self._parameters.owners))]
+        self.groups = group(self.owners, by)
+        self.names = self.owners.names or [f"parameters[{i}]" for i in range(len(self.owners.tensors))]
         self.triggers = tuple(triggers)
         self.weights = weights
         self._check_triggers()
@@ -295,7 +296,7 @@ class Monitor:
             norms,
         ]
         if self.weights:
-            parts.append(on(missing.device, prepare(self._parameters, in_place=False).norms()))
+            parts.append(on(missing.device, prepare(self._weights, in_place=False).norms()))
         return torch.cat(parts)
 
     def _judged(self, step: _Step) -> _Step:

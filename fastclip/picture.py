@@ -105,7 +105,7 @@ def _draw_layers(figure: Figure, axes: Axes, history: History, labels: Sequence[
     extent = (left, left + columns * shown.shape[0], rows * shown.shape[1] - 0.5, -0.5)
     axes.imshow(image.swapaxes(0, 1), extent=extent, aspect="auto", interpolation="nearest", origin="upper")
     axes.set(xlabel="step", xlim=(left, history.steps[-1] + 0.5), ylim=(len(labels) - 0.5, -0.5))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     named = range(0, len(labels), -(-len(labels) // _LABELS))
     axes.set_yticks(list(named), [_shortened(labels[g]) for g in named], fontsize="small")
     culprits = np.flatnonzero(is_bad.any(axis=0))
