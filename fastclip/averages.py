@@ -14,12 +14,14 @@ exponentially weighted ones. A value is compared with what was before it:
 The second term keeps a series that hardly moves from raising alarms about rounding. Once warmed up, a value enters as
 at most :math:`m \pm 3 s` (ZClip, arXiv:2504.02507, has the same idea): an outlier moves the mean by 3 w s, makes s
 larger by a tenth, and is forgotten soon. A level that changed for good is followed all the same, for each such value
-makes s larger by :math:`\sqrt{(1 - w)(1 + 9 w)}`, 11 % at a decay of 0.97. What is not finite does not enter.
+makes s larger by :math:`\sqrt{(1 - w)(1 + 9 w)}`, 11 % at a decay of 0.97. What is not finite does not enter; where
+there were only zeros there is no scale, no z-score, and the next value enters as it is.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,45 +31,47 @@ _REACH = 3.0  # s: how far from the mean a value may enter
 _LARGEST = 1e100  # from here on squares may overflow: such a value does not enter
 
 
+class Standing(NamedTuple):
+    """How values stand to the averages before them; each [..., series].
+
+    Attributes:
+        mean: The mean m of what was before; 0 where that was nothing.
+        s: How far from it values are wont to be.
+        z: How many s the value is above the mean; NaN where that cannot be told: in the warm-up, of what is not finite,
+            or after nothing but zeros.
+    """
+
+    mean: Tensor
+    s: Tensor
+    z: Tensor
+
+
 class Averages:
-    """Means and variances of some series.
+    """The averages' arithmetic. The state itself is a tensor, [..., 3, series]: mean, variance, number of values.
 
     Args:
-        series: How many there are.
         decay: What is left of a mean's weight after a step, from 0 to below 1.
         warmup: The number of values from which on there are z-scores.
     """
 
-    def __init__(self, series: int, decay: float, warmup: int) -> None:
+    def __init__(self, decay: float, warmup: int) -> None:
         self.decay = decay
         self.warmup = warmup
-        self.state = torch.zeros(3, series, dtype=torch.float64)
-        """Mean, variance, number of values."""
 
-    def enter(self, values: Tensor) -> Tensor:
-        """Enter a value into each series.
-
-        Args:
-            values: [series], fp64. What is not finite is left out.
-
-        Returns:
-            Mean, s and z-score of `values` as they were before: [3, series]. Mean and s are NaN as long as there was no
-            value, z-scores during the warm-up and of what is not finite.
-        """
-        self.state = self.state.to(values)
-        mean, variance, count = self.state
+    def compare(self, state: Tensor, values: Tensor) -> Standing:
+        """Compare values, [..., series], with a state that they have not entered yet."""
+        mean, variance, count = state.unbind(-2)
         s = torch.addcmul(variance, mean, mean, value=_FLOOR**2).sqrt()
-        distance = values - mean
-        is_usable = values.abs() < _LARGEST
-        is_warm = count >= self.warmup
-        z = torch.where(is_usable & is_warm, distance / s, math.nan)
-        before = torch.where(count > 0, torch.stack([mean, s, z]), math.nan)
+        z = (values - mean) / s
+        return Standing(mean, s, torch.where((count >= self.warmup) & (z.abs() < _LARGEST), z, math.nan))
 
-        # Nothing but zeros leaves no scale by which a value could be too large: the next one enters as it is.
-        reach = torch.where(is_warm & (s > 0), s * _REACH, math.inf)
-        distance = torch.where(is_usable, torch.clamp(distance, -reach, reach), 0.0)
-        count = count + is_usable
-        weight = (1 / count).clamp(1 - self.decay, 1.0) * is_usable
+    def enter(self, state: Tensor, values: Tensor, standing: Standing) -> Tensor:
+        """Return the state that values, [series], leave, given how they stand to the one before."""
+        mean, variance, count = state
+        _, s, z = standing
+        distance = torch.where(z.isnan(), values - mean, z.clamp(-_REACH, _REACH) * s)
+        count = count + 1
+        weight = (1 / count).clamp(min=1 - self.decay)
         step = weight * distance
-        self.state = torch.stack([mean + step, (1 - weight) * torch.addcmul(variance, step, distance), count])
-        return before
+        entered = torch.stack([mean + step, (1 - weight) * torch.addcmul(variance, step, distance), count])
+        return torch.where(values.abs() < _LARGEST, entered, state)

@@ -13,7 +13,7 @@ import math
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,8 +34,6 @@ from fastclip.triggers import SERIES, Moment, Report, Trigger, TriggerError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_FACTS = 4  # numbers of a row before the norms: loss, norm, coefficient, clipped
-
 
 class _Step(NamedTuple):
     """A step as it is kept: on the device until the host has looked.
@@ -44,14 +42,35 @@ class _Step(NamedTuple):
         number: The step's number.
         has_loss: Whether there was a loss.
         present: The positions of the parameters that had a gradient.
-        numbers: Loss, norm, smallest coefficient, whether clipped, the gradients' norms, and the weights' norms if they
-            are taken. Behind these the verdict, once there is one.
+        numbers: All else, as one vector: see `_Parts`.
     """
 
     number: int
     has_loss: bool
     present: Sequence[int]
     numbers: Tensor
+
+
+class _Parts(NamedTuple):
+    """The parts of a step's numbers, or, [steps, ...], of several steps'.
+
+    Attributes:
+        values: Loss and norm, [2].
+        coefficient: The smallest of the groups', [1].
+        clipped: 1 or 0, [1].
+        norms: Those of the gradients, [parameters].
+        weights: The norms of the parameters, [parameters], or [0] where they are not taken.
+        before: The state of the averages before the step, [3 x 2].
+        fired: Which triggers fired, 1 or 0, [triggers].
+    """
+
+    values: Tensor
+    coefficient: Tensor
+    clipped: Tensor
+    norms: Tensor
+    weights: Tensor
+    before: Tensor
+    fired: Tensor
 
 
 @dataclass
@@ -125,7 +144,7 @@ class Monitor:
             raise ValueError("there are no parameters to monitor: an iterator that was used before is empty")
         self.groups = group(self.owners, by)
         self.names = self.owners.names or [f"parameters[{i}]" for i in range(len(self.owners.tensors))]
-        self.triggers = tuple(triggers)
+        self.triggers = tuple(sorted(triggers, key=lambda trigger: getattr(trigger, "action", None) != "skip"))
         self.weights = weights
         self._check_triggers()
         self.steps = 0
@@ -134,10 +153,13 @@ class Monitor:
         self.every = every
         self.max_skipped = max_skipped
         self._loss: Tensor | float | None = None
-        self._averages = Averages(len(SERIES), decay, warmup)
+        self._averages = Averages(decay, warmup)
+        self._state = torch.zeros(3, len(SERIES), dtype=torch.float64)
         self._held = torch.zeros(len(self.triggers))  # for how many steps in a row, up to the last one
         self._patience = torch.tensor([float(trigger.patience) for trigger in self.triggers])
-        self._skipping = torch.tensor([float(trigger.action == "skip") for trigger in self.triggers])
+        count = len(self.names)
+        self._widths = [len(SERIES), 1, 1, count, count if weights else 0, self._state.numel(), len(self.triggers)]
+        self._skipping = sum(trigger.action == "skip" for trigger in self.triggers)  # how many, which come first
         self._unread: list[_Step] = []
         self._seen: deque[_Step] = deque(maxlen=history)
         self._logs: list[_Log] = []
@@ -154,7 +176,7 @@ class Monitor:
     @property
     def skips(self) -> bool:
         """Whether a trigger may ask for a step to be skipped."""
-        return any(trigger.action == "skip" for trigger in self.triggers)
+        return self._skipping > 0
 
     def record_loss(self, loss: Tensor | float) -> None:
         """Remember the loss of the step to come; the last one counts. No sync.
@@ -196,10 +218,11 @@ class Monitor:
             self.record_loss(loss)
         with torch.no_grad():
             step = _Step(self.steps + 1, self._loss is not None, result.present, self._facts(result, result.norms))
-            skip = torch.zeros((), dtype=torch.bool, device=step.numbers.device)
             if self.skips:
                 step = self._judged(step)
-                skip = (self._fired_in(step) * on(skip.device, self._skipping)).any()
+                skip = self._parts(step.numbers).fired[: self._skipping].any()
+            else:
+                skip = torch.zeros((), dtype=torch.bool, device=step.numbers.device)
         if self._unread and self._unread[0].numbers.device != skip.device:
             self._look()  # what is transferred together must be together
         self._unread.append(step)
@@ -216,7 +239,7 @@ class Monitor:
             TriggerError: As in `update`.
         """
         self._look()
-        return self._history(self._seen)
+        return self._history(list(self._seen))
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Look, and draw the norms of the groups over time, below the loss and the global norm.
@@ -261,7 +284,7 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """Return the number of steps and the running averages, so that a resumed run goes on without a false alarm."""
         self._look()
-        return {"steps": self.steps, "averages": self._averages.state.cpu()}
+        return {"steps": self.steps, "averages": self._state.cpu()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state of `state_dict`, and forget the steps seen before.
@@ -270,10 +293,10 @@ class Monitor:
             ValueError: It is not the state of a monitor.
         """
         averages = state.get("averages")
-        if "steps" not in state or not isinstance(averages, Tensor) or averages.shape != self._averages.state.shape:
+        if "steps" not in state or not isinstance(averages, Tensor) or averages.shape != self._state.shape:
             raise ValueError("this is not what Monitor.state_dict() returned")
         self.steps = state["steps"]
-        self._averages.state = averages.clone()
+        self._state = averages.clone()
         self._held.zero_()
         self._fired[:] = False
         self._skipped = 0
@@ -285,45 +308,38 @@ class Monitor:
     # ---- in the step
 
     def _facts(self, result: ClipResult, norms: Tensor) -> Tensor:
-        """What was found in a step, as one vector: see `_Step`."""
-        missing = torch.full((1,), math.nan, dtype=result.norm.dtype, device=result.norm.device)
+        """What was found in a step: its numbers without the last two parts."""
+        device = result.norm.device
+        missing = torch.full((1,), math.nan, dtype=norms.dtype, device=device)
         loss, coefficients = self._loss, result.coefficients
         parts = [
-            missing if loss is None else on(missing.device, loss).reshape(1),
+            missing if loss is None else on(device, loss).reshape(1),
             result.norm.reshape(1) if result.present else missing,
             missing if coefficients is None else coefficients.min().reshape(1),
             result.clipped.reshape(1),
             norms,
         ]
         if self.weights:
-            parts.append(on(missing.device, prepare(self._weights, in_place=False).norms()))
+            parts.append(on(device, prepare(self._weights, in_place=False).norms()))
         return torch.cat(parts)
 
     def _judged(self, step: _Step) -> _Step:
-        """The step with its verdict: 3 x 2 averages, and for each trigger whether it fired."""
-        before = self._averages.enter(step.numbers[: len(SERIES)])
-        verdict = [before.flatten()]
+        """The step with the rest of its numbers: enter it into the averages, and see which triggers fire."""
+        values, _, _, norms, weights = step.numbers.split(self._widths[:5])
+        before = on(values.device, self._state)
+        standing = self._averages.compare(before, values)
+        self._state = self._averages.enter(before, values, standing)
+        parts = [step.numbers, before.flatten()]
         if self.triggers:
-            moment = self._moment(step, before)
+            moment = Moment(values, (step.has_loss, bool(step.present)), standing, norms, weights)
             holds = torch.stack([trigger.holds(moment) for trigger in self.triggers])
-            self._held = (on(holds.device, self._held) + 1) * holds
-            self._patience = on(holds.device, self._patience)
-            verdict.append(self._held >= self._patience)
-        return step._replace(numbers=torch.cat([step.numbers, *verdict]))
+            self._held = (on(values.device, self._held) + 1) * holds
+            self._patience = on(values.device, self._patience)
+            parts.append(self._held >= self._patience)
+        return step._replace(numbers=torch.cat(parts))
 
-    def _moment(self, step: _Step, before: Tensor) -> Moment:
-        end = _FACTS + len(self.names)
-        weights = step.numbers[end : self._verdict_at]
-        known = (step.has_loss, bool(step.present))
-        mean, s, z = before
-        return Moment(step.numbers[: len(SERIES)], known, mean, s, z, step.numbers[_FACTS:end], weights)
-
-    @property
-    def _verdict_at(self) -> int:
-        return _FACTS + len(self.names) * (2 if self.weights else 1)
-
-    def _fired_in(self, step: _Step) -> Tensor:
-        return step.numbers[self._verdict_at + 3 * len(SERIES) :]
+    def _parts(self, numbers: Tensor) -> _Parts:
+        return _Parts(*numbers.split(self._widths, dim=-1))
 
     # ---- on the host
 
@@ -360,7 +376,7 @@ class Monitor:
         error: TriggerError | None = None
         skipped: list[Report] = []
         for step in steps:
-            fired = self._fired_in(step).numpy() > 0
+            fired = self._parts(step.numbers).fired.numpy() > 0
             began, self._fired = fired & ~self._fired, fired
             asked_to_skip = False
             for i in np.flatnonzero(fired):
@@ -387,25 +403,26 @@ class Monitor:
             _warn(f"steps skipped: {len(skipped)}, the last of them {skipped[-1]}")
 
     def _report(self, step: _Step, trigger: Trigger) -> Report:
-        moment = self._moment(step, self._before(step))
-        value, limit, message = trigger.explain(moment)
+        parts = self._parts(step.numbers)
+        standing = self._averages.compare(parts.before.reshape(3, -1), parts.values)
+        known = (step.has_loss, bool(step.present))
+        value, limit, message = trigger.explain(Moment(parts.values, known, standing, parts.norms, parts.weights))
         of_weights = getattr(trigger, "of", None) == "weights"
-        which = range(len(self.names)) if of_weights else step.present
-        norms = (moment.weights if of_weights else moment.norms).numpy()[list(which)]
+        which = list(range(len(self.names)) if of_weights else step.present)
+        norms = (parts.weights if of_weights else parts.norms).numpy()[which]
         return Report(step.number, trigger, value, limit, message, [self.names[i] for i in which], norms)
 
-    def _before(self, step: _Step) -> Tensor:
-        return step.numbers[self._verdict_at :][: 3 * len(SERIES)].reshape(3, -1)
-
-    def _history(self, steps: Iterable[_Step]) -> History:
-        steps = list(steps)
-        width = self._verdict_at + 3 * len(SERIES) + len(self.triggers)
-        numbers = np.array([step.numbers.numpy() for step in steps]).reshape(-1, width)
-        ends = np.cumsum([1, 1, 1, 1, len(self.names), self._verdict_at - _FACTS - len(self.names), 2, 2, 2])
-        loss, norm, coefficient, clipped, norms, weights, mean, s, z, fired = np.split(numbers, ends, axis=1)
-        present = np.zeros(norms.shape, dtype=bool)
+    def _history(self, steps: Sequence[_Step]) -> History:
+        width = sum(self._widths)
+        rows = torch.stack([step.numbers for step in steps]) if steps else torch.zeros(0, width, dtype=torch.float64)
+        parts = self._parts(rows)
+        before = parts.before.reshape(-1, 3, len(SERIES))
+        mean, s, z = (part.numpy() for part in self._averages.compare(before, parts.values))
+        is_new = before[:, 2].numpy() == 0
+        present = np.zeros(parts.norms.shape, dtype=bool)
         for row, step in zip(present, steps, strict=True):
             row[list(step.present)] = True
+        fired = parts.fired.numpy() > 0
         return History(
             self.names,
             self.groups,
@@ -413,17 +430,17 @@ class Monitor:
             steps=np.array([step.number for step in steps], dtype=np.int64),
             has_loss=np.array([step.has_loss for step in steps], dtype=bool),
             present=present,
-            loss=loss[:, 0],
-            norm=norm[:, 0],
-            coefficient=coefficient[:, 0],
-            clipped=clipped[:, 0] > 0,
-            norms=np.where(present, norms, math.nan),
-            weights=weights,
-            mean=mean,
-            s=s,
+            loss=parts.values[:, 0].numpy(),
+            norm=parts.values[:, 1].numpy(),
+            coefficient=parts.coefficient[:, 0].numpy(),
+            clipped=parts.clipped[:, 0].numpy() > 0,
+            norms=np.where(present, parts.norms.numpy(), math.nan),
+            weights=parts.weights.numpy(),
+            mean=np.where(is_new, math.nan, mean),
+            s=np.where(is_new, math.nan, s),
             z=z,
-            fired=fired > 0,
-            skipped=(fired > 0) @ np.array([trigger.action == "skip" for trigger in self.triggers], dtype=bool),
+            fired=fired,
+            skipped=np.any(fired[:, : self._skipping], axis=1),
         )
 
 

@@ -23,6 +23,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastclip.averages import Standing
+
 SERIES = ("loss", "norm")
 """What is averaged, in the order of the vectors of a `Moment`."""
 
@@ -35,18 +37,14 @@ class Moment(NamedTuple):
     Attributes:
         values: Loss and global norm, [2].
         known: Whether there is a loss, and any gradient, at all.
-        mean: Their running means before the step, [2].
-        s: Their running standard deviations before the step, [2].
-        z: How many of these the values are above the means, [2]; NaN where that cannot be told.
+        standing: How the two stand to what was before.
         norms: The norm of each parameter's gradient, [parameters]; 0 where it has none.
         weights: The norm of each parameter, [parameters], or nothing, [0].
     """
 
     values: Tensor
     known: tuple[bool, bool]
-    mean: Tensor
-    s: Tensor
-    z: Tensor
+    standing: Standing
     norms: Tensor
     weights: Tensor
 
@@ -193,15 +191,14 @@ class Jump(Trigger):
     def holds(self, moment: Moment) -> Tensor:
         """Return whether the value is above the limit."""
         i = SERIES.index(self.of)
-        holds = moment.z[i] > self.z
-        if self.ratio is not None:
-            holds &= (moment.values[i] > self.ratio * moment.mean[i]) & (moment.mean[i] > 0)
-        return holds
+        mean = moment.standing.mean[i]
+        holds = moment.standing.z[i] > self.z
+        return holds if self.ratio is None else holds & (moment.values[i] > self.ratio * mean) & (mean > 0)
 
     def explain(self, moment: Moment) -> tuple[float, float, str]:
         """Return the value, the largest that would have passed, and a message."""
         i = SERIES.index(self.of)
-        value, mean, s, z = (float(vector[i]) for vector in (moment.values, moment.mean, moment.s, moment.z))
+        value, mean, s, z = (float(vector[i]) for vector in (moment.values, *moment.standing))
         limit = max(mean + self.z * s, (self.ratio or -math.inf) * mean)
         message = f"the {self.of} is {value:.4g}, above {limit:.4g}; before it was {mean:.4g} ± {s:.2g} (z = {z:.3g})"
         return value, limit, message
@@ -229,9 +226,10 @@ class NonFinite(Trigger):
     def holds(self, moment: Moment) -> Tensor:
         """Return whether anything is not finite. The norm of all gradients is finite if each of them is."""
         if self.of == "weights":
-            return ~moment.weights.isfinite().all()
+            return ~(moment.weights < math.inf).all()
         i = 0 if self.of == "loss" else 1
-        return ~moment.values[i].isfinite() if moment.known[i] else torch.zeros_like(moment.values[i], dtype=torch.bool)
+        missing = torch.zeros_like(moment.values[i], dtype=torch.bool)
+        return ~(moment.values[i].abs() < math.inf) if moment.known[i] else missing
 
     def explain(self, moment: Moment) -> tuple[float, float, str]:
         """Return the loss or the number of culprits, the limit of these, and a message."""
