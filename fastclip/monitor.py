@@ -266,15 +266,16 @@ class Monitor:
 
         Args:
             sink: One of `fastclip.sinks`, or a function that takes a dict, as ``wandb.log``.
-            every: How many steps at a time. Call `flush` when training ends, for those that are left over.
+            every: How many steps at a time, at most the monitor's `history`. Call `flush` when training ends, for those
+                that are left over.
 
         Raises:
             TypeError: `sink` is neither.
-            ValueError: `every` is below 1, or above the number of steps kept.
+            ValueError: `every` is below 1.
         """
-        if not 1 <= every <= self.history:
-            raise ValueError(f"`every` must be from 1 to the monitor's history of {self.history} steps, not {every}")
-        self._logs.append(_Log(as_sink(sink), every, self.steps))
+        if every < 1:
+            raise ValueError(f"`every` must be at least 1, not {every}")
+        self._logs.append(_Log(as_sink(sink), min(every, self.history), self.steps))
 
     def flush(self) -> None:
         """Look, and hand to the sinks all that they have not got yet."""

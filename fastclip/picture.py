@@ -56,8 +56,9 @@ def draw(history: History) -> Figure:
         _draw_series(axes, history, history.loss, history.mean[:, 0], history.has_loss)
         axes.set(ylabel="loss", yscale="log" if _spans_decades(history.loss) else "linear")
     _draw_series(norm_axes, history, history.norm, history.mean[:, 1], history.has_norm)
-    norm_axes.set_yscale("log", nonpositive="mask")
     norm_axes.set_ylabel("global norm")
+    if (history.norm > 0).any():
+        norm_axes.set_yscale("log", nonpositive="mask")
     _draw_layers(figure, layer_axes, history, labels)
     _explain(figure, history)
     return figure
