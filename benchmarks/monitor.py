@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ WARNING = tuple(type(trigger)(**{**vars(trigger), "action": "warn"}) for trigger
 
 
 def _parameters(count: int, size: int, device: str) -> list[tuple[str, Tensor]]:
-    named = []
+    named: list[tuple[str, Tensor]] = []
     for i in range(count):
         parameter = nn.Parameter(torch.randn(size, device=device))
         parameter.grad = torch.randn(size, device=device)
@@ -54,14 +55,14 @@ def _candidates(
         return lambda: monitor.update(fastclip.clip_grads_(parameters, rule), loss), monitor
 
     # No look but the one at the end: nobody skips, and `every` is longer than the benchmark.
-    kwargs = {"history": steps + 1, "every": steps + 1, "max_skipped": steps + 1}
+    options: Any = {"history": steps + 1, "every": steps + 1, "max_skipped": steps + 1}
     return {
         "clip_grad_norm_": (lambda: fastclip.clip_grad_norm_(parameters, 1e9), None),
         "clip_grads_": (lambda: fastclip.clip_grads_(parameters, rule), None),
-        "+ monitor": watched(fastclip.Monitor(named, **kwargs)),
-        "+ 3 that warn": watched(fastclip.Monitor(named, triggers=WARNING, **kwargs)),
-        "+ 3 that skip": watched(fastclip.Monitor(named, triggers=SKIPPING, **kwargs)),
-        "+ weights": watched(fastclip.Monitor(named, weights=True, **kwargs)),
+        "+ monitor": watched(fastclip.Monitor(named, **options)),
+        "+ 3 that warn": watched(fastclip.Monitor(named, triggers=WARNING, **options)),
+        "+ 3 that skip": watched(fastclip.Monitor(named, triggers=SKIPPING, **options)),
+        "+ weights": watched(fastclip.Monitor(named, weights=True, **options)),
     }
 
 

@@ -144,9 +144,10 @@ class Monitor:
             raise ValueError("there are no parameters to monitor: an iterator that was used before is empty")
         self.groups = group(self.owners, by)
         self.names = self.owners.names or [f"parameters[{i}]" for i in range(len(self.owners.tensors))]
-        self.triggers = tuple(sorted(triggers, key=lambda trigger: getattr(trigger, "action", None) != "skip"))
         self.weights = weights
-        self._check_triggers()
+        self._check_triggers(triggers)
+        self.triggers = tuple(sorted(triggers, key=lambda trigger: trigger.action != "skip"))
+        """Those that skip come first."""
         self.steps = 0
         """How many steps it has seen, those before a resumed checkpoint included."""
         self.history = history
@@ -155,22 +156,22 @@ class Monitor:
         self._loss: Tensor | float | None = None
         self._averages = Averages(decay, warmup)
         self._state = torch.zeros(3, len(SERIES), dtype=torch.float64)
-        self._held = torch.zeros(len(self.triggers))  # for how many steps in a row, up to the last one
+        self._held = torch.zeros(len(self.triggers))  # for how many steps in a row, up to the last that was judged
         self._patience = torch.tensor([float(trigger.patience) for trigger in self.triggers])
         count = len(self.names)
         self._widths = [len(SERIES), 1, 1, count, count if weights else 0, self._state.numel(), len(self.triggers)]
-        self._skipping = sum(trigger.action == "skip" for trigger in self.triggers)  # how many, which come first
+        self._skipping = sum(trigger.action == "skip" for trigger in self.triggers)  # how many do
         self._unread: list[_Step] = []
         self._seen: deque[_Step] = deque(maxlen=history)
         self._logs: list[_Log] = []
         self._skipped = 0  # steps in a row, up to the last that was looked at
         self._fired = np.zeros(len(self.triggers), dtype=bool)  # in the last step that was looked at
 
-    def _check_triggers(self) -> None:
-        for trigger in self.triggers:
+    def _check_triggers(self, triggers: Sequence[Trigger]) -> None:
+        for trigger in triggers:
             if not isinstance(trigger, Trigger):
                 raise TypeError(f"`triggers` must hold Jump, NonFinite or Vanishing, not {trigger!r}")
-            if getattr(trigger, "of", None) == "weights" and not self.weights:
+            if trigger.watches_weights and not self.weights:
                 raise ValueError(f"{trigger} needs the norms of the weights: Monitor(..., weights=True)")
 
     @property
@@ -278,12 +279,20 @@ class Monitor:
         self._logs.append(_Log(as_sink(sink), min(every, self.history), self.steps))
 
     def flush(self) -> None:
-        """Look, and hand to the sinks all that they have not got yet."""
+        """Look, and hand to the sinks all that they have not got yet.
+
+        Raises:
+            TriggerError: As in `update`.
+        """
         self._look()
         self._hand_on(self._logs)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of steps and the running averages, so that a resumed run goes on without a false alarm."""
+        """Look, and return the number of steps and the averages, so that a resumed run goes on without a false alarm.
+
+        Raises:
+            TriggerError: As in `update`.
+        """
         self._look()
         return {"steps": self.steps, "averages": self._state.cpu()}
 
@@ -326,7 +335,7 @@ class Monitor:
 
     def _judged(self, step: _Step) -> _Step:
         """The step with the rest of its numbers: enter it into the averages, and see which triggers fire."""
-        values, _, _, norms, weights = step.numbers.split(self._widths[:5])
+        values, _, _, norms, weights = torch.split(step.numbers, self._widths[:5])
         before = on(values.device, self._state)
         standing = self._averages.compare(before, values)
         self._state = self._averages.enter(before, values, standing)
@@ -340,7 +349,7 @@ class Monitor:
         return step._replace(numbers=torch.cat(parts))
 
     def _parts(self, numbers: Tensor) -> _Parts:
-        return _Parts(*numbers.split(self._widths, dim=-1))
+        return _Parts(*torch.split(numbers, self._widths, dim=-1))
 
     # ---- on the host
 
@@ -368,9 +377,9 @@ class Monitor:
     def _hand_on(self, logs: Sequence[_Log]) -> None:
         for log in logs:
             steps = [step for step in self._seen if step.number > log.until]
-            log.until = self.steps
             if steps:
                 log.sink.write(list(self._history(steps).rows()))
+            log.until = self.steps
 
     def _react(self, steps: Sequence[_Step]) -> None:
         """Do what the triggers ask for; errors last, so that nothing else is lost."""
@@ -408,9 +417,8 @@ class Monitor:
         standing = self._averages.compare(parts.before.reshape(3, -1), parts.values)
         known = (step.has_loss, bool(step.present))
         value, limit, message = trigger.explain(Moment(parts.values, known, standing, parts.norms, parts.weights))
-        of_weights = getattr(trigger, "of", None) == "weights"
-        which = list(range(len(self.names)) if of_weights else step.present)
-        norms = (parts.weights if of_weights else parts.norms).numpy()[which]
+        which = list(range(len(self.names)) if trigger.watches_weights else step.present)
+        norms = (parts.weights if trigger.watches_weights else parts.norms).numpy()[which]
         return Report(step.number, trigger, value, limit, message, [self.names[i] for i in which], norms)
 
     def _history(self, steps: Sequence[_Step]) -> History:

@@ -141,6 +141,11 @@ class Trigger(ABC):
         """In how many steps in a row it must hold before it fires."""
         return 1
 
+    @property
+    def watches_weights(self) -> bool:
+        """Whether it is the parameters themselves that it watches, not their gradients."""
+        return False
+
     @abstractmethod
     def holds(self, moment: Moment) -> Tensor:
         """Return whether a step is what it watches for: 0-dim bool on the step's device, without a sync."""
@@ -223,9 +228,14 @@ class NonFinite(Trigger):
         super().__post_init__()
         _check_of(self.of, ("loss", "gradients", "weights"))
 
+    @property
+    def watches_weights(self) -> bool:
+        """Whether it is the parameters themselves that it watches, not their gradients."""
+        return self.of == "weights"
+
     def holds(self, moment: Moment) -> Tensor:
         """Return whether anything is not finite. The norm of all gradients is finite if each of them is."""
-        if self.of == "weights":
+        if self.watches_weights:
             return ~(moment.weights < math.inf).all()
         i = 0 if self.of == "loss" else 1
         missing = torch.zeros_like(moment.values[i], dtype=torch.bool)

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 RULE = fastclip.ClipByGlobalNorm(1.0)
 
 
-class Transfers(TorchDispatchMode):
+class Transfers(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as torch has it
     """Counts what is fetched from the meta device, whose tensors have no values: zeros come of it.
 
     So what runs there without being fetched from needs no value, and would not wait for a GPU either: torch itself
@@ -31,7 +31,7 @@ class Transfers(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.shapes: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -237,7 +237,7 @@ def test_nothing_holds_on_to_the_graph() -> None:
     weight = nn.Parameter(torch.ones(3))
     monitor = fastclip.Monitor([("w", weight)], weights=True, triggers=[fastclip.NonFinite("loss", action="skip")])
     loss = weight.square().sum()
-    loss.backward()
+    torch.autograd.backward(loss)
     skip = monitor.update(fastclip.clip_grads_([("w", weight)], RULE), loss)
     assert not skip.requires_grad
     assert not any(step.numbers.requires_grad for step in monitor._unread)
@@ -299,7 +299,12 @@ def test_when_the_host_looks(options: Any, looks: list[int], monkeypatch: pytest
     monitor = fastclip.Monitor(named(1), **options)
     seen = []
     look = monitor._look
-    monkeypatch.setattr(monitor, "_look", lambda: (seen.append(monitor.steps), look()))
+
+    def noted() -> None:
+        seen.append(monitor.steps)
+        look()
+
+    monkeypatch.setattr(monitor, "_look", noted)
     series(monitor, [1.0] * 12)
     assert seen == looks
 
