@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     )
     from fastclip.clipping import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
     from fastclip.environment import info, warm_up
+    from fastclip.history import History
+    from fastclip.monitor import Monitor
     from fastclip.patching import patch, patched, unpatch
     from fastclip.rules import ClipAtThreshold, ClipByGlobalNorm, ClipByNorm, ClipByValue, ClipGradNorm, Rule
+    from fastclip.sinks import CSVFile, JSONLines, Sink, TensorBoard
+    from fastclip.triggers import Jump, NonFinite, Report, TriggerError, Vanishing
 
 __version__ = "0.1.0"
 
@@ -28,13 +32,24 @@ __version__ = "0.1.0"
 # the script does.
 _HOMES = {
     "Attachment": "fastclip.attachment",
+    "CSVFile": "fastclip.sinks",
     "ClipAtThreshold": "fastclip.rules",
     "ClipByGlobalNorm": "fastclip.rules",
     "ClipByNorm": "fastclip.rules",
     "ClipByValue": "fastclip.rules",
     "ClipGradNorm": "fastclip.rules",
     "ClipResult": "fastclip.clip_by",
+    "History": "fastclip.history",
+    "JSONLines": "fastclip.sinks",
+    "Jump": "fastclip.triggers",
+    "Monitor": "fastclip.monitor",
+    "NonFinite": "fastclip.triggers",
+    "Report": "fastclip.triggers",
     "Rule": "fastclip.rules",
+    "Sink": "fastclip.sinks",
+    "TensorBoard": "fastclip.sinks",
+    "TriggerError": "fastclip.triggers",
+    "Vanishing": "fastclip.triggers",
     "attach": "fastclip.attachment",
     "clip_by_global_norm_": "fastclip.clip_by",
     "clip_by_norm_": "fastclip.clip_by",
@@ -54,13 +69,24 @@ _HOMES = {
 
 __all__ = [
     "Attachment",
+    "CSVFile",
     "ClipAtThreshold",
     "ClipByGlobalNorm",
     "ClipByNorm",
     "ClipByValue",
     "ClipGradNorm",
     "ClipResult",
+    "History",
+    "JSONLines",
+    "Jump",
+    "Monitor",
+    "NonFinite",
+    "Report",
     "Rule",
+    "Sink",
+    "TensorBoard",
+    "TriggerError",
+    "Vanishing",
     "attach",
     "clip_by_global_norm_",
     "clip_by_norm_",

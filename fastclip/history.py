@@ -1,0 +1,177 @@
+"""What a monitor has seen, on the host: an array for each quantity, with an entry for each step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from fastclip.groups import Groups
+
+Array: TypeAlias = npt.NDArray[Any]
+Row: TypeAlias = dict[str, float | int | bool | None]
+"""A step for a sink. All rows of a monitor have the same keys; what a step lacks (a loss, say) is None."""
+
+_NAMED = 3  # groups that a summary names
+
+
+@dataclass(frozen=True)
+class History:
+    """Some successive steps; its ``str`` is a few lines to print.
+
+    S steps, P parameters, G groups, T triggers. What a step lacks is NaN: the loss where none was recorded, the norm of
+    a parameter without gradient, averages before there are any. `has_loss` and `present` tell this from a NaN that was
+    found.
+
+    Attributes:
+        names: The parameters' names.
+        groups: Which parameters belong together, and the groups' labels.
+        triggers: What each trigger is, printed.
+        steps: The steps' numbers, [S], from 1 on.
+        has_loss: Whether there was a loss, [S].
+        present: Which parameters had a gradient, [S, P].
+        loss: The loss, [S].
+        norm: The 2-norm of all gradients before clipping, [S].
+        coefficient: The smallest that gradients were multiplied by, [S]; NaN where values were clipped, or nothing.
+        clipped: Whether anything was clipped, [S].
+        norms: The 2-norm of each parameter's gradient, [S, P].
+        weights: The 2-norm of each parameter before the step, [S, P], or [S, 0] where these were not asked for.
+        mean: Running means of loss and norm before the step, [S, 2].
+        s: Running standard deviations before the step, [S, 2].
+        z: How many of these loss and norm were above the means, [S, 2].
+        fired: Which triggers fired, [S, T].
+        skipped: Whether a trigger asked for the step to be skipped, [S].
+    """
+
+    names: Sequence[str]
+    groups: Groups
+    triggers: Sequence[str]
+    steps: Array
+    has_loss: Array
+    present: Array
+    loss: Array
+    norm: Array
+    coefficient: Array
+    clipped: Array
+    norms: Array
+    weights: Array
+    mean: Array
+    s: Array
+    z: Array
+    fired: Array
+    skipped: Array
+
+    @property
+    def has_norm(self) -> Array:
+        """Whether there was any gradient, [S]."""
+        has_norm: Array = np.any(self.present, axis=1)
+        return has_norm
+
+    @property
+    def share_clipped(self) -> float:
+        """The share of the steps in which anything was clipped; NaN where there are no steps."""
+        return float(self.clipped.mean()) if len(self.steps) else math.nan
+
+    @property
+    def nonfinite(self) -> Array:
+        """The number of parameters whose gradient is not finite, [S]. Norms of finite gradients do not overflow."""
+        return _count(self.present & ~np.isfinite(self.norms))
+
+    @property
+    def nonfinite_weights(self) -> Array:
+        """The number of parameters that are not finite themselves, [S]."""
+        return _count(~np.isfinite(self.weights))
+
+    @property
+    def group_norms(self) -> Array:
+        """The 2-norm of each group's gradients, [S, G]; NaN also where a group has no gradient."""
+        norms = _combined(np.where(self.present, self.norms, 0.0), self.groups)
+        return np.where(self.group_present, norms, math.nan)
+
+    @property
+    def group_present(self) -> Array:
+        """Which groups had a gradient, [S, G]."""
+        order, starts = _runs(self.groups)
+        return np.logical_or.reduceat(self.present[:, order], starts, axis=1)
+
+    @property
+    def group_weights(self) -> Array:
+        """The 2-norm of each group's parameters, [S, G], or [S, 0]."""
+        return _combined(self.weights, self.groups) if self.weights.size else self.weights
+
+    def rows(self) -> Iterator[Row]:
+        """Yield each step as a flat dict, as sinks take it.
+
+        Its keys: "step"; "loss" and "grad_norm", each with "_mean", "_s" and "_z"; "coefficient", "clipped", "skipped",
+        "nonfinite"; "grad_norm/" and each group's label; and with weights "nonfinite_weights" and "weight_norm/" and
+        each group's label.
+        """
+        columns: dict[str, tuple[Array, Array | None]] = {"step": (self.steps, None)}
+        series_of_two = (("loss", self.loss, self.has_loss), ("grad_norm", self.norm, self.has_norm))
+        for i, (name, values, known) in enumerate(series_of_two):
+            columns[name] = values, known
+            for what in ("mean", "s", "z"):
+                series = getattr(self, what)[:, i]
+                columns[f"{name}_{what}"] = series, ~np.isnan(series)
+        columns["coefficient"] = self.coefficient, ~np.isnan(self.coefficient)
+        columns |= {
+            "clipped": (self.clipped, None),
+            "skipped": (self.skipped, None),
+            "nonfinite": (self.nonfinite, None),
+        }
+        norms, present, weights = self.group_norms, self.group_present, self.group_weights
+        columns |= {f"grad_norm/{label}": (norms[:, g], present[:, g]) for g, label in enumerate(self.groups.labels)}
+        if weights.size:
+            columns["nonfinite_weights"] = self.nonfinite_weights, None
+            columns |= {f"weight_norm/{label}": (weights[:, g], None) for g, label in enumerate(self.groups.labels)}
+        lists = [_with_none(*column) for column in columns.values()]
+        return (dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True))
+
+    def __str__(self) -> str:
+        """Return a few lines: on all steps, and on the last of them."""
+        if not len(self.steps):
+            return "no steps"
+        skipped, nonfinite = np.count_nonzero(self.skipped), np.count_nonzero(self.nonfinite)
+        span = f"steps {self.steps[0]} to {self.steps[-1]}"
+        lines = [f"{span}: {self.share_clipped:.1%} clipped, {skipped} skipped, {nonfinite} with non-finite gradients"]
+        for i, (name, values) in enumerate((("loss", self.loss), ("norm", self.norm))):
+            if np.isfinite(values).any():
+                largest = int(np.argmax(np.where(np.isfinite(values), values, -math.inf)))
+                lines.append(
+                    f"{name} {values[-1]:.4g}, before {self.mean[-1, i]:.4g} ± {self.s[-1, i]:.2g}; "
+                    f"largest {values[largest]:.4g} at step {self.steps[largest]}"
+                )
+        norms, present = self.group_norms[-1], np.flatnonzero(self.group_present[-1])
+        largest_first = present[np.argsort(-np.nan_to_num(norms[present], nan=math.inf), kind="stable")]
+        named = [f"{self.groups.labels[g]} {norms[g]:.4g}" for g in largest_first[:_NAMED]]
+        return "\n".join([*lines, f"largest norms at the last step: {', '.join(named) or 'no gradients'}"])
+
+
+def _count(flags: Array) -> Array:
+    counts: Array = flags.sum(axis=1)
+    return counts
+
+
+def _runs(groups: Groups) -> tuple[Array, Array]:
+    """The parameters in the order of their groups, and where each group begins."""
+    of = np.array(groups.of, dtype=np.int64)
+    order = np.argsort(of, kind="stable")
+    return order, np.searchsorted(of[order], np.arange(len(groups.labels)))
+
+
+def _combined(norms: Array, groups: Groups) -> Array:
+    """The groups' norms, [S, G], from the parameters', [S, P]. hypot does not overflow."""
+    order, starts = _runs(groups)
+    with np.errstate(invalid="ignore"):
+        combined: Array = np.hypot.reduceat(norms[:, order], starts, axis=1)
+    return combined
+
+
+def _with_none(values: Array, known: Array | None) -> list[Any]:
+    """An array as a list of Python's own numbers, with None where nothing is known."""
+    items: list[Any] = values.tolist()
+    return items if known is None else [item if k else None for item, k in zip(items, known.tolist(), strict=True)]

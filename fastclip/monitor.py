@@ -1,0 +1,458 @@
+"""A monitor: what every step of training looked like, from the vector of norms that clipping leaves anyway.
+
+    ClipResult, loss --update--> a row of numbers on the device --look--> averages, triggers, history, sinks on the host
+
+A step costs one concatenation. The host *looks* at the rows of all steps since it last did: one transfer, one wait for
+the device. Averages and triggers are worked out then, unless one of them has to skip steps: then they are worked out in
+the step, by the same operations on the device.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastclip.averages import Averages
+from fastclip.backends.interface import on
+from fastclip.clip_by import ClipResult
+from fastclip.gradients import Parameters, as_gradients
+from fastclip.groups import By, group
+from fastclip.history import History, Row
+from fastclip.plans import prepare
+from fastclip.sinks import Sink, as_sink
+from fastclip.triggers import SERIES, Moment, Report, Trigger, TriggerError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class _Step(NamedTuple):
+    """A step as it is kept: on the device until the host has looked.
+
+    Attributes:
+        number: The step's number.
+        has_loss: Whether there was a loss.
+        present: The positions of the parameters that had a gradient.
+        numbers: All else, as one vector: see `_Parts`.
+    """
+
+    number: int
+    has_loss: bool
+    present: Sequence[int]
+    numbers: Tensor
+
+
+class _Parts(NamedTuple):
+    """The parts of a step's numbers, or, [steps, ...], of several steps'.
+
+    Attributes:
+        values: Loss and norm, [2].
+        coefficient: The smallest of the groups', [1].
+        clipped: 1 or 0, [1].
+        norms: Those of the gradients, [parameters].
+        weights: The norms of the parameters, [parameters], or [0] where they are not taken.
+        before: The state of the averages before the step, [3 x 2].
+        fired: Which triggers fired, 1 or 0, [triggers].
+    """
+
+    values: Tensor
+    coefficient: Tensor
+    clipped: Tensor
+    norms: Tensor
+    weights: Tensor
+    before: Tensor
+    fired: Tensor
+
+
+@dataclass
+class _Log:
+    """A sink, how often rows are handed to it, and the last step it was given."""
+
+    sink: Sink
+    every: int
+    until: int
+
+
+class Monitor:
+    """Watches training: norms, losses, what was clipped; calls attention to what is unusual.
+
+    It takes the result of each clipping step::
+
+        monitor = Monitor(model, triggers=[Jump("norm", z=6.0, action="skip"), NonFinite("loss", action="raise")])
+        for batch in batches:
+            ...
+            result = fastclip.clip_grads_(model, rule)
+            if not monitor.update(result, loss):
+                optimizer.step()
+        print(monitor.read())
+
+    or, with ``fastclip.attach(optimizer, rule, monitor=monitor)``, of each step of the optimizer.
+
+    **When it waits for the device.** In no step but those in which the host looks, and then once: every `every` steps
+    if a trigger warns, raises or calls a function; every `max_skipped` steps if one skips; every N steps with
+    ``log_to(sink, every=N)``; when it is read; and every `history` steps, so that the device's memory does not fill. A
+    trigger whose host looks every 10 steps acts up to 9 steps late, on every step that it fired in.
+
+    Args:
+        parameters: What is clipped, as in `fastclip.clip_grads_`, in the same order; with names, which reports use.
+        triggers: What to watch for, see `fastclip.triggers`.
+        by: Whose norms histories, sinks and pictures show: see `fastclip.groups.By`. Triggers name single parameters.
+        weights: Whether to take the norms of the parameters too, before the step. It reads them once more.
+        decay: Of the running averages, see `fastclip.averages`; 0.97 remembers some 30 steps.
+        warmup: Steps before the first z-score, and so before a `Jump` may fire.
+        history: The number of steps that are kept.
+        every: How many steps the host waits before it looks, for triggers that warn, raise or call a function.
+        max_skipped: How many steps in a row may be skipped, before an error says so at the next look.
+
+    Raises:
+        TypeError: `parameters` holds something other than tensors, or a trigger is none.
+        ValueError: A number is out of its range; there are no parameters; `by` does not fit what is known of them; or a
+            trigger watches weights, which are not taken.
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        *,
+        triggers: Sequence[Trigger] = (),
+        by: By = "layer",
+        weights: bool = False,
+        decay: float = 0.97,
+        warmup: int = 25,
+        history: int = 1000,
+        every: int = 1,
+        max_skipped: int = 10,
+    ) -> None:
+        counts = {"warmup": warmup, "history": history, "every": every, "max_skipped": max_skipped}
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"`{name}` must be at least 1, not {count}")
+        if not 0 <= decay < 1:
+            raise ValueError(f"`decay` must be from 0 to below 1, not {decay}")
+        self._weights = as_gradients(parameters)
+        self.owners = self._weights.owners
+        if not self.owners.tensors:
+            raise ValueError("there are no parameters to monitor: an iterator that was used before is empty")
+        self.groups = group(self.owners, by)
+        self.names = self.owners.names or [f"parameters[{i}]" for i in range(len(self.owners.tensors))]
+        self.weights = weights
+        self._check_triggers(triggers)
+        self.triggers = tuple(sorted(triggers, key=lambda trigger: trigger.action != "skip"))
+        """Those that skip come first."""
+        self.steps = 0
+        """How many steps it has seen, those before a resumed checkpoint included."""
+        self.history = history
+        self.every = every
+        self.max_skipped = max_skipped
+        self._loss: Tensor | float | None = None
+        self._averages = Averages(decay, warmup)
+        self._state = torch.zeros(3, len(SERIES), dtype=torch.float64)
+        self._held = torch.zeros(len(self.triggers))  # for how many steps in a row, up to the last that was judged
+        self._patience = torch.tensor([float(trigger.patience) for trigger in self.triggers])
+        count = len(self.names)
+        self._widths = [len(SERIES), 1, 1, count, count if weights else 0, self._state.numel(), len(self.triggers)]
+        self._skipping = sum(trigger.action == "skip" for trigger in self.triggers)  # how many do
+        self._unread: list[_Step] = []
+        self._seen: deque[_Step] = deque(maxlen=history)
+        self._logs: list[_Log] = []
+        self._skipped = 0  # steps in a row, up to the last that was looked at
+        self._fired = np.zeros(len(self.triggers), dtype=bool)  # in the last step that was looked at
+
+    def _check_triggers(self, triggers: Sequence[Trigger]) -> None:
+        for trigger in triggers:
+            if not isinstance(trigger, Trigger):
+                raise TypeError(f"`triggers` must hold Jump, NonFinite or Vanishing, not {trigger!r}")
+            if trigger.watches_weights and not self.weights:
+                raise ValueError(f"{trigger} needs the norms of the weights: Monitor(..., weights=True)")
+
+    @property
+    def skips(self) -> bool:
+        """Whether a trigger may ask for a step to be skipped."""
+        return self._skipping > 0
+
+    def record_loss(self, loss: Tensor | float) -> None:
+        """Remember the loss of the step to come; the last one counts. No sync.
+
+        Args:
+            loss: One number.
+
+        Raises:
+            ValueError: It has more than one element.
+        """
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise ValueError(f"the loss must be one number, not a tensor of shape {tuple(loss.shape)}")
+            loss = loss.detach()
+        self._loss = loss
+
+    def update(self, result: ClipResult, loss: Tensor | float | None = None) -> Tensor:
+        """Take a step: after the gradients were clipped, before the optimizer changes the weights.
+
+        Args:
+            result: What clipping or `fastclip.measure_grads` returned.
+            loss: The loss, unless `record_loss` was given it, or there is none.
+
+        Returns:
+            Whether to skip the step, because a trigger with ``action="skip"`` fired: 0-dim bool on the result's device.
+
+        Raises:
+            ValueError: The result has not the norms of these parameters, or the loss is not one number.
+            TriggerError: The host looked, and a trigger that raises had fired, or too many steps in a row were skipped.
+        """
+        if result.norms is None:
+            raise ValueError("a monitor needs the norm of each parameter: take it with clip_grads_ or measure_grads")
+        if len(result.norms) != len(self.names):
+            raise ValueError(
+                f"the monitor was made for {len(self.names)} parameters, and {len(result.norms)} were clipped: make it "
+                "from what is clipped"
+            )
+        if loss is not None:
+            self.record_loss(loss)
+        with torch.no_grad():
+            step = _Step(self.steps + 1, self._loss is not None, result.present, self._facts(result, result.norms))
+            if self.skips:
+                step = self._judged(step)
+                skip = self._parts(step.numbers).fired[: self._skipping].any()
+            else:
+                skip = torch.zeros((), dtype=torch.bool, device=step.numbers.device)
+        if self._unread and self._unread[0].numbers.device != skip.device:
+            self._look()  # what is transferred together must be together
+        self._unread.append(step)
+        self.steps = step.number
+        self._loss = None
+        if self._look_is_due():
+            self._look()
+        return skip
+
+    def read(self) -> History:
+        """Look, and return the last steps, at most `history` of them. Waits for the device once.
+
+        Raises:
+            TriggerError: As in `update`.
+        """
+        self._look()
+        return self._history(list(self._seen))
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Look, and draw the norms of the groups over time, below the loss and the global norm.
+
+        Args:
+            path: Where to save the picture; its ending says in which format.
+
+        Returns:
+            The figure.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+            ValueError: There were no steps.
+        """
+        from fastclip.picture import draw
+
+        figure = draw(self.read())
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+    def log_to(self, sink: Sink | Callable[[Row], object], every: int = 100) -> None:
+        """Hand every step from now on to a sink, as a dict (see `History.rows`), several at a time.
+
+        Args:
+            sink: One of `fastclip.sinks`, or a function that takes a dict, as ``wandb.log``.
+            every: How many steps at a time, at most the monitor's `history`. Call `flush` when training ends, for those
+                that are left over.
+
+        Raises:
+            TypeError: `sink` is neither.
+            ValueError: `every` is below 1.
+        """
+        if every < 1:
+            raise ValueError(f"`every` must be at least 1, not {every}")
+        self._logs.append(_Log(as_sink(sink), min(every, self.history), self.steps))
+
+    def flush(self) -> None:
+        """Look, and hand to the sinks all that they have not got yet.
+
+        Raises:
+            TriggerError: As in `update`.
+        """
+        self._look()
+        self._hand_on(self._logs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Look, and return the number of steps and the averages, so that a resumed run goes on without a false alarm.
+
+        Raises:
+            TriggerError: As in `update`.
+        """
+        self._look()
+        return {"steps": self.steps, "averages": self._state.cpu()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of `state_dict`, and forget the steps seen before.
+
+        Raises:
+            ValueError: It is not the state of a monitor.
+        """
+        averages = state.get("averages")
+        if "steps" not in state or not isinstance(averages, Tensor) or averages.shape != self._state.shape:
+            raise ValueError("this is not what Monitor.state_dict() returned")
+        self.steps = state["steps"]
+        self._state = averages.clone()
+        self._held.zero_()
+        self._fired[:] = False
+        self._skipped = 0
+        self._unread.clear()
+        self._seen.clear()
+        for log in self._logs:
+            log.until = self.steps
+
+    # ---- in the step
+
+    def _facts(self, result: ClipResult, norms: Tensor) -> Tensor:
+        """What was found in a step: its numbers without the last two parts."""
+        device = result.norm.device
+        missing = torch.full((1,), math.nan, dtype=norms.dtype, device=device)
+        loss, coefficients = self._loss, result.coefficients
+        parts = [
+            missing if loss is None else on(device, loss).reshape(1),
+            result.norm.reshape(1) if result.present else missing,
+            missing if coefficients is None else coefficients.min().reshape(1),
+            result.clipped.reshape(1),
+            norms,
+        ]
+        if self.weights:
+            parts.append(on(device, prepare(self._weights, in_place=False).norms()))
+        return torch.cat(parts)
+
+    def _judged(self, step: _Step) -> _Step:
+        """The step with the rest of its numbers: enter it into the averages, and see which triggers fire."""
+        values, _, _, norms, weights = torch.split(step.numbers, self._widths[:5])
+        before = on(values.device, self._state)
+        standing = self._averages.compare(before, values)
+        self._state = self._averages.enter(before, values, standing)
+        parts = [step.numbers, before.flatten()]
+        if self.triggers:
+            moment = Moment(values, (step.has_loss, bool(step.present)), standing, norms, weights)
+            holds = torch.stack([trigger.holds(moment) for trigger in self.triggers])
+            self._held = (on(values.device, self._held) + 1) * holds
+            self._patience = on(values.device, self._patience)
+            parts.append(self._held >= self._patience)
+        return step._replace(numbers=torch.cat(parts))
+
+    def _parts(self, numbers: Tensor) -> _Parts:
+        return _Parts(*torch.split(numbers, self._widths, dim=-1))
+
+    # ---- on the host
+
+    def _look_is_due(self) -> bool:
+        cadences = [log.every for log in self._logs]
+        if self.skips:
+            cadences.append(self.max_skipped)
+        if any(trigger.action != "skip" for trigger in self.triggers):
+            cadences.append(self.every)
+        return len(self._unread) >= self.history or any(self.steps % cadence == 0 for cadence in cadences)
+
+    def _look(self) -> None:
+        """Fetch what is unread, by one transfer, and do what is due."""
+        if not self._unread:
+            return
+        steps, self._unread = self._unread, []
+        numbers = torch.stack([step.numbers for step in steps]).to("cpu", torch.float64)
+        steps = [step._replace(numbers=row) for step, row in zip(steps, numbers, strict=True)]
+        if not self.skips:
+            steps = [self._judged(step) for step in steps]
+        self._seen.extend(steps)
+        self._hand_on([log for log in self._logs if self.steps % log.every == 0])
+        self._react(steps)
+
+    def _hand_on(self, logs: Sequence[_Log]) -> None:
+        for log in logs:
+            steps = [step for step in self._seen if step.number > log.until]
+            if steps:
+                log.sink.write(list(self._history(steps).rows()))
+            log.until = self.steps
+
+    def _react(self, steps: Sequence[_Step]) -> None:
+        """Do what the triggers ask for; errors last, so that nothing else is lost."""
+        error: TriggerError | None = None
+        skipped: list[Report] = []
+        for step in steps:
+            fired = self._parts(step.numbers).fired.numpy() > 0
+            began, self._fired = fired & ~self._fired, fired
+            asked_to_skip = False
+            for i in np.flatnonzero(fired):
+                trigger = self.triggers[i]
+                report = self._report(step, trigger)
+                if callable(trigger.action):
+                    trigger.action(report)
+                elif trigger.action == "raise":
+                    error = error or TriggerError(str(report), report)
+                elif trigger.action == "warn" and began[i]:
+                    _warn(str(report))
+                elif trigger.action == "skip" and not asked_to_skip:
+                    asked_to_skip = True
+                    skipped.append(report)
+            self._skipped = self._skipped + 1 if asked_to_skip else 0
+            if self._skipped >= self.max_skipped:
+                error = error or TriggerError(
+                    f"steps skipped in a row: {self._skipped}, the last of them {skipped[-1]}", skipped[-1]
+                )
+        if error:
+            self._hand_on(self._logs)
+            raise error
+        if skipped:
+            _warn(f"steps skipped: {len(skipped)}, the last of them {skipped[-1]}")
+
+    def _report(self, step: _Step, trigger: Trigger) -> Report:
+        parts = self._parts(step.numbers)
+        standing = self._averages.compare(parts.before.reshape(3, -1), parts.values)
+        known = (step.has_loss, bool(step.present))
+        value, limit, message = trigger.explain(Moment(parts.values, known, standing, parts.norms, parts.weights))
+        which = list(range(len(self.names)) if trigger.watches_weights else step.present)
+        norms = (parts.weights if trigger.watches_weights else parts.norms).numpy()[which]
+        return Report(step.number, trigger, value, limit, message, [self.names[i] for i in which], norms)
+
+    def _history(self, steps: Sequence[_Step]) -> History:
+        width = sum(self._widths)
+        rows = torch.stack([step.numbers for step in steps]) if steps else torch.zeros(0, width, dtype=torch.float64)
+        parts = self._parts(rows)
+        before = parts.before.reshape(-1, 3, len(SERIES))
+        mean, s, z = (part.numpy() for part in self._averages.compare(before, parts.values))
+        is_new = before[:, 2].numpy() == 0
+        present = np.zeros(parts.norms.shape, dtype=bool)
+        for row, step in zip(present, steps, strict=True):
+            row[list(step.present)] = True
+        fired = parts.fired.numpy() > 0
+        return History(
+            self.names,
+            self.groups,
+            [str(trigger) for trigger in self.triggers],
+            steps=np.array([step.number for step in steps], dtype=np.int64),
+            has_loss=np.array([step.has_loss for step in steps], dtype=bool),
+            present=present,
+            loss=parts.values[:, 0].numpy(),
+            norm=parts.values[:, 1].numpy(),
+            coefficient=parts.coefficient[:, 0].numpy(),
+            clipped=parts.clipped[:, 0].numpy() > 0,
+            norms=np.where(present, parts.norms.numpy(), math.nan),
+            weights=parts.weights.numpy(),
+            mean=np.where(is_new, math.nan, mean),
+            s=np.where(is_new, math.nan, s),
+            z=z,
+            fired=fired,
+            skipped=np.any(fired[:, : self._skipping], axis=1),
+        )
+
+
+def _warn(message: str) -> None:
+    # In the name of who called update, read or flush, which called _look, which called _react.
+    warnings.warn(message, RuntimeWarning, stacklevel=5)
