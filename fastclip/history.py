@@ -96,7 +96,10 @@ class History:
     def group_present(self) -> Array:
         """Which groups had a gradient, [S, G]."""
         order, starts = _runs(self.groups)
-        return np.logical_or.reduceat(self.present[:, order], starts, axis=1)
+        present = np.logical_or.reduceat(self.present[:, order], starts, axis=1)
+        return present & np.isin(
+            np.arange(len(starts)), self.groups.of
+        )  # there are parameter groups without parameters
 
     @property
     def group_weights(self) -> Array:
@@ -142,7 +145,7 @@ class History:
             if np.isfinite(values).any():
                 largest = int(np.argmax(np.where(np.isfinite(values), values, -math.inf)))
                 lines.append(
-                    f"{name} {values[-1]:.4g}, before {self.mean[-1, i]:.4g} ± {self.s[-1, i]:.2g}; "
+                    f"{name} {values[-1]:.4g} after a mean of {self.mean[-1, i]:.4g} ± {self.s[-1, i]:.2g}, "
                     f"largest {values[largest]:.4g} at step {self.steps[largest]}"
                 )
         norms, present = self.group_norms[-1], np.flatnonzero(self.group_present[-1])

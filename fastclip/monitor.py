@@ -138,8 +138,8 @@ class Monitor:
                 raise ValueError(f"`{name}` must be at least 1, not {count}")
         if not 0 <= decay < 1:
             raise ValueError(f"`decay` must be from 0 to below 1, not {decay}")
-        self._weights = as_gradients(parameters)
-        self.owners = self._weights.owners
+        self._parameters = as_gradients(parameters)
+        self.owners = self._parameters.owners
         if not self.owners.tensors:
             raise ValueError("there are no parameters to monitor: an iterator that was used before is empty")
         self.groups = group(self.owners, by)
@@ -173,6 +173,9 @@ class Monitor:
                 raise TypeError(f"`triggers` must hold Jump, NonFinite or Vanishing, not {trigger!r}")
             if trigger.watches_weights and not self.weights:
                 raise ValueError(f"{trigger} needs the norms of the weights: Monitor(..., weights=True)")
+
+    def __repr__(self) -> str:
+        return f"<Monitor of {len(self.names)} parameters after {self.steps} steps>"
 
     @property
     def skips(self) -> bool:
@@ -319,18 +322,16 @@ class Monitor:
 
     def _facts(self, result: ClipResult, norms: Tensor) -> Tensor:
         """What was found in a step: its numbers without the last two parts."""
-        device = result.norm.device
-        missing = torch.full((1,), math.nan, dtype=norms.dtype, device=device)
-        loss, coefficients = self._loss, result.coefficients
+        like = result.norm
         parts = [
-            missing if loss is None else on(device, loss).reshape(1),
-            result.norm.reshape(1) if result.present else missing,
-            missing if coefficients is None else coefficients.min().reshape(1),
-            result.clipped.reshape(1),
+            _number(self._loss, like),
+            _number(like if result.present else None, like),
+            _number(None if result.coefficients is None else result.coefficients.min(), like),
+            _number(result.clipped, like),
             norms,
         ]
         if self.weights:
-            parts.append(on(device, prepare(self._weights, in_place=False).norms()))
+            parts.append(on(like.device, prepare(self._parameters, in_place=False).norms()))
         return torch.cat(parts)
 
     def _judged(self, step: _Step) -> _Step:
@@ -388,24 +389,21 @@ class Monitor:
         for step in steps:
             fired = self._parts(step.numbers).fired.numpy() > 0
             began, self._fired = fired & ~self._fired, fired
-            asked_to_skip = False
-            for i in np.flatnonzero(fired):
-                trigger = self.triggers[i]
-                report = self._report(step, trigger)
-                if callable(trigger.action):
-                    trigger.action(report)
-                elif trigger.action == "raise":
-                    error = error or TriggerError(str(report), report)
-                elif trigger.action == "warn" and began[i]:
-                    _warn(str(report))
-                elif trigger.action == "skip" and not asked_to_skip:
-                    asked_to_skip = True
-                    skipped.append(report)
-            self._skipped = self._skipped + 1 if asked_to_skip else 0
+            asking = np.flatnonzero(fired[: self._skipping])
+            self._skipped = self._skipped + 1 if asking.size else 0
+            if asking.size:
+                skipped.append(self._report(step, self.triggers[asking[0]]))
             if self._skipped >= self.max_skipped:
-                error = error or TriggerError(
-                    f"steps skipped in a row: {self._skipped}, the last of them {skipped[-1]}", skipped[-1]
-                )
+                message = f"steps skipped in a row: {self._skipped}, the last of them {skipped[-1]}"
+                error = error or TriggerError(message, skipped[-1])
+            for i in np.flatnonzero(fired[self._skipping :]) + self._skipping:
+                action, report = self.triggers[i].action, self._report(step, self.triggers[i])
+                if callable(action):
+                    action(report)
+                elif action == "raise":
+                    error = error or TriggerError(str(report), report)
+                elif began[i]:
+                    _warn(str(report))
         if error:
             self._hand_on(self._logs)
             raise error
@@ -451,6 +449,13 @@ class Monitor:
             fired=fired,
             skipped=np.any(fired[:, : self._skipping], axis=1),
         )
+
+
+def _number(number: Tensor | float | None, like: Tensor) -> Tensor:
+    """A number as a vector of one element; None is NaN. What the host knows is filled in, for a copy would wait."""
+    if isinstance(number, Tensor):
+        return on(like.device, number).reshape(1)
+    return torch.full((1,), math.nan if number is None else number, dtype=like.dtype, device=like.device)
 
 
 def _warn(message: str) -> None:

@@ -183,6 +183,14 @@ def test_a_gradient_that_is_missing_is_neither_zero_nor_non_finite() -> None:
     assert [row["grad_norm/layer1"] for row in rows] == [4.0, None, None]
 
 
+def test_a_parameter_group_without_parameters() -> None:
+    first, second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    groups: list[dict[str, Any]] = [{"params": [first]}, {"params": []}, {"params": [second]}]
+    monitor = fastclip.Monitor(groups, by="group")
+    monitor.update(result_of([3.0, 4.0]))
+    np.testing.assert_array_equal(monitor.read().group_norms, [[3.0, math.nan, 4.0]])
+
+
 def test_a_step_without_any_gradient_is_no_zero_to_the_averages() -> None:
     model = nn.Linear(2, 1)
     monitor = fastclip.Monitor(model)
@@ -393,6 +401,12 @@ def test_bad_results() -> None:
 # ---- In print
 
 
+def test_a_monitor_in_print() -> None:
+    monitor = fastclip.Monitor(named(1, 1))
+    monitor.update(result_of([1.0, 2.0]))
+    assert repr(monitor) == "<Monitor of 2 parameters after 1 steps>"
+
+
 def test_a_summary() -> None:
     monitor = fastclip.Monitor(named(1, 1, 1))
     assert str(monitor.read()) == "no steps"
@@ -400,6 +414,6 @@ def test_a_summary() -> None:
     monitor.update(result_of([math.nan, 0.4, 0.1]), 2.0)
     first, loss, norm, last = str(monitor.read()).splitlines()
     assert first == "steps 1 to 2: 50.0% clipped, 0 skipped, 1 with non-finite gradients"
-    assert loss == "loss 2, before 4 ± 0.04; largest 4 at step 1"
-    assert norm == "norm nan, before 0.5 ± 0.005; largest 0.5 at step 1"
+    assert loss == "loss 2 after a mean of 4 ± 0.04, largest 4 at step 1"
+    assert norm == "norm nan after a mean of 0.5 ± 0.005, largest 0.5 at step 1"
     assert last == "largest norms at the last step: layer0 nan, layer1 0.1"
