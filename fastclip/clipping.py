@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import types
-import warnings
 
 import torch
 from torch import Tensor
 
 from fastclip import originals
 from fastclip.backends.interface import Scalar, clip_coefficient, on
+from fastclip.caller import warn_caller
 from fastclip.gradients import Gradients, Parameters, as_gradients, check_bounds, check_dtypes, collect, has_dtensors
 from fastclip.plans import prepare
 
@@ -242,7 +242,7 @@ def _check_norm_dtype(norm_dtype: torch.dtype | None) -> None:
 def _warn_if_used_up(parameters: object, grads: Gradients) -> None:
     if isinstance(parameters, types.GeneratorType) and not grads.owners.tensors:
         message = "`parameters` is an empty generator, no gradient clipping will occur."
-        warnings.warn(message, stacklevel=3)  # the caller of the public function
+        warn_caller(message)
 
 
 def _check_foreach(foreach: bool | None, grads: Gradients) -> None:

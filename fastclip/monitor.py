@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from fastclip.averages import Averages
 from fastclip.backends.interface import on
+from fastclip.caller import warn_caller
 from fastclip.clip_by import ClipResult
 from fastclip.gradients import Parameters, as_gradients
 from fastclip.groups import By, group
@@ -105,7 +105,8 @@ class Monitor:
     Args:
         parameters: What is clipped, as in `fastclip.clip_grads_`, in the same order; with names, which reports use.
         triggers: What to watch for, see `fastclip.triggers`.
-        by: Whose norms histories, sinks and pictures show: see `fastclip.groups.By`. Triggers name single parameters.
+        by: Whose norms histories, sinks and pictures show: see `fastclip.groups.By`. By default the layers', where the
+            parameters have names, else every parameter's. Triggers name single parameters.
         weights: Whether to take the norms of the parameters too, before the step. It reads them once more.
         decay: Of the running averages, see `fastclip.averages`; 0.97 remembers some 30 steps.
         warmup: Steps before the first z-score, and so before a `Jump` may fire.
@@ -124,7 +125,7 @@ class Monitor:
         parameters: Parameters,
         *,
         triggers: Sequence[Trigger] = (),
-        by: By = "layer",
+        by: By | None = None,
         weights: bool = False,
         decay: float = 0.97,
         warmup: int = 25,
@@ -142,7 +143,8 @@ class Monitor:
         self.owners = self._parameters.owners
         if not self.owners.tensors:
             raise ValueError("there are no parameters to monitor: an iterator that was used before is empty")
-        self.groups = group(self.owners, by)
+        default: By = "layer" if self.owners.names else "parameter"
+        self.groups = group(self.owners, default if by is None else by)
         self.names = self.owners.names or [f"parameters[{i}]" for i in range(len(self.owners.tensors))]
         self.weights = weights
         self._check_triggers(triggers)
@@ -403,12 +405,12 @@ class Monitor:
                 elif action == "raise":
                     error = error or TriggerError(str(report), report)
                 elif began[i]:
-                    _warn(str(report))
+                    warn_caller(str(report), RuntimeWarning)
         if error:
             self._hand_on(self._logs)
             raise error
         if skipped:
-            _warn(f"steps skipped: {len(skipped)}, the last of them {skipped[-1]}")
+            warn_caller(f"steps skipped: {len(skipped)}, the last of them {skipped[-1]}", RuntimeWarning)
 
     def _report(self, step: _Step, trigger: Trigger) -> Report:
         parts = self._parts(step.numbers)
@@ -456,8 +458,3 @@ def _number(number: Tensor | float | None, like: Tensor) -> Tensor:
     if isinstance(number, Tensor):
         return on(like.device, number).reshape(1)
     return torch.full((1,), math.nan if number is None else number, dtype=like.dtype, device=like.device)
-
-
-def _warn(message: str) -> None:
-    # In the name of who called update, read or flush, which called _look, which called _react.
-    warnings.warn(message, RuntimeWarning, stacklevel=5)

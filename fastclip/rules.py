@@ -17,7 +17,6 @@ Only clipping by value is not a matter of norms: `ClipByValue` holds the bounds.
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import copy
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fastclip.backends.interface import EPS, Bounds, upload
+from fastclip.caller import warn_caller
 from fastclip.groups import By
 
 Bound: TypeAlias = float | Sequence[float] | Mapping[Any, float]
@@ -385,5 +385,5 @@ def from_state(rule: AnyRule, labels: Sequence[Hashable], state: dict[str, Any])
         return rule
     kept = {"by": rule.by} if "by" not in state["settings"] else {}
     restored: AnyRule = BY_NAME[state["name"]](**state["settings"], **kept)
-    warnings.warn(f"the checkpoint's rule {restored} takes the place of {rule}", stacklevel=2)
+    warn_caller(f"the checkpoint's rule {restored} takes the place of {rule}")
     return restored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import io
 import math
@@ -521,3 +522,93 @@ def test_attached_twice() -> None:
 def test_a_monitor_of_another_model() -> None:
     with pytest.raises(ValueError, match="not the 4 of the optimizer"):
         fastclip.attach(Training().optimizer, monitor=StubMonitor(nn.Linear(1, 1)))  # type: ignore[arg-type]
+
+
+# ---- With a real monitor
+
+
+def backward(training: Training, batch: int, factor: float = 1.0) -> None:
+    """A backward pass whose gradients are a multiple of what they should be."""
+    training.optimizer.zero_grad()
+    training.backward(batch)
+    for parameter in training.model.parameters():
+        assert parameter.grad is not None
+        parameter.grad *= factor
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam", "fused_adamw"])
+def test_a_jump_is_skipped_and_named(optimizer: str) -> None:
+    ours, theirs = Training(OPTIMIZERS[optimizer]), Training(OPTIMIZERS[optimizer])
+    jump = fastclip.Jump("norm", z=20.0, action="skip")
+    monitor = fastclip.Monitor(ours.model, triggers=[jump], warmup=3, max_skipped=2)
+    clipper = fastclip.attach(ours.optimizer, global_clipnorm=0.02, monitor=monitor)
+    for step in range(8):
+        for training in (ours, theirs):
+            backward(training, step % 4, 1e6 if step == 5 else 1.0)
+        if step == 5:
+            with pytest.warns(
+                RuntimeWarning, match=r"steps skipped: 1.*Jump\('norm', z=20.0\)(.|\n)*\.weight"
+            ) as caught:
+                ours.optimizer.step()
+            assert caught[0].filename == __file__
+        else:
+            ours.optimizer.step()
+            fastclip.clip_by_global_norm_(theirs.model, 0.02)
+            theirs.optimizer.step()
+    ours.assert_same_as(theirs)
+    assert monitor.read().skipped.tolist() == [False] * 5 + [True] + [False] * 2
+    assert clipper.clipped
+
+
+def test_a_run_of_skipped_steps_ends_in_an_error() -> None:
+    training = Training(OPTIMIZERS["fused_adamw"])
+    monitor = fastclip.Monitor(training.model, triggers=[fastclip.NonFinite("gradients", action="skip")], max_skipped=3)
+    fastclip.attach(training.optimizer, monitor=monitor)
+    before = [parameter.detach().clone() for parameter in training.model.parameters()]
+    for batch in range(3):
+        backward(training, batch, math.inf)
+        ends = pytest.raises(fastclip.TriggerError, match="steps skipped in a row: 3")
+        with ends if batch == 2 else contextlib.nullcontext():
+            training.optimizer.step()
+    assert monitor.steps == 3
+    for parameter, old in zip(training.model.parameters(), before, strict=True):
+        oracle.assert_same_bits(parameter.detach(), old)
+
+
+def test_the_monitor_gets_the_closure_s_loss() -> None:
+    training = Training()
+    monitor = fastclip.Monitor(training.model)
+    fastclip.attach(training.optimizer, clipnorm=0.01, monitor=monitor)
+    losses = []
+    for batch in range(4):
+
+        def closure(batch: int = batch) -> Tensor:
+            training.optimizer.zero_grad()
+            loss = training.backward(batch)
+            losses.append(loss.item())
+            return loss
+
+        training.optimizer.step(closure)
+    history = monitor.read()
+    assert history.loss.tolist() == losses
+    assert history.share_clipped == 1.0
+
+
+def test_the_monitor_is_saved_with_the_optimizer() -> None:
+    first, second = Training(), Training()
+    monitors = [fastclip.Monitor(training.model) for training in (first, second)]
+    for training, monitor in zip((first, second), monitors, strict=True):
+        fastclip.attach(training.optimizer, clipnorm=0.01, monitor=monitor)
+    first.steps()
+    second.optimizer.load_state_dict(saved_and_loaded(first.optimizer.state_dict()))
+    second.model.load_state_dict(first.model.state_dict())
+    first.steps()
+    second.steps()
+    histories = [monitor.read() for monitor in monitors]
+    assert histories[1].steps.tolist() == [5, 6, 7, 8]
+    assert histories[1].mean[:, 1].tolist() == histories[0].mean[4:, 1].tolist()
+
+
+def test_a_monitor_without_names_watches_parameters() -> None:
+    monitor = fastclip.Monitor(Training().model.parameters())
+    assert monitor.groups.labels == (0, 1, 2, 3)

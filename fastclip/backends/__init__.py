@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastclip.backends.interface import Plan
+from fastclip.caller import warn_caller
 
 ENVIRONMENT_VARIABLE = "FASTCLIP_BACKEND"
 
@@ -114,4 +114,4 @@ _warned: set[str] = set()
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=7)  # the caller of the public function
+        warn_caller(message, RuntimeWarning)
