@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -236,6 +237,18 @@ WRITES: dict[str, tuple[Callable[[list[nn.Parameter]], Any], bool]] = {
     "known norm, below": (lambda made: fastclip.clip_grads_with_norm_(made, 100.0, torch.tensor(50.0)), False),
     "value, inside": (lambda made: fastclip.clip_grad_value_(made, 4.0), False),
     "value, at the bound": (lambda made: fastclip.clip_grad_value_(made, 2.0), False),
+    "each norm, below": (lambda made: fastclip.clip_by_norm_(made, 100.0), False),
+    "norm without epsilon, below": (lambda made: fastclip.clip_by_global_norm_(made, 100.0), False),
+    "norms, measured": (fastclip.measure_grads, False),
+    "each value, at the bound": (
+        lambda made: fastclip.clip_grads_(made, fastclip.ClipByValue([-2.0, -3.0, -2.0], 2.0, by="parameter")),
+        False,
+    ),
+    "each norm, above": (lambda made: fastclip.clip_by_norm_(made, 1.0), True),
+    "each value, outside": (
+        lambda made: fastclip.clip_by_value_(made, [-2.0, -3.0, -2.0], [2.0, 2.0, 1.0], by="parameter"),
+        True,
+    ),
     "norm, above": (lambda made: fastclip.clip_grad_norm_(made, 1.0), True),
     "value, outside": (lambda made: fastclip.clip_grad_value_(made, 1.0), True),
 }
@@ -280,6 +293,26 @@ def test_clamp_writes_no_vector_that_is_inside(leg: Leg) -> None:
         assert outside.max() == 2
 
     fastclip.clip_grad_value_(made, 10.0)
+    with leg.unbounded():
+        assert signal_of_child(work) == 0
+
+
+@needs_fork
+@forks
+@pytest.mark.legs("numpy", "interpreter", "ptx")
+@pytest.mark.parametrize("by_norm", [True, False])
+def test_a_group_that_is_not_clipped_is_not_written(leg: Leg, by_norm: bool) -> None:
+    inside, outside = Page(torch.ones(100)), torch.full((100,), 5.0)
+    made = parameters([inside.tensor, outside])
+    rule = fastclip.ClipByNorm([10.0, 5.0]) if by_norm else fastclip.ClipByValue(-1.0, [1.0, 0.5], by="parameter")
+
+    def work() -> None:
+        inside.protect()
+        fastclip.clip_grads_(made, rule)
+        assert outside.max() == 0.5
+
+    fastclip.clip_grads_(made, rule)
+    outside.fill_(5.0)
     with leg.unbounded():
         assert signal_of_child(work) == 0
 
@@ -494,4 +527,36 @@ def test_launches_do_not_depend_on_the_number_and_dtypes_of_gradients(
     for call, kernels in calls:
         with ptxlab.recording() as launched:
             call()
+        assert [name for name, _ in launched] == kernels
+
+
+@pytest.mark.legs("ptx")
+@pytest.mark.parametrize("count", [3, 300])
+def test_launches_depend_on_neither_the_number_of_gradients_nor_that_of_groups(
+    leg: Leg, rng: np.random.Generator, count: int
+) -> None:
+    import ptxlab
+
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    grads = [torch.from_numpy(rng.standard_normal(1 + i % 7)).to(leg.device, dtypes[i % 4]) for i in range(count)]
+    made = parameters(grads)
+    several = [f"group {i % 50}" for i in range(count)]
+    norms = ["reduce_kernel", "tensor_norms_kernel"]
+    groupings: list[Any] = ["global", "parameter", several, ["one"] * count]
+    for by in groupings:
+        bounds = [1.0 + i for i in range(len(fastclip.measure_grads(made, by).groups.labels))]
+        calls: list[tuple[Callable[[], object], list[str]]] = [
+            (partial(fastclip.measure_grads, made, by), norms),
+            (partial(fastclip.clip_by_norm_, made, bounds, by=by), [*norms, "apply_kernel"]),
+            (partial(fastclip.clip_grads_, made, fastclip.ClipByNorm(1.0, by)), [*norms, "apply_kernel"]),
+            (partial(fastclip.clip_by_value_, made, -1.0, bounds, by=by), ["clamp_kernel"]),
+            (partial(fastclip.clip_grads_, made, fastclip.ClipByValue(-1.0, bounds, by)), [*norms, "clamp_kernel"]),
+        ]
+        for call, kernels in calls:
+            with ptxlab.recording() as launched:
+                call()
+            assert [name for name, _ in launched] == kernels
+    for use_norm, kernels in ((None, ["reduce_kernel", "apply_kernel"]), (5.0, ["apply_kernel"])):
+        with ptxlab.recording() as launched:
+            fastclip.clip_by_global_norm_(made, 1.0, use_norm)
         assert [name for name, _ in launched] == kernels

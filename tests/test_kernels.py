@@ -22,6 +22,7 @@ pytestmark = pytest.mark.legs("gpu", "interpreter", "ptx")
 INF = math.inf
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as the chunk map sorts them
 KINDS = {2.0: "two", 1.0: "one", 0.0: "zero", 3.0: "power", -1.0: "power", INF: "max", -INF: "min"}
+POISON = 0x7FC00000
 SPECIAL = (0.0, -0.0, 1.5, -3.0, INF, -INF, math.nan)
 
 
@@ -74,11 +75,16 @@ class Launcher:
 
         apply_kernel[self.grid](self.chunks, self.rows, coefficients, stride, *self.ends, **self.options)
 
-    def clamp(self, minimum: float, maximum: float) -> None:
-        """Clamp all."""
+    def clamp(
+        self, minimum: float, maximum: float, bounds: Tensor | None = None, *, watch: bool = False
+    ) -> list[int] | None:
+        """Clamp all, or tensor t to `bounds[t]`; if `watch`, return each program's flag."""
         from fastclip.kernels.clamp import clamp_kernel
 
-        clamp_kernel[self.grid](self.chunks, self.rows, None, None, *self.ends, minimum, maximum, **self.options)
+        flags = torch.full(self.grid, POISON, dtype=torch.int32, device=self.device) if watch else None
+        memory = (self.chunks, self.rows, bounds, flags)
+        clamp_kernel[self.grid](*memory, *self.ends, minimum, maximum, **self.options)
+        return None if flags is None else flags.tolist()
 
 
 def chunk_elements(dtype: torch.dtype) -> int:
@@ -365,6 +371,62 @@ def test_clamping(leg: Leg, minimum: float, maximum: float, rng: np.random.Gener
         expected = original.clamp(*bounds)
         np.testing.assert_array_equal(oracle.as_numpy(tensor), oracle.as_numpy(expected))
         assert_untouched_around(tensor, original)
+
+
+PAIRS = [(-0.5, 0.25), (-INF, 0.5), (-0.25, INF), (-INF, INF), (0.0, 0.0), (0.25, 1.0), (-2.0, -1.0)]
+"""Bounds that every dtype holds exactly."""
+
+
+@pytest.mark.parametrize("programs", [1, 3, 40])
+def test_clamping_to_bounds_of_each_tensor(leg: Leg, programs: int, rng: np.random.Generator) -> None:
+    """What all share is ignored; a tensor's bounds are its own in each of its chunks."""
+    originals = [
+        embedded(random_values(rng, (size,), dtype), offset=offset % 4, device=leg.device)
+        for offset, dtype in enumerate(DTYPES * 2)
+        for size in (1, 9, 75, chunk_elements(dtype) + 33)[: 4 if offset % 4 == 3 else 3]
+    ]
+    for original in originals:
+        original[:7] = torch.tensor(SPECIAL, dtype=original.dtype)[: len(original)]
+    pairs = [PAIRS[i % len(PAIRS)] for i in range(len(originals))]
+    bounds = torch.tensor(pairs, dtype=torch.float64, device=leg.device)
+    for watch in (False, True):
+        tensors = [twin(original) for original in originals]
+        flags = Launcher(tensors, programs).clamp(9.0, -9.0, bounds, watch=watch)
+        for tensor, original, (low, high) in zip(tensors, originals, pairs, strict=True):
+            np.testing.assert_array_equal(oracle.as_numpy(tensor), oracle.as_numpy(original.clamp(low, high)))
+            assert_untouched_around(tensor, original)
+        assert flags is None or set(flags) <= {0, 1}
+    again = Launcher(tensors, programs).clamp(9.0, -9.0, bounds, watch=True)
+    assert again == [0] * programs  # whatever was outside is not any more
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_flags_tell_whose_chunk_was_clamped(leg: Leg, shared: bool) -> None:
+    """One element outside, anywhere, sets the flag of the program that has its chunk, and no other; NaN sets none."""
+    programs = 5
+    dtypes = DTYPES if leg.name != "interpreter" else DTYPES[2:]  # which is slow
+    tensors = [
+        embedded(torch.full((size,), 0.75, dtype=dtype), offset=1, device=leg.device)
+        for dtype in dtypes
+        for size in (1, 40, chunk_elements(dtype) + 40)
+    ]
+    tensors[1][3] = tensors[4][-5] = math.nan
+    launcher = Launcher(tensors, programs)
+    pairs = [(0.5, 1.0)] * len(tensors)  # 0, which a masked lane holds, is outside of these
+    bounds = None if shared else torch.tensor(pairs, dtype=torch.float64, device=leg.device)
+    assert launcher.clamp(0.5, 1.0, bounds, watch=True) == [0] * programs
+    for i, tensor in enumerate(tensors):
+        first, count = launcher.slices[i].tolist()
+        # Head, body and tail belong to the first chunk, and elements next to the tail to the last.
+        places = [(0, 0), (-1, 0)] if len(tensor) < 50 else [(0, 0), (100, 0), (-1, 0), (-20, count - 1)]
+        for position, chunk in places:
+            kept = tensor[position].item()
+            for value in (0.25, -INF, 1.5)[: 3 if leg.name != "interpreter" else 1]:
+                tensor[position] = value
+                expected = [int(program == (first + chunk) % programs) for program in range(programs)]
+                assert launcher.clamp(0.5, 1.0, bounds, watch=True) == expected, (i, position, value)
+                assert tensor[position].item() == min(max(value, 0.5), 1.0)
+            tensor[position] = kept
 
 
 def test_layout() -> None:

@@ -1,0 +1,215 @@
+"""Plans: a norm, a coefficient and bounds for each gradient, whatever serves it and however it is cut."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from gradients import assert_untouched_around, embedded, random_values, twin
+from legs import Leg
+from torch import Tensor
+
+from fastclip.gradients import Gradients, as_gradients
+from fastclip.plans import Prepared, prepare
+
+INF = math.inf
+NAN = math.nan
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CHUNK_BYTES = 131_072  # of the kernels' table
+
+
+def prepared(tensors: Sequence[Tensor]) -> tuple[Prepared, Gradients]:
+    grads = as_gradients(list(tensors))
+    return prepare(grads, in_place=True), grads
+
+
+def assert_norms(tensors: Sequence[Tensor]) -> None:
+    """The norm of each, right to rounding, and in memory that the next call leaves alone."""
+    plans, _ = prepared(tensors)
+    norms = plans.norms()
+    assert (norms.dtype, norms.shape) == (torch.float64, (len(tensors),))
+    before = norms.tolist()
+    plans.norms()
+    assert norms.tolist() == pytest.approx(before, rel=0, nan_ok=True)
+    for norm, tensor in zip(before, tensors, strict=True):
+        exact = oracle.norm([tensor], 2)
+        assert norm == pytest.approx(exact, rel=oracle.NORM_TOLERANCE[tensor.dtype], abs=0, nan_ok=True)
+
+
+def cut(monkeypatch: pytest.MonkeyPatch, small: int = 16, piece: int = 100, half_piece: int = 70) -> Any:
+    """Have the NumPy backend cut gradients into pieces of a few elements each."""
+    numpy_backend = importlib.import_module("fastclip.backends.numpy")
+    for name, value in {"SMALL": small, "PIECE": piece, "HALF_PIECE": half_piece}.items():
+        monkeypatch.setattr(numpy_backend, name, value)
+    return numpy_backend
+
+
+EDGES: dict[torch.dtype, tuple[float, ...]] = {
+    torch.float32: (1e-45, 1e-40, 3e-23, 1e-22, 2e-21, 1e-20, 1e-17, 1.0, 1e17, 1e18, 1e19, 3e38),
+    torch.float64: (5e-324, 1e-310, 1e-300, 1e-160, 1e-150, 1.0, 1e150, 1e160, 1e300, 1e305),
+}
+
+
+@pytest.mark.parametrize("dtype", EDGES, ids=str)
+def test_norms_over_the_whole_range(leg: Leg, dtype: torch.dtype) -> None:
+    sizes = (1, 3, 40, 2000) if leg.name != "interpreter" else (3, 40)
+    assert_norms(
+        [
+            embedded(torch.full((size,), value, dtype=torch.float64).to(dtype), offset=i % 4, device=leg.device)
+            for i, value in enumerate(EDGES[dtype])
+            for size in sizes
+        ]
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms_of_gradients_in_several_parts(
+    leg: Leg, dtype: torch.dtype, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of the kernels and pieces of NumPy's; no part's squares may overflow, and none is left out."""
+    cut(monkeypatch)
+    part = CHUNK_BYTES // dtype.itemsize if leg.backend == "triton" else 100
+    tensors = [random_values(rng, (size,), dtype) for size in (3, 2 * part + 5, 1, part + 1, part, 16, 17)]
+    # One value only, in the last part, in the first, and in between.
+    for position in (0, part + part // 2, -1) if leg.name != "interpreter" else ():
+        tensors.append(torch.zeros(2 * part + 5, dtype=dtype))
+        tensors[-1][position] = -3.0
+    if dtype in EDGES:
+        parts = [torch.full((part,), value, dtype=dtype) for value in (EDGES[dtype][2], EDGES[dtype][-1], 1.0)]
+        tensors += [torch.cat(parts), torch.cat(parts[::-1]), torch.cat([parts[0]] * 2)][
+            : 1 if leg.name == "interpreter" else 3
+        ]
+    assert_norms([embedded(tensor, offset=i % 4, device=leg.device) for i, tensor in enumerate(tensors)])
+
+
+@pytest.mark.parametrize("special", [NAN, INF, -INF])
+def test_what_is_not_finite_is_in_its_own_norm_only(leg: Leg, special: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch)
+    for size, position in ((3, 1), (300, 0), (300, 150), (300, 299), (1100, 1099)):
+        tensors = [torch.ones(size, device=leg.device) for _ in range(3)]
+        tensors[1][position] = special
+        norms = prepared(tensors)[0].norms().tolist()
+        assert norms == pytest.approx([size**0.5, abs(special), size**0.5], rel=1e-6, nan_ok=True)
+
+
+def mixture(leg: Leg, rng: np.random.Generator) -> list[Tensor]:
+    """Gradients that several backends share: dense ones, ones with gaps, without elements, and overlapping ones."""
+    flat = embedded(random_values(rng, (60,), torch.float32), device=leg.device)
+    made = [
+        embedded(random_values(rng, (9, 6), torch.float32), strides=(13, 2), device=leg.device),
+        embedded(random_values(rng, (0,), torch.float32), device=leg.device),
+        embedded(random_values(rng, (40,), torch.bfloat16), offset=1, device=leg.device),
+        flat[:40],
+        embedded(random_values(rng, (5, 7), torch.float64), strides=(1, 5), device=leg.device),
+        embedded(random_values(rng, (4, 3), torch.float16), strides=(7, 2), device=leg.device),
+        flat[:40],
+        embedded(random_values(rng, (), torch.float32), device=leg.device),
+    ]
+    assert len(prepared(made)[0].plans) == (1 if leg.backend == "torch" else 2)
+    return made
+
+
+def test_norms_of_a_mixture(leg: Leg, rng: np.random.Generator) -> None:
+    assert_norms(mixture(leg, rng))
+
+
+def test_each_of_a_mixture_has_its_own_coefficient(leg: Leg, rng: np.random.Generator) -> None:
+    tensors = mixture(leg, rng)
+    originals = [twin(tensor) for tensor in tensors]
+    coefficients = [0.5, 7.0, 0.25, 2.0, 1.0, 0.125, 4.0, -1.0]  # powers of two: exact
+    plans, grads = prepared(tensors)
+    plans.scale_(grads, torch.tensor(coefficients, dtype=torch.float64, device=leg.device))
+    coefficients[3] = coefficients[6] = 8.0  # the same memory, scaled by both
+    for tensor, original, coefficient in zip(tensors, originals, coefficients, strict=True):
+        oracle.assert_same_bits(tensor, original * coefficient)
+    for position in (0, 2, 4, 5, 7):
+        assert_untouched_around(tensors[position], originals[position])
+
+
+def test_each_of_a_mixture_has_its_own_bounds(leg: Leg, rng: np.random.Generator) -> None:
+    lows = [-0.5, 0.0, -0.25, -INF, -0.125, -1.0, 0.0, -2.0]
+    highs = [0.25, 0.0, INF, 0.5, 0.125, 0.5, 1.0, -1.0]
+    for low, high in ((lows, highs), (-2.0, highs), (lows, 2.0)):
+        tensors = mixture(leg, rng)
+        originals = [twin(tensor) for tensor in tensors]
+        plans, grads = prepared(tensors)
+        flags = plans.clamp_(grads, low, high, watch=True)
+        assert any(flag.any() for flag in flags)
+        for i, (tensor, original) in enumerate(zip(tensors, originals, strict=True)):
+            both = (3, 6) if i in {3, 6} else (i,)  # the same memory, clamped by both
+            expected = original
+            for j in both:
+                mine = [bound[j] if isinstance(bound, list) else bound for bound in (low, high)]
+                expected = expected.clamp(*mine)
+            np.testing.assert_array_equal(oracle.as_numpy(tensor), oracle.as_numpy(expected))
+
+
+@pytest.mark.legs("numpy")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pieces_and_threads(
+    leg: Leg, dtype: torch.dtype, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each piece finds its own gradient's coefficient and bounds, in whatever thread; one value outside is noticed."""
+    numpy_backend = cut(monkeypatch)
+    monkeypatch.setattr(numpy_backend, "THREADS_FROM", 1)
+    sizes = [350, 5, 16, 17, 210, 1, *[7] * 30, 500]
+    originals = [random_values(rng, (size,), dtype).clamp(-2, 2) for size in sizes]
+    coefficients = torch.tensor([2.0 ** (i % 5 - 2) for i in range(len(sizes))], dtype=torch.float64)
+    bounds = [2.0 ** (i % 4 - 1) for i in range(len(sizes))]
+    before, seen = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4, 7):
+            torch.set_num_threads(threads)
+            tensors = [original.clone() for original in originals]
+            plans, grads = prepared(tensors)
+            seen.append(plans.norms())
+            oracle.assert_same_bits(seen[-1], seen[0])
+            plans.scale_(grads, coefficients)
+            for tensor, original, coefficient in zip(tensors, originals, coefficients.tolist(), strict=True):
+                oracle.assert_same_bits(tensor, original * coefficient)
+            plans.clamp_(grads, [-b for b in bounds], bounds)
+            for tensor, original, coefficient, b in zip(tensors, originals, coefficients.tolist(), bounds, strict=True):
+                oracle.assert_same_bits(tensor, (original * coefficient).clamp(-b, b))
+            for position, low in ((None, [-b for b in bounds]), (0, -64.0), (3, -64.0), (len(sizes) - 1, -64.0)):
+                for tensor in tensors:
+                    tensor.zero_()
+                if position is not None:
+                    tensors[position][-1] = -100.0
+                flags = plans.clamp_(grads, low, 64.0, watch=True)
+                assert any(flag.any() for flag in flags) is (position is not None)
+                assert position is None or tensors[position][-1] == -64
+    finally:
+        torch.set_num_threads(before)
+    assert_norms([original.clone() for original in originals])
+    assert leg
+
+
+def test_flags_are_those_of_the_last_call(leg: Leg) -> None:
+    tensors = [torch.tensor([3.0, -4.0], device=leg.device), torch.tensor([1.0], device=leg.device)]
+    plans, grads = prepared(tensors)
+    assert plans.clamp_(grads, -5.0, 5.0) == []
+    for bound, outside in ((5.0, False), (3.5, True), (3.5, False), (0.5, True)):
+        flags = plans.clamp_(grads, -bound, bound, watch=True)
+        assert [flag.device.type for flag in flags] == [leg.device.type]
+        assert bool(flags[0].any()) is outside
+
+
+CALLS: dict[str, Callable[[Prepared, Gradients], object]] = {
+    "scale": lambda plans, grads: plans.scale_(grads, torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)),
+    "clamp": lambda plans, grads: plans.clamp_(grads, [-9.0] * 3, [9.0] * 3),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_version_counters_are_bumped_also_where_nothing_changes(leg: Leg, call: str) -> None:
+    """As by torch, whose graphs then know that what they saved may have changed."""
+    tensors = [torch.ones(3, device=leg.device) for _ in range(3)]
+    plans, grads = prepared(tensors)
+    CALLS[call](plans, grads)
+    assert all(tensor._version > 0 for tensor in tensors)
