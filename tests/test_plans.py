@@ -47,6 +47,7 @@ def cut(monkeypatch: pytest.MonkeyPatch, small: int = 16, piece: int = 100, half
     numpy_backend = importlib.import_module("fastclip.backends.numpy")
     for name, value in {"SMALL": small, "PIECE": piece, "HALF_PIECE": half_piece}.items():
         monkeypatch.setattr(numpy_backend, name, value)
+    monkeypatch.setattr(numpy_backend, "_thread", numpy_backend._Thread())  # whose memory is of HALF_PIECE
     return numpy_backend
 
 
