@@ -18,14 +18,19 @@ from .table import CHUNK_VECTORS, TILE_VECTORS, body_of, edge_of, first_chunk, l
 def _clamp(pointers, mask, minimum, maximum, TYPE: tl.constexpr, WIDE: tl.constexpr):
     """Clamp a tile, and tell of which vectors an element was outside."""
     x = tl.load(pointers, mask=mask, other=0).to(WIDE)
-    # A reduction inside the thread, broadcast as the store's mask, costs less than a comparison an element. `== 0`
-    # rather than the opposite comparisons, so that a NaN bound changes every vector.
-    smallest, largest = tl.min(x, 1)[:, None], tl.max(x, 1)[:, None]
-    inside = (smallest >= minimum) & (largest <= maximum)
-    x = tl.maximum(x, minimum, propagate_nan=tl.PropagateNan.ALL)
-    x = tl.minimum(x, maximum, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(pointers, x.to(TYPE), mask=mask & (inside == 0))
-    return mask & ((smallest < minimum) | (largest > maximum))  # false for a NaN, which stays one
+    one = tl.where((minimum != minimum) | (maximum != maximum), float("nan"), 1.0)  # a NaN bound makes all NaN
+    if WIDE == tl.float64:  # NVIDIA has no fp64 minimum: comparisons take a third of the instructions
+        outside = tl.max(((x < minimum) | (x > maximum)).to(tl.int32), 1)[:, None] != 0
+        x = tl.where(x < minimum, minimum, x)
+        x = tl.where(x > maximum, maximum, x) * one
+    else:
+        # A reduction inside the thread, broadcast as the store's mask, costs less than a comparison an element.
+        outside = (tl.min(x, 1)[:, None] < minimum) | (tl.max(x, 1)[:, None] > maximum)
+        x = tl.maximum(x, minimum, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.minimum(x, maximum, propagate_nan=tl.PropagateNan.ALL)
+    everything = tl.full((TILE_VECTORS, 1), 1, WIDE) * one != 1
+    tl.store(pointers, x.to(TYPE), mask=mask & (outside | everything))
+    return mask & outside  # not for a NaN, which stays one
 
 
 @triton.jit

@@ -32,7 +32,7 @@ UNCUT = tl.constexpr(
 
 @triton.jit
 def _load(pointers, mask, neutral, WIDE: tl.constexpr):
-    return tl.abs(tl.load(pointers, mask=mask, other=neutral).to(WIDE))
+    return tl.load(pointers, mask=mask, other=neutral).to(WIDE)
 
 
 @triton.jit
@@ -41,15 +41,15 @@ def _fold(x, p, KIND: tl.constexpr, BITS: tl.constexpr):
     if KIND == "two":
         return tl.sum(x * x, 1)
     elif KIND == "one":
-        return tl.sum(x, 1)
+        return tl.sum(tl.abs(x), 1)
     elif KIND == "zero":
         return tl.sum((x != 0).to(x.dtype), 1)
     elif KIND == "max":
-        return tl.max(x.to(BITS, bitcast=True), 1)
+        return tl.max(tl.abs(x).to(BITS, bitcast=True), 1)
     elif KIND == "min":
-        return tl.min(tl.where(x != x, -1, x.to(BITS, bitcast=True)), 1)  # -1 is a NaN's pattern too
+        return tl.min(tl.where(x != x, -1, tl.abs(x).to(BITS, bitcast=True)), 1)  # -1 is a NaN's pattern too
     else:
-        return tl.sum(tl.exp2(tl.log2(x) * p), 1)
+        return tl.sum(tl.exp2(tl.log2(tl.abs(x)) * p), 1)
 
 
 @triton.jit
@@ -84,11 +84,11 @@ def _root(total, p, KIND: tl.constexpr):
 
 @triton.jit
 def _leading(x, p, KIND: tl.constexpr):
-    """Of each vector the element whose power is the largest: the smallest one for p < 0, which is returned negated."""
+    """Of each vector the magnitude whose power is the largest: the smallest for p < 0, which is returned negated."""
+    magnitudes = tl.abs(x)
     if KIND == "power":
-        return tl.max(tl.where(tl.full((), p, tl.float64) < 0, -x, x), 1)
-    else:
-        return tl.max(x, 1)
+        magnitudes = tl.where(tl.full((), p, tl.float64) < 0, -magnitudes, magnitudes)
+    return tl.max(magnitudes, 1)
 
 
 @triton.jit
@@ -132,8 +132,9 @@ def _norm(address, numel, chunk, p, KIND: tl.constexpr, TYPE: tl.constexpr, LIMI
         folded = _fold(x * scale, p, KIND, BITS)
         pointers, mask = tile_of(body, vectors, 0, TYPE)
         x = _load(pointers, mask, neutral, WIDE)
-        # Each tile is asked for before the one ahead of it is summed, which keeps enough bytes in flight.
-        for tile in range(1, tl.cdiv(vectors, TILE_VECTORS) + 1):
+        # Each tile is asked for before the one ahead of it is summed, which keeps enough bytes in flight. The step is
+        # 1, which ptxas cannot know: it would unroll the loop, and put each load behind the sum of the tile before.
+        for tile in range(1, tl.cdiv(vectors, TILE_VECTORS) + 1, tl.num_programs(1)):
             pointers, mask = tile_of(body, vectors, tile, TYPE)
             following = _load(pointers, mask, neutral, WIDE)
             peaks = tl.maximum(peaks, _leading(x, p, KIND))

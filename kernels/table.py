@@ -82,13 +82,13 @@ def locate(chunks, rows, index):
 
 @triton.jit
 def body_of(address, numel, chunk, LIMIT: tl.constexpr, TYPE: tl.constexpr):
-    """The chunk's part of the tensor's body: a 16-byte aligned pointer, and how many vectors (at most LIMIT)."""
+    """The chunk's part of the tensor's body: a 16-byte aligned pointer, and how many vectors (int32, at most LIMIT)."""
     SIZE: tl.constexpr = TYPE.primitive_bitwidth // 8
     PER_VECTOR: tl.constexpr = VECTOR_BYTES // SIZE
     head = tl.minimum((-address & (VECTOR_BYTES - 1)) // SIZE, numel)
     vectors = (numel - head) // PER_VECTOR - chunk * LIMIT
     start = address + head * SIZE + chunk * (LIMIT * VECTOR_BYTES)
-    return tl.multiple_of(start.to(tl.pointer_type(TYPE)), VECTOR_BYTES), tl.minimum(vectors, LIMIT)
+    return tl.multiple_of(start.to(tl.pointer_type(TYPE)), VECTOR_BYTES), tl.minimum(vectors, LIMIT).to(tl.int32)
 
 
 @triton.jit

@@ -1,0 +1,227 @@
+"""The package's own kernels under ptxlab: on each generation of GPUs, free of races, and broken on purpose.
+
+`test_kernels` runs the same kernels through all their cases, as compiled for sm_90.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import oracle
+import ptxlab
+import pytest
+import torch
+from gradients import assert_untouched_around, embedded, random_values, twin
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+CAPABILITIES = (80, 90, 100)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KINDS = {2.0: "two", 1.0: "one", 0.0: "zero", 3.0: "power", math.inf: "max", -math.inf: "min"}
+SOURCES = Path(str(importlib.import_module("fastclip.kernels").__file__)).parent
+
+
+@pytest.fixture(autouse=True)
+def _without_gpu() -> Iterator[None]:
+    yield
+    ptxlab.deactivate()
+
+
+class Kernels:
+    """The kernels of a package of that layout, launched on tensors of all dtypes."""
+
+    def __init__(self, package: str, tensors: list[Tensor]) -> None:
+        self.modules = {name: importlib.import_module(f"{package}.{name}") for name in ("reduce", "apply", "clamp")}
+        table = importlib.import_module(f"{package}.table")
+        numels = np.array([tensor.numel() for tensor in tensors])
+        layout = table.lay_out(numels, np.array([DTYPES.index(tensor.dtype) for tensor in tensors]))
+        self.options = table.LAUNCH_OPTIONS
+        self.tensors = tensors
+        self.table = (
+            torch.from_numpy(layout.chunks),
+            torch.tensor([[tensor.data_ptr(), tensor.numel()] for tensor in tensors]),
+        )
+        self.ends = layout.ends
+        self.slices = torch.from_numpy(layout.slices)
+        self.partials = torch.full((len(layout.chunks),), math.nan, dtype=torch.float64)
+        state, ticket = torch.full((2,), math.nan, dtype=torch.float64), torch.zeros(1, dtype=torch.int32)
+        self.norm = torch.full((), math.nan)
+        self.memory = (*self.table, self.partials, ticket, state, self.norm)
+
+    def norms(self, p: float) -> tuple[float, list[float]]:
+        """The norm of all, and that of each tensor."""
+        kernels, kind = self.modules["reduce"], KINDS[p]
+        kernels.reduce_kernel[(3,)](*self.memory, *self.ends, p, 1.0, KIND=kind, **self.options)
+        each = torch.full((len(self.tensors),), math.nan, dtype=torch.float64)
+        arguments = (self.partials, self.slices, each, len(self.tensors), p)
+        kernels.tensor_norms_kernel[(3,)](*arguments, KIND="one" if p == 0 else kind, **self.options)
+        return self.norm.item(), each.tolist()
+
+    def reduction_as_ptx(self) -> str:
+        """What is launched for the 2-norm."""
+        kernel = self.modules["reduce"].reduce_kernel
+        compiled = kernel.warmup(*self.memory, *self.ends, 2.0, 1.0, KIND="two", grid=(1,), **self.options)
+        return str(compiled.asm["ptx"])
+
+    def scale(self, coefficients: Tensor) -> None:
+        """Scale each tensor by its own coefficient."""
+        self.modules["apply"].apply_kernel[(3,)](*self.table, coefficients, 1, *self.ends, **self.options)
+
+    def clamp(self, bounds: Tensor, flags: Tensor) -> None:
+        """Clamp each tensor to its own bounds."""
+        arguments = (*self.table, bounds, flags, *self.ends, 0.0, 0.0)
+        self.modules["clamp"].clamp_kernel[(3,)](*arguments, **self.options)
+
+
+def gradients(rng: np.random.Generator) -> list[Tensor]:
+    """Of every dtype, off the 16-byte boundary: shorter than a vector, a few tiles, and more than a chunk."""
+    return [
+        embedded(random_values(rng, (size,), dtype, zeros=False), offset=1)
+        for dtype in DTYPES
+        for size in (3, 5003, 140_000 // dtype.itemsize)
+    ]
+
+
+# ---- Every generation
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("p", KINDS)
+def test_norms(capability: int, p: float, rng: np.random.Generator) -> None:
+    ptxlab.activate(capability)
+    tensors = gradients(rng)
+    with ptxlab.recording():
+        norm, each = Kernels("fastclip.kernels", tensors).norms(p)
+    exact = [float(tensor.count_nonzero()) if p == 0 else oracle.norm([tensor], p) for tensor in tensors]
+    for mine, right, tensor in zip(each, exact, tensors, strict=True):
+        assert mine == pytest.approx(right, rel=oracle.NORM_TOLERANCE[tensor.dtype])
+    if p != 0:  # what all amount to is then counted from `each`, by torch
+        assert norm == pytest.approx(oracle.norm(tensors, p), rel=1e-6)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_scaling_and_clamping(capability: int, rng: np.random.Generator) -> None:
+    ptxlab.activate(capability)
+    originals = gradients(rng)
+    tensors = [twin(tensor) for tensor in originals]
+    kernels = Kernels("fastclip.kernels", tensors)
+    factors = torch.tensor([1.0, 0.5, -2.0] * 4, dtype=torch.float64)
+    limits = torch.linspace(0.25, 3, len(tensors), dtype=torch.float64)
+    flags = torch.full((3,), -1, dtype=torch.int32)
+    with ptxlab.recording():
+        kernels.scale(factors)
+        for tensor, original, factor in zip(tensors, originals, factors.tolist(), strict=True):
+            oracle.assert_same_bits(tensor, original * factor)
+        kernels.clamp(torch.stack([-limits, limits], 1), flags)
+    for tensor, original, factor, limit in zip(tensors, originals, factors.tolist(), limits.tolist(), strict=True):
+        oracle.assert_same_bits(tensor, (original * factor).clamp(-limit, limit))
+        assert_untouched_around(tensor, original)
+    assert flags.tolist() == [1, 1, 1]
+
+
+# ---- Broken on purpose
+
+
+@pytest.fixture
+def mutant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str, str], ModuleType]]:
+    """Make a copy of the kernels in which one piece of code is another."""
+
+    def make(file: str, old: str, new: str) -> ModuleType:
+        package = tmp_path / "mutated_kernels"
+        package.mkdir()
+        for source in SOURCES.glob("*.py"):
+            text = source.read_text()
+            if source.name == file:
+                assert text.count(old) == 1
+                text = text.replace(old, new)
+            (package / source.name).write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        return importlib.import_module("mutated_kernels")
+
+    yield make
+    for name in [name for name in sys.modules if name.startswith("mutated_kernels")]:
+        del sys.modules[name]
+
+
+BREAKS = {
+    "a body of one vector more": ("table.py", "(vector < vectors)[:, None]", "(vector <= vectors)[:, None]"),
+    "a tail of one element more": ("table.py", "lane - PER_VECTOR < tl.where", "lane - PER_VECTOR <= tl.where"),
+    "a head of one element more": (
+        "table.py",
+        "lane < tl.where(chunk == 0, head, 0)",
+        "lane <= tl.where(chunk == 0, head, 0)",
+    ),
+    "a body off its boundary": ("table.py", "start = address + head * SIZE", "start = address + (head - 1) * SIZE"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_wrong_mask_is_found(
+    name: str, mutant: Callable[[str, str, str], ModuleType], rng: np.random.Generator
+) -> None:
+    """By the bounds, by the alignment, or by an element that is scaled twice or not at all."""
+    package = mutant(*BREAKS[name]).__name__
+    ptxlab.activate(90)
+    tensor = random_values(rng, (5004,), torch.float32)[1:]  # the only view that is left of its memory
+    expected = tensor * 0.5
+    kernels = Kernels(package, [tensor])
+    try:
+        with ptxlab.recording():
+            kernels.scale(torch.tensor([0.5], dtype=torch.float64))
+    except ptxlab.PtxError:
+        return
+    assert not torch.equal(tensor, expected)
+
+
+# ---- Races
+
+# A process without torch and Triton, which take ten seconds to import under the sanitizer.
+RUN = f"""
+import sys
+import numpy as np
+import ptxlab
+
+kernel = ptxlab.Kernel(open(sys.argv[1]).read(), {1 << 16}, sanitize="thread")
+tensors = [np.full(3001, 2, np.float32) for _ in range(9)]
+chunks = np.arange(9) << 32
+rows = np.array([[tensor.ctypes.data, tensor.size] for tensor in tensors])
+ticket = np.zeros(1, np.int32)
+for seed in range(5):
+    partials, state, norm = np.full(9, np.nan), np.full(2, np.nan), np.full(1, np.nan, np.float32)
+    arrays = (chunks, rows, partials, ticket, state, norm)
+    ranges = [(array.ctypes.data, array.nbytes) for array in (*arrays, *tensors)]
+    arguments = [start for start, _ in ranges[:6]] + [9] * 4 + [2.0, 1.0]
+    kernel.launch((6,), arguments, ranges, resident=4, jitter=20, seed=seed)
+    assert abs(norm[0] / (4 * 9 * 3001) ** 0.5 - 1) < 1e-6 and ticket[0] == 0, norm
+print("right")
+"""
+
+
+def status_of_races(package: str, capability: int, folder: Path) -> int:
+    """The exit status of a reduction by several programs under the sanitizer. All values come out right."""
+    ptxlab.activate(capability)
+    ptx = folder / "reduce.ptx"
+    ptx.write_text(Kernels(package, [torch.ones(8)]).reduction_as_ptx())
+    done = ptxlab.run_under_sanitizer(["-c", RUN, str(ptx)])
+    assert done.stdout == "right\n", done.stderr[:2000]
+    return done.returncode
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_partials_and_ticket_do_not_race(capability: int, tmp_path: Path) -> None:
+    assert status_of_races("fastclip.kernels", capability, tmp_path) == 0
+
+
+@pytest.mark.parametrize("order", ['"relaxed"', '"acq_rel", scope="cta"'])
+def test_a_ticket_of_weaker_order_is_found(
+    order: str, mutant: Callable[[str, str, str], ModuleType], tmp_path: Path
+) -> None:
+    package = mutant("reduce.py", 'sem="acq_rel"', f"sem={order}").__name__
+    assert status_of_races(package, 90, tmp_path) == ptxlab.RACE_FOUND
