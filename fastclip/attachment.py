@@ -8,7 +8,6 @@ step that `torch.amp.GradScaler` leaves out is not clipped at all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -188,7 +187,7 @@ class Attachment:
         if self._members is None or self._members[0] != ids:
             owners = listed(optimizer.param_groups, "optimizer.param_groups")
             if owners.names is None and self._names.keys() >= set(ids):
-                owners = replace(owners, names=[self._names[i] for i in ids])
+                owners = owners._replace(names=[self._names[i] for i in ids])
             if self.monitor is not None:
                 owners = _in_order_of(self.monitor.owners, owners)
             groups = group(owners, "global" if self.rule is None else self.rule.by)

@@ -233,7 +233,7 @@ def _of_nothing(grads: Gradients, groups: Groups) -> ClipResult:
 
 def _prepared(grads: Gradients, limits: tuple[Bounds, Bounds] | None = None, *, in_place: bool = True) -> Prepared:
     """Prepare gradients to be changed, by values to these limits, once it is certain that nothing will be refused."""
-    if has_dtensors(grads.tensors):
+    if has_dtensors(grads.kinds):
         raise NotImplementedError(
             "rules do not take DTensor gradients yet: clip with fastclip.clip_grad_norm_ or fastclip.clip_grad_value_"
         )

@@ -71,7 +71,7 @@ def clip_grad_norm_(
     _warn_if_used_up(parameters, grads)
     if not grads.tensors:
         return torch.zeros((), dtype=norm_dtype)
-    if has_dtensors(grads.tensors):
+    if has_dtensors(grads.kinds):
         return _in_dtype(
             originals.clip_grad_norm_(grads.owners.tensors, limit, p, error_if_nonfinite, foreach), norm_dtype
         )
@@ -119,7 +119,7 @@ def get_total_norm(
     grads = as_gradients(tensors)
     if not grads.tensors:
         return torch.zeros((), dtype=norm_dtype)
-    if has_dtensors(grads.tensors):
+    if has_dtensors(grads.kinds):
         return _in_dtype(originals.get_total_norm(grads.tensors, p, error_if_nonfinite, foreach), norm_dtype)
     _check_foreach(foreach, grads)
     prepared = prepare(grads, in_place=False)
@@ -157,7 +157,7 @@ def clip_grads_with_norm_(
     grads = collect(parameters)
     if not grads.tensors:
         return
-    if has_dtensors([*grads.tensors, total_norm]):
+    if has_dtensors([*grads.kinds, type(total_norm)]):
         originals.clip_grads_with_norm_(grads.owners.tensors, limit, total_norm, foreach)
         return
     total = total_norm if isinstance(total_norm, Tensor) else torch.tensor(total_norm, device="cpu")
@@ -195,7 +195,7 @@ def clip_grad_value_(
     grads = collect(parameters)
     if not grads.tensors:
         return
-    if has_dtensors(grads.tensors):
+    if has_dtensors(grads.kinds):
         originals.clip_grad_value_(grads.owners.tensors, bound, foreach)
         return
     _check_foreach(foreach, grads)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,7 @@ Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor] | Iterable[tuple[s
 """A tensor, a module, tensors, (name, tensor) pairs, or parameter groups as in ``optimizer.param_groups``."""
 
 
-@dataclass(frozen=True)
-class Owners:
+class Owners(NamedTuple):
     """What the caller passed, as lists: the tensors, and what is known of each.
 
     Attributes:
@@ -32,20 +30,21 @@ class Owners:
     group_count: int = 0
 
 
-@dataclass(frozen=True)
-class Gradients:
+class Gradients(NamedTuple):
     """The gradients that are there, and what is needed to name one in an error message.
 
     Attributes:
         tensors: The gradients, without those that are None.
         owners: Whose they are, those without gradient included.
         positions: The position among the owners of each gradient's.
+        kinds: The types of the gradients.
         argument: What the caller's argument is called.
     """
 
     tensors: list[Tensor]
     owners: Owners
     positions: Sequence[int]
+    kinds: set[type]
     argument: str
 
     def label(self, index: int) -> str:
@@ -77,11 +76,11 @@ def gradients_of(owners: Owners) -> Gradients:
         grads = list(map(_grad, owners.tensors))
     except AttributeError as error:
         raise _not_a_tensor(owners.tensors, "parameters", wanted="grad") from error
-    present = [grad for grad in grads if grad is not None]
-    positions: Sequence[int] = range(len(grads))
-    if len(present) < len(grads):
-        positions = [position for position, grad in enumerate(grads) if grad is not None]
-    return Gradients(present, owners, positions, "parameters")
+    kinds = set(map(type, grads))
+    if type(None) not in kinds:
+        return Gradients(grads, owners, range(len(grads)), kinds, "parameters")
+    positions = [position for position, grad in enumerate(grads) if grad is not None]
+    return Gradients([grads[i] for i in positions], owners, positions, kinds - {type(None)}, "parameters")
 
 
 def as_gradients(tensors: Parameters) -> Gradients:
@@ -93,7 +92,8 @@ def as_gradients(tensors: Parameters) -> Gradients:
     owners = listed(tensors, "tensors")
     if not all(isinstance(owner, Tensor) for owner in owners.tensors):
         raise _not_a_tensor(owners.tensors, "tensors", wanted="data_ptr")
-    return Gradients(owners.tensors, owners, range(len(owners.tensors)), "tensors")
+    kinds = set(map(type, owners.tensors))
+    return Gradients(owners.tensors, owners, range(len(owners.tensors)), kinds, "tensors")
 
 
 def listed(parameters: Parameters, argument: str) -> Owners:
@@ -214,7 +214,7 @@ def _repeats_elements(grad: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
 
 
-def has_dtensors(tensors: Iterable[object]) -> bool:
-    """Whether any is a DTensor, whose placements torch's functions know. No script has one before it imports them."""
+def has_dtensors(kinds: Iterable[type]) -> bool:
+    """Whether one type is DTensor, whose placements torch's functions know. No script has any before importing them."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
+    return module is not None and any(issubclass(kind, module.DTensor) for kind in kinds)

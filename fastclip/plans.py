@@ -237,7 +237,7 @@ def prepare(grads: Gradients, *, in_place: bool) -> Prepared:
         RuntimeError: A gradient has no norm or cannot be written, or the forced backend (`FASTCLIP_BACKEND`) cannot
             serve its device.
     """
-    fingerprint = _fingerprint(grads.tensors, in_place=in_place)
+    fingerprint = _fingerprint(grads.tensors, in_place=in_place) if grads.kinds <= _PLAIN_TYPES else None
     kept = _kept.find(fingerprint) if fingerprint else None
     if kept:
         return kept
@@ -253,9 +253,7 @@ def prepare(grads: Gradients, *, in_place: bool) -> Prepared:
 
 
 def _fingerprint(tensors: list[Tensor], *, in_place: bool) -> Fingerprint | None:
-    """Take the fingerprint, or None where a tensor is not of torch's own two classes or has no address."""
-    if not _PLAIN_TYPES.issuperset(map(type, tensors)):
-        return None
+    """Take the fingerprint, or None where a tensor has no address."""
     try:
         addresses = list(map(Tensor.data_ptr, tensors))
     except RuntimeError:  # a sparse tensor, or one inside of a function transform

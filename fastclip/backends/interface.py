@@ -81,6 +81,8 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 def on(device: torch.device, scalar: Scalar) -> Tensor:
     """Bring a number to a device. To the CPU it waits, for what is read there must have arrived."""
     if isinstance(scalar, Tensor):
+        if scalar.device == device and scalar.dtype == wide_dtype(device):
+            return scalar  # as `to` would, but sooner
         return scalar.to(device, wide_dtype(device), non_blocking=device.type != "cpu")
     return torch.tensor(scalar, dtype=wide_dtype(device), device=device)
 

@@ -12,7 +12,7 @@ import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property, lru_cache
 from importlib.util import find_spec
 from typing import Any, TypeAlias
@@ -133,19 +133,16 @@ class TritonPlan:
         Here that follows from `variant` alone: all other arguments always have the same types, and are aligned or not
         specialised.
         """
-        from triton.runtime import JITFunction, driver
-
-        grid = (programs, 1, 1)
+        tables = self.tables
+        key = (kernel.__name__, variant, tables.driver and tables.driver.active)
         with _current(self.device):
-            if not isinstance(kernel, JITFunction):  # but one that is interpreted
-                kernel[grid](*arguments, **self.tables.options)
+            launch = tables.launches.get(key)
+            if launch is not None:
+                launch(*arguments)
                 return
-            key = (kernel.__name__, driver.active, *variant)
-            compiled = self.tables.compiled.get(key)
-            if compiled is None:
-                self.tables.compiled[key] = kernel[grid](*arguments, **self.tables.options)
-            else:
-                compiled[grid](*arguments)
+            compiled = kernel[programs, 1, 1](*arguments, **tables.options)
+            if tables.driver:
+                tables.launches[key] = compiled[programs, 1, 1]
 
 
 class Tables:
@@ -157,10 +154,13 @@ class Tables:
         ticket: A counter of the programs that are done, 0 between launches.
         state: The last norm and its coefficient, in fp64; `total` and `coefficient` are views of it.
         programs: How many programs to launch.
-        compiled: The variants of kernels that were launched with these tables.
+        driver: Triton's; None under its interpreter.
+        launches: What launches each variant of a kernel, once it was launched.
     """
 
     def __init__(self, device: torch.device, numels: Sequence[int], dtypes: Sequence[torch.dtype]) -> None:
+        from triton.runtime import driver
+
         from fastclip.kernels import table
 
         segments = np.array([SEGMENTS[dtype] for dtype in dtypes])
@@ -172,7 +172,8 @@ class Tables:
         self.state = torch.empty(2, dtype=torch.float64, device=device)
         self.total, self.coefficient = self.state.unbind()
         self.programs = min(_programs(device), len(layout.chunks))
-        self.compiled: dict[tuple[object, ...], Any] = {}
+        self.driver = None if os.environ.get("TRITON_INTERPRET") == "1" else driver
+        self.launches: dict[tuple[object, ...], Callable[..., object]] = {}
         self.options = table.LAUNCH_OPTIONS
         self._layout = layout
 
