@@ -1,0 +1,30 @@
+"""The derived tables of the documentation are what their derivation gives."""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="the workloads are those of a benchmark that draws a picture")
+
+
+@pytest.fixture
+def derived(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    return importlib.import_module("benchmarks.derived")
+
+
+def test_document_is_up_to_date(derived: ModuleType) -> None:
+    """If not: `python -m benchmarks.derived`."""
+    document = derived.DOCUMENT.read_text()
+    assert derived.renewed(document) == document
+
+
+def test_floors(derived: ModuleType) -> None:
+    """Against arithmetic done by hand: 3.07 GB at 3.35 TB/s, read once, and read twice and written."""
+    one = next(workload for workload in derived.workloads() if workload.name == "6000261x256 bf16")
+    times = {peer.name: peer.gpu_ms(one, "H100") for peer in derived.PEERS}
+    assert times["fastclip, nothing to clip"] == pytest.approx(0.917, rel=0.01)
+    assert times["fastclip, clipping"] == pytest.approx(2.75, rel=0.01)
+    assert times["torch foreach, CUDA 12"] == pytest.approx(2.75 + 156 * 0.002, rel=0.01)

@@ -1,0 +1,64 @@
+"""The benchmark for GPUs runs to its end without one, and reports no speed of what is wrong."""
+
+import csv
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib", reason="the benchmark draws a picture")
+
+
+@pytest.fixture
+def benchmark_gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    return importlib.import_module("benchmarks.gpu")
+
+
+def run(module: ModuleType, out: Path) -> tuple[int, list[dict[str, str]]]:
+    status = int(module.main(["--small", "--only", "mixed", "--out", str(out)]))
+    file = out / "gpu.csv"
+    return status, list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+
+
+def test_table_csv_and_picture(benchmark_gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, rows = run(benchmark_gpu, tmp_path)
+    assert status == 0
+    assert {(row["contender"], row["operation"]) for row in rows} >= {
+        (contender, operation)
+        for contender in ("fastclip", "torch foreach", "torch loop", "torch.compile")
+        for operation in ("norm", "idle", "clipping")
+    }
+    for row in rows:
+        assert f"torch {torch.__version__}" in row["environment"]
+        assert float(row["gpu_p20_ms"]) <= float(row["gpu_ms"]) <= float(row["gpu_p80_ms"])
+        assert float(row["host_ms"]) > 0
+        assert float(row["gb_per_s"]) > 0
+    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+    assert "225 M in 500 mixed, small" in capsys.readouterr().out
+
+
+def test_no_speed_of_what_is_wrong(
+    benchmark_gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def norm(_p: float) -> object:
+        return lambda grads: torch.nn.utils.get_total_norm(grads) * 1.2
+
+    def clip(_p: float) -> object:
+        return lambda params, bound: torch.nn.utils.clip_grad_norm_(params, bound * 0.8)
+
+    wrong = benchmark_gpu.Contender("fastclip", norm, clip)
+    monkeypatch.setattr(benchmark_gpu, "contenders", lambda _device: [wrong])
+    assert run(benchmark_gpu, tmp_path) == (1, [])
+    out = capsys.readouterr().out
+    assert "WRONG, and not timed: the norm is" in out
+    assert "the norm of what was clipped is" in out
+
+
+def test_no_speed_where_the_check_fails(
+    benchmark_gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark_gpu.check, "main", lambda _arguments: 1)
+    assert run(benchmark_gpu, tmp_path) == (1, [])
