@@ -138,6 +138,18 @@ def test_a_resumed_run_does_not_repeat_steps() -> None:
     assert [row["step"] for row in rows] == [3]
 
 
+def test_a_run_that_was_rolled_back_writes_its_steps_again() -> None:
+    rows: list[Row] = []
+    run = Run()
+    run.monitor.log_to(rows.append, every=1)
+    run.step(1.0)
+    state = run.monitor.state_dict()
+    run.step(1.0)
+    run.monitor.load_state_dict(state)
+    run.step(4.0)
+    assert [(row["step"], row["grad_norm/0"]) for row in rows] == [(1, 2.0), (2, 2.0), (2, 8.0)]
+
+
 # ---- Files
 
 
