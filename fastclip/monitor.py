@@ -329,7 +329,7 @@ class Monitor:
             _number(self._loss, like),
             _number(like if result.present else None, like),
             _number(None if result.coefficients is None else result.coefficients.min(), like),
-            _number(result.clipped, like),
+            result.clipped.reshape(1),
             norms,
         ]
         if self.weights:

@@ -245,6 +245,9 @@ def test_nothing_holds_on_to_the_graph() -> None:
     weight = nn.Parameter(torch.ones(3))
     monitor = fastclip.Monitor([("w", weight)], weights=True, triggers=[fastclip.NonFinite("loss", action="skip")])
     loss = weight.square().sum()
+    monitor.record_loss(loss)
+    assert isinstance(monitor._loss, Tensor)
+    assert not monitor._loss.requires_grad
     torch.autograd.backward(loss)
     skip = monitor.update(fastclip.clip_grads_([("w", weight)], RULE), loss)
     assert not skip.requires_grad
@@ -291,6 +294,20 @@ def test_a_step_never_waits_and_a_reading_transfers_once(triggers: list[Any], ru
     monitor.update(fastclip.clip_grads_(model, rule))
     with pytest.raises(NotImplementedError, match="meta"):  # so a wait would be seen
         monitor.read()
+
+
+def test_steps_on_several_devices() -> None:
+    """A step without any gradient is on the CPU, and a model may move."""
+    model = nn.Linear(2, 1).to("meta")
+    monitor = fastclip.Monitor(model)
+    with Transfers():
+        for grads in (True, False, True):
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter) if grads else None
+            monitor.update(fastclip.clip_grads_(model, RULE))
+        history = monitor.read()
+    assert history.has_norm.tolist() == [True, False, True]
+    assert history.steps.tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,8 @@ def test_nothing_to_scale_colours_by(row: list[float], tmp_path: Path) -> None:
 
 
 def test_one_step(tmp_path: Path) -> None:
-    monitor_of([[1.0]], [2.0]).plot(tmp_path / "norms.svg")
+    figure = monitor_of([[1.0]], [2.0]).plot(tmp_path / "norms.svg")
+    assert figure.axes[-1].get_ylim() == pytest.approx((1.0, 10.0))  # a scale of colours that has some length
     assert (tmp_path / "norms.svg").read_text().startswith("<?xml")
 
 

@@ -8,6 +8,7 @@ import math
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -138,6 +139,18 @@ def test_a_resumed_run_does_not_repeat_steps() -> None:
     assert [row["step"] for row in rows] == [3]
 
 
+def test_a_run_that_was_rolled_back_writes_its_steps_again() -> None:
+    rows: list[Row] = []
+    run = Run()
+    run.monitor.log_to(rows.append, every=1)
+    run.step(1.0)
+    state = run.monitor.state_dict()
+    run.step(1.0)
+    run.monitor.load_state_dict(state)
+    run.step(4.0)
+    assert [(row["step"], row["grad_norm/0"]) for row in rows] == [(1, 2.0), (2, 2.0), (2, 8.0)]
+
+
 # ---- Files
 
 
@@ -217,6 +230,16 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert scalars("grad_norm/1") == [(1, 2.0), (2, 2.0)]
     assert scalars("clipped") == [(1, 1.0), (2, 1.0), (3, 0.0)]
     assert scalars("loss") == [(1, 3.0), (2, pytest.approx(math.nan, nan_ok=True))]
+
+
+def test_tensorboard_is_told_to_write_when_rows_are_handed_on() -> None:
+    writer = Mock()
+    run = Run()
+    run.monitor.log_to(fastclip.TensorBoard(writer), every=2)
+    run.step(1.0)
+    run.step(1.0)
+    assert {scalar.args[2] for scalar in writer.add_scalar.call_args_list} == {1, 2}
+    assert writer.method_calls[-1] == call.flush()
 
 
 # ---- Bad input

@@ -185,6 +185,7 @@ def test_vanishing_takes_several_steps_in_a_row() -> None:
     assert [report.step for report in reports] == [22, 23]
     assert reports[0].limit == 1e-6
     assert reports[0].value < 1e-6
+    assert not any(fed(Vanishing(0.1, steps=1, action=ignore), [1e-9] * 3))  # of the loss
 
 
 # ---- What is done
@@ -250,6 +251,14 @@ def test_skipped_steps_that_are_not_in_a_row_are_no_error() -> None:
     with pytest.warns(RuntimeWarning, match="steps skipped"):
         _, _, skipped = train([NonFinite("loss", action="skip")], spoil_loss_only, at=range(1, 60, 2), max_skipped=2)
     assert sum(skipped) == 30
+
+
+def test_a_trigger_that_does_something_else_skips_nothing() -> None:
+    reports: list[Report] = []
+    triggers = [NonFinite("gradients", action=reports.append), NonFinite("loss", action="skip")]
+    _, _, skipped = train(triggers, spoil_a_gradient, steps=AT)
+    assert [report.step for report in reports] == [AT]
+    assert not any(skipped)
 
 
 def test_skipping_in_an_optimizer() -> None:
