@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastclip import originals
-from fastclip.backends.interface import Scalar, clip_coefficient, on
+from fastclip.backends.interface import Scalar, clip_coefficient, is_capturing, on
 from fastclip.caller import warn_caller
 from fastclip.gradients import Gradients, Parameters, as_gradients, check_bounds, check_dtypes, collect, has_dtensors
 from fastclip.plans import prepare
@@ -205,6 +205,10 @@ def clip_grad_value_(
 
 
 def _raise_if_nonfinite(grads: Gradients, p: float, total: Scalar) -> None:
+    if isinstance(total, Tensor) and is_capturing(total.device):
+        raise RuntimeError(
+            "`error_if_nonfinite` waits for the device, which is impossible while a CUDA graph is captured"
+        )
     if math.isfinite(total):
         return
     culprits = [i for i, grad in enumerate(grads.tensors) if not bool(_stored(grad).isfinite().all())]

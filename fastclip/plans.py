@@ -35,6 +35,7 @@ from fastclip.backends.interface import (
     Reduction,
     Scalar,
     combine,
+    is_capturing,
     on,
     reduction,
     upload,
@@ -238,6 +239,8 @@ def prepare(grads: Gradients, *, in_place: bool) -> Prepared:
             serve its device.
     """
     fingerprint = _fingerprint(grads.tensors, in_place=in_place) if grads.kinds <= _PLAIN_TYPES else None
+    if is_capturing(grads.tensors[0].device):
+        return _captured(fingerprint)
     kept = _kept.find(fingerprint) if fingerprint else None
     if kept:
         return kept
@@ -266,6 +269,24 @@ def _fingerprint(tensors: list[Tensor], *, in_place: bool) -> Fingerprint | None
     inference = (torch.is_inference_mode_enabled(), tensors[0].is_inference())
     settings = (in_place, inference, os.environ.get(ENVIRONMENT_VARIABLE))
     return Fingerprint(addresses, Layout(numels, dtypes, contiguous, strides, tensors[0].device, settings))
+
+
+_captures: list[Prepared] = []
+"""What CUDA graphs replay from: it has to live as long as the graph, and when that ends nobody tells."""
+
+
+def _captured(fingerprint: Fingerprint | None) -> Prepared:
+    """Make ready for a CUDA graph what was prepared before its capture, on whatever stream."""
+    kept = _kept.by_start.get(fingerprint.start) if fingerprint else None
+    if kept is None or kept.fingerprint != fingerprint:
+        raise RuntimeError(
+            "a CUDA graph is being captured, and nothing was prepared for these gradients before: make the same call "
+            "once ahead of the capture, with the same gradients (a sparse or strided gradient, or one of another type, "
+            "has to be clipped outside of the graph)"
+        )
+    prepared = replace(kept, plans=[plan.captured() for plan in kept.plans])
+    _captures.append(prepared)
+    return prepared
 
 
 def _moved(tensors: list[Tensor], fingerprint: Fingerprint) -> Prepared | None:

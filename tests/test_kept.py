@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import oracle
 import pytest
@@ -11,7 +13,8 @@ from legs import Leg
 from torch import Tensor
 
 import fastclip
-from fastclip import backends
+from fastclip import backends, clipping, plans
+from fastclip.backends import interface
 
 
 def some_gradients(rng: np.random.Generator, leg: Leg, offset: int = 0) -> list[Tensor]:
@@ -86,3 +89,81 @@ def test_what_is_kept_knows_its_settings(leg: Leg, monkeypatch: pytest.MonkeyPat
         fastclip.get_total_norm(grads)
     with pytest.raises(RuntimeError, match="names no backend"):
         fastclip.get_total_norm([grad.clone() for grad in grads])
+
+
+# ---- CUDA graphs, whose capture and replay are imitated: what is launched is launched again
+
+
+class Graph:
+    """Remembers the launches made inside of the block; `replay` makes them again."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+        self.launches: list[tuple[Any, ...]] = []
+
+    def __enter__(self) -> Graph:
+        from fastclip.backends.triton import TritonPlan
+
+        launch = self._launch = TritonPlan._launch
+
+        def record(*arguments: Any) -> None:
+            self.launches.append(arguments)
+            launch(*arguments)
+
+        self.monkeypatch.setattr(TritonPlan, "_launch", record)
+        for module in (interface, plans, clipping):
+            self.monkeypatch.setattr(module, "is_capturing", lambda _: True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.monkeypatch.undo()
+
+    def replay(self, steps: slice = slice(None)) -> None:
+        for arguments in self.launches[steps]:
+            self._launch(*arguments)
+
+
+@pytest.mark.legs("interpreter", "ptx")
+def test_a_captured_call_replays_on_what_the_gradients_hold_by_then(leg: Leg, rng: np.random.Generator) -> None:
+    grads, others = some_gradients(rng, leg), some_gradients(rng, leg)
+    made = parameters(grads)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("FASTCLIP_BACKEND", "triton")
+        fastclip.clip_grad_norm_(made, 1e9)
+        fastclip.clip_grad_norm_(parameters(others), 1e9)
+        with Graph(monkeypatch) as graph:
+            norm = fastclip.clip_grad_norm_(made, 1.0)
+            assert len(graph.launches) == 2
+    plans._kept.by_start.clear()  # the graph outlives what is kept
+    for _ in range(3):
+        for grad in grads:
+            grad.copy_(random_values(rng, grad.shape, grad.dtype) * 3)
+        exact = oracle.norm(grads, 2)
+        originals = [twin(grad) for grad in grads]
+        graph.replay(slice(0, 1))
+        fastclip.clip_grad_norm_(parameters(others), 1e-3)  # on another stream, it could run just now
+        graph.replay(slice(1, 2))
+        assert norm.item() == pytest.approx(exact, rel=1e-6)
+        for grad, original in zip(grads, originals, strict=True):
+            expected = oracle.as_numpy(original) * oracle.coefficient(exact, 1.0)
+            oracle.assert_close(grad, expected, 4 * oracle.half_ulp(torch.float16))
+
+
+@pytest.mark.legs("interpreter", "ptx")
+def test_a_capture_of_what_was_not_prepared_is_refused(
+    leg: Leg, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grads = some_gradients(rng, leg)
+    before = [twin(grad) for grad in grads]
+    with Graph(monkeypatch), pytest.raises(RuntimeError, match="once ahead of the capture"):
+        fastclip.clip_grad_norm_(parameters(grads), 1e-3)
+    for grad, original in zip(grads, before, strict=True):
+        oracle.assert_same_bits(grad, original)
+
+
+@pytest.mark.legs("interpreter", "ptx")
+def test_a_capture_that_would_wait_is_refused(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = parameters([torch.ones(4, device=leg.device)])
+    fastclip.clip_grad_norm_(made, 1.0)
+    with Graph(monkeypatch), pytest.raises(RuntimeError, match="`error_if_nonfinite` waits for the device"):
+        fastclip.clip_grad_norm_(made, 1.0, error_if_nonfinite=True)

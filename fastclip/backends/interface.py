@@ -50,6 +50,9 @@ class Plan(Protocol):
     def moved(self, addresses: npt.NDArray[np.int64]) -> Plan:
         """Return a plan for gradients that differ from this one's in their addresses only, [gradients]."""
 
+    def captured(self) -> Plan:
+        """Return a plan for the same gradients that a CUDA graph may replay: nobody else works in its memory."""
+
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
         """Read every gradient once for the p-norm of all of them. For p = 0 that is the number of nonzero tensors."""
 
@@ -100,6 +103,11 @@ def clip_coefficient(total: Scalar, max_norm: float) -> Scalar:
     return 1.0 if coefficient > 1 else coefficient
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the device's current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     """Copy to a device; to a GPU without a sync, by pinned memory that torch does not reuse before the copy is done.
 
@@ -107,10 +115,10 @@ def upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
         RuntimeError: A CUDA graph is being captured, which would replay from memory that is gone by then.
     """
     host = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if is_capturing(device):
         raise RuntimeError(
-            "fastclip cannot prepare gradients while a CUDA graph is captured: the graph would read a table that is "
-            "gone when it is replayed. Clip outside of the graph"
+            "fastclip cannot upload tables while a CUDA graph is captured. Make the same call once before the capture, "
+            "with the same gradients"
         )
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 

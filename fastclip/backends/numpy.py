@@ -73,6 +73,9 @@ class NumpyPlan:
         plan.pieces = _cut(addresses.tolist(), self._shapes)
         return plan
 
+    def captured(self) -> NumpyPlan:
+        raise RuntimeError("a CUDA graph cannot clip gradients on the CPU: clip them outside of the graph")
+
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
         norms = self._norms(p)
         # A piece's 0-norm counts its nonzero elements; the set's counts the tensors that have any.

@@ -36,6 +36,9 @@ class TorchPlan:
     def moved(self, addresses: npt.NDArray[np.int64]) -> TorchPlan:
         raise NotImplementedError("a plan that holds tensors is never kept")
 
+    def captured(self) -> TorchPlan:
+        raise NotImplementedError("a plan that holds tensors is never kept")
+
     @torch.no_grad()
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
         norms = [_norm(tensor, p) for tensor in self.tensors]

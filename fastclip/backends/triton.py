@@ -76,6 +76,11 @@ class TritonPlan:
         plan.rows = self._upload_rows(addresses)
         return plan
 
+    def captured(self) -> TritonPlan:
+        plan = copy.copy(self)
+        plan.tables = self.tables.with_memory_of_its_own()
+        return plan
+
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
         from fastclip.kernels.reduce import reduce_kernel
 
@@ -167,15 +172,26 @@ class Tables:
         layout = table.lay_out(np.array(numels), segments)
         self.chunks = upload(layout.chunks, device)
         self.ends = layout.ends
-        self.partials = torch.empty(len(layout.chunks), dtype=torch.float64, device=device)
-        self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
-        self.state = torch.empty(2, dtype=torch.float64, device=device)
-        self.total, self.coefficient = self.state.unbind()
+        self._allocate()
         self.programs = min(_programs(device), len(layout.chunks))
         self.driver = None if os.environ.get("TRITON_INTERPRET") == "1" else driver
         self.launches: dict[tuple[object, ...], Callable[..., object]] = {}
         self.options = table.LAUNCH_OPTIONS
         self._layout = layout
+
+    def _allocate(self) -> None:
+        device, chunks = self.chunks.device, len(self.chunks)
+        self.partials = torch.empty(chunks, dtype=torch.float64, device=device)
+        self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
+        self.state = torch.empty(2, dtype=torch.float64, device=device)
+        self.total, self.coefficient = self.state.unbind()
+
+    def with_memory_of_its_own(self) -> Tables:
+        """Return tables that share with these what is only read."""
+        tables = copy.copy(self)
+        tables.__dict__.pop("changed", None)
+        tables._allocate()
+        return tables
 
     @cached_property
     def slices(self) -> Tensor:
