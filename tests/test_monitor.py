@@ -398,9 +398,13 @@ def test_bad_parameters() -> None:
     with pytest.raises(ValueError, match="no parameters to monitor"):
         fastclip.Monitor([])
     with pytest.raises(ValueError, match=r"model.named_parameters\(\)"):
-        fastclip.Monitor(nn.Linear(1, 1).parameters())
-    monitor = fastclip.Monitor(nn.Linear(1, 1).parameters(), by="parameter")
+        fastclip.Monitor(nn.Linear(1, 1).parameters(), by="layer")
+
+
+def test_parameters_without_names() -> None:
+    monitor = fastclip.Monitor(nn.Linear(1, 1).parameters())
     assert monitor.names == ["parameters[0]", "parameters[1]"]
+    assert monitor.groups.of == (0, 1)
 
 
 def test_bad_results() -> None:
