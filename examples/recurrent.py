@@ -54,8 +54,7 @@ class Network(nn.Module):
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.rnn = nn.RNN(WIDTH, WIDTH, nonlinearity="relu", batch_first=True)
         self.head = nn.Linear(WIDTH, VOCABULARY)
-        with torch.no_grad():
-            nn.init.eye_(self.rnn.weight_hh_l0).mul_(RECURRENT_GAIN)
+        self.rnn.weight_hh_l0 = nn.Parameter(RECURRENT_GAIN * torch.eye(WIDTH))
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss over all positions."""
@@ -147,13 +146,13 @@ def findings(runs: dict[str, Run]) -> str:
         report = plain.jumps[-1]
         worst = report.worst(1)[0]
         lines.append(
-            f"The trigger saw the cliff in step {report.step}: a norm of {report.value:.2g}, {worst.share:.1%} of its "
+            f"The trigger last fired in step {report.step}: a norm of {report.value:.2g}, {worst.share:.1%} of its "
             f"square from {worst.name}."
         )
     if clipped.lost is None:
         lines.append(
-            f"Clipped to {MAX_NORM:g}, the same network met norms up to {clipped.finite_norms().max():.2g}, took a "
-            f"step of ordinary length at each, and learned to a loss of {clipped.final_loss():.2f}."
+            f"Clipped to {MAX_NORM:g}, the same network meets norms up to {clipped.finite_norms().max():.2g}, passes "
+            f"them, and learns: its loss ends at {clipped.final_loss():.2f}."
         )
     return "\n".join(lines)
 

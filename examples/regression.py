@@ -28,7 +28,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -91,7 +91,7 @@ class Data(NamedTuple):
 
     def variances(self) -> tuple[float, float]:
         """Return the squared error, in training and validation, of always answering with the mean."""
-        return tuple(self.unit * targets.var().item() for targets in (self.train_targets, self.valid_targets))
+        return self.unit * self.train_targets.var().item(), self.unit * self.valid_targets.var().item()
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Setting:
     """What a run does: the optimizer, how its gradients are clipped, and on which data."""
 
     name: str
-    clip: dict[str, float] = field(default_factory=dict)  # what `fastclip.attach` is given
+    clip: dict[str, Any] = field(default_factory=dict)  # what `fastclip.attach` is given
     optimizer: type[KerasAdam | torch.optim.Adam] = KerasAdam
     standardised: bool = False
     color: str = "#c8553d"
@@ -140,7 +140,8 @@ def load(*, standardised: bool) -> Data:
         scalers = [StandardScaler().fit(arrays[0]), StandardScaler().fit(arrays[2])]
         arrays = [scalers[i // 2].transform(array) for i, array in enumerate(arrays)]
         unit = float(scalers[1].var_[0])
-    return Data(*(torch.tensor(array, dtype=torch.float32) for array in arrays), unit)
+    inputs, valid_inputs, targets, valid_targets = (torch.tensor(array, dtype=torch.float32) for array in arrays)
+    return Data(inputs, valid_inputs, targets, valid_targets, unit)
 
 
 def train(setting: Setting, epochs: int) -> Run:
@@ -157,15 +158,16 @@ def train(setting: Setting, epochs: int) -> Run:
     for epoch in range(1, epochs + 1):
         losses = []
         largest = torch.zeros(())
-        for batch in torch.randperm(len(data.train_inputs)).split(BATCH):
+        for batch in torch.randperm(len(data.train_inputs)).split(BATCH):  # type: ignore[no-untyped-call]
             loss = functional.mse_loss(model(data.train_inputs[batch]), data.train_targets[batch])
             losses.append(data.unit * loss.item())
             if math.isnan(losses[-1]):
                 break
             optimizer.zero_grad()
-            loss.backward()
-            for parameter in model.parameters():
-                largest = largest.maximum(parameter.grad.abs().max())
+            loss.backward()  # type: ignore[no-untyped-call]
+            largest = torch.stack(
+                [largest, *(p.grad.abs().max() for p in model.parameters() if p.grad is not None)]
+            ).max()
             optimizer.step()
         run.largest.append(largest.item())
         line = f"{setting.name:<24} epoch {epoch:>2} of {epochs}"
