@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastclip.clip_by import ClipResult, apply_rule
+from fastclip.dynamo import untraced
 from fastclip.gradients import Owners, gradients_of, listed
 from fastclip.groups import Groups, group
 from fastclip.rules import AnyRule, ClipByGlobalNorm, ClipByNorm, ClipByValue, as_rule, from_state, positive, state_of
@@ -158,6 +159,7 @@ class Attachment:
             return (args[0], clipped_closure, *args[2:]), kwargs
         return args, {**kwargs, "closure": clipped_closure}
 
+    @untraced
     @torch.no_grad()
     def _clip(self, optimizer: Optimizer) -> None:
         owners, groups = self._find_members(optimizer)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastclip.backends.interface import Bounds, norm_of_norms, on, wide_dtype
+from fastclip.dynamo import untraced
 from fastclip.gradients import Gradients, Parameters, check_bounds, check_dtypes, collect, has_dtensors
 from fastclip.groups import By, Groups, group, index_of
 from fastclip.plans import Prepared, prepare
@@ -52,6 +53,7 @@ class ClipResult:
         return torch.zeros((), dtype=torch.bool, device=self.norm.device) if self.changed is None else self.changed
 
 
+@untraced
 def clip_grads_(parameters: Parameters, rule: AnyRule | Callable[[Tensor], Tensor]) -> ClipResult:
     r"""Clip gradients in place by a rule, and return what was found.
 
@@ -79,6 +81,7 @@ def clip_grads_(parameters: Parameters, rule: AnyRule | Callable[[Tensor], Tenso
     return apply_rule(grads, checked, group(grads.owners, checked.by))
 
 
+@untraced
 def clip_by_value_(parameters: Parameters, clip_value_min: Bound, clip_value_max: Bound, *, by: By = "global") -> None:
     r"""Clamp every element of the gradients in place to [clip_value_min, clip_value_max].
 
@@ -107,6 +110,7 @@ def clip_by_value_(parameters: Parameters, clip_value_min: Bound, clip_value_max
         _prepared(grads, limits).clamp_(grads, *limits)
 
 
+@untraced
 def clip_by_norm_(parameters: Parameters, clip_norm: Bound, *, by: By = "parameter") -> Tensor:
     r"""Scale each gradient in place so that its own 2-norm is at most `clip_norm`.
 
@@ -130,6 +134,7 @@ def clip_by_norm_(parameters: Parameters, clip_norm: Bound, *, by: By = "paramet
     return clip_grads_(parameters, ClipByNorm(clip_norm, by)).group_norms
 
 
+@untraced
 def clip_by_global_norm_(parameters: Parameters, clip_norm: float, use_norm: Tensor | float | None = None) -> Tensor:
     r"""Scale all gradients in place so that their global 2-norm is at most `clip_norm`.
 
@@ -169,6 +174,7 @@ def clip_by_global_norm_(parameters: Parameters, clip_norm: float, use_norm: Ten
     return norm
 
 
+@untraced
 def measure_grads(parameters: Parameters, by: By = "parameter") -> ClipResult:
     r"""Take the norms of gradients, each group's, each parameter's and that of all, without clipping; write nothing.
 

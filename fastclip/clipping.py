@@ -16,12 +16,14 @@ from torch import Tensor
 from fastclip import originals
 from fastclip.backends.interface import Scalar, clip_coefficient, is_capturing, on
 from fastclip.caller import warn_caller
+from fastclip.dynamo import untraced
 from fastclip.gradients import Gradients, Parameters, as_gradients, check_bounds, check_dtypes, collect, has_dtensors
 from fastclip.plans import prepare
 
 _MOST_NAMED = 10  # culprits listed in an error message
 
 
+@untraced
 def clip_grad_norm_(
     parameters: Parameters,
     max_norm: float,
@@ -84,6 +86,7 @@ def clip_grad_norm_(
     return reduced.norm
 
 
+@untraced
 def get_total_norm(
     tensors: Parameters,
     norm_type: float = 2.0,
@@ -129,6 +132,7 @@ def get_total_norm(
     return reduced.norm
 
 
+@untraced
 def clip_grads_with_norm_(
     parameters: Parameters,
     max_norm: float,
@@ -168,6 +172,7 @@ def clip_grads_with_norm_(
     prepared.scale_(grads, clip_coefficient(on(prepared.device, total.detach().reshape(())), limit))
 
 
+@untraced
 def clip_grad_value_(
     parameters: Parameters,
     clip_value: float,

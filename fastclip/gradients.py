@@ -113,9 +113,9 @@ def listed(parameters: Parameters, argument: str) -> Owners:
         message = f"`{argument}` must be a tensor, an iterable of tensors or a module, not {type(parameters).__name__}"
         raise TypeError(message) from None
     items = list(iterator)
-    if items and all(_is_named(item) for item in items):
+    if items and _is_named(items[0]) and all(map(_is_named, items)):
         return Owners([tensor for _, tensor in items], [name for name, _ in items])
-    if items and all(isinstance(item, dict) and "params" in item for item in items):
+    if items and _is_group(items[0]) and all(map(_is_group, items)):
         return _of_groups(items, argument)
     return Owners(items)
 
@@ -135,6 +135,10 @@ def _of_groups(groups: Sequence[dict[str, Any]], argument: str) -> Owners:
 
 def _is_named(item: object) -> bool:
     return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor)
+
+
+def _is_group(item: object) -> bool:
+    return isinstance(item, dict) and "params" in item
 
 
 _REMEDIES = (

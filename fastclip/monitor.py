@@ -24,6 +24,7 @@ from fastclip.averages import Averages
 from fastclip.backends.interface import on
 from fastclip.caller import warn_caller
 from fastclip.clip_by import ClipResult
+from fastclip.dynamo import untraced
 from fastclip.gradients import Parameters, as_gradients
 from fastclip.groups import By, group
 from fastclip.history import History, Row
@@ -184,6 +185,7 @@ class Monitor:
         """Whether a trigger may ask for a step to be skipped."""
         return self._skipping > 0
 
+    @untraced
     def record_loss(self, loss: Tensor | float) -> None:
         """Remember the loss of the step to come; the last one counts. No sync.
 
@@ -199,6 +201,7 @@ class Monitor:
             loss = loss.detach()
         self._loss = loss
 
+    @untraced
     def update(self, result: ClipResult, loss: Tensor | float | None = None) -> Tensor:
         """Take a step: after the gradients were clipped, before the optimizer changes the weights.
 

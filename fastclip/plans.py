@@ -7,10 +7,11 @@ is an address and a number of elements, which is all that the Triton and NumPy b
 strided views, tensor subclasses, meta tensors) is left to torch's own operations; a sparse gradient takes part by its
 values. Whatever the mixture, one norm is taken over all of it.
 
-Training clips the same gradients again and again, so what was prepared is kept, together with a *fingerprint* of what
-it rests on: address, size, dtype and strides of every gradient, and the settings. It is taken anew on every call, and
-nothing is reused unless all of it is as it was. Where only the addresses differ (`zero_grad(set_to_none=True)` moves
-gradients), what does not depend on them is: who serves which gradient, and the tables of sizes.
+Training clips the same gradients again and again, so what was prepared is kept, together with what it rests on: the
+address of every gradient, and its type, dtype, device, sizes, strides and whatever else torch knows of it. All of that
+is compared on every call, and nothing is reused unless all of it is as it was. Where only the addresses differ
+(`zero_grad(set_to_none=True)` moves gradients), what does not depend on them is: who serves which gradient, and the
+tables of sizes.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -41,42 +42,17 @@ from fastclip.backends.interface import (
     upload,
     wide_dtype,
 )
-from fastclip.gradients import Gradients, check_dtypes, check_writable, first_of_each_dtype
+from fastclip.gradients import Gradients, check_dtypes, check_writable
+
+# A part of torch that is torch's own affair: without it nothing is kept, and every call prepares anew.
+TensorGuards: Any = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
 
 Int64s: TypeAlias = npt.NDArray[np.int64]
 
 
-class Layout(NamedTuple):
-    """All but the addresses that plans rest on."""
-
-    numels: list[int]
-    dtypes: list[torch.dtype]
-    contiguous: list[bool]
-    strides: list[tuple[int, ...]]
-    device: torch.device
-    settings: tuple[object, ...]
-
-
-class Fingerprint(NamedTuple):
-    """All that plans rest on; two that are equal may share plans."""
-
-    addresses: list[int]
-    layout: Layout
-
-    @property
-    def start(self) -> tuple[int, int]:
-        """What plans are looked up by."""
-        return self.addresses[0], len(self.addresses)
-
-    @property
-    def sketch(self) -> tuple[object, ...]:
-        """What plans for the same layout are looked up by."""
-        numels, dtypes = self.layout.numels, self.layout.dtypes
-        return len(numels), numels[0], numels[-1], dtypes[0], self.layout.settings
-
-
 _PLAIN_TYPES = {Tensor, nn.Parameter}
 _PLAIN_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+_Key: TypeAlias = tuple[object, ...]
 _KEPT = 65_536  # gradients, a thread: a few large models that are trained in turns, or each parameter by itself
 
 
@@ -88,21 +64,20 @@ class Arrangement:
         count: The number of gradients.
         device: The first gradient's.
         dtype: The gradients' own, real and promoted where they differ: that of torch's norm.
-        first_of_dtype: The position of the first gradient of each dtype.
+        fits: Tells whether as many other tensors differ from these in their addresses only; None where that cannot be
+            told.
         itemsizes: Bytes an element of each gradient, [gradients].
         sizes: Bytes of each gradient, [gradients].
-        indices: The index of each gradient's device.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], members: list[list[int]]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], members: list[list[int]], fits: Callable[..., bool] | None) -> None:
         self.members = members
         self.count = len(tensors)
         self.device = tensors[0].device
-        self.first_of_dtype = first_of_each_dtype(tensors)
-        self.dtype = _promoted({dtype.to_real() for dtype in self.first_of_dtype})
+        self.dtype = _promoted({tensor.dtype.to_real() for tensor in tensors})
+        self.fits = fits
         self.itemsizes = np.array([tensor.dtype.itemsize for tensor in tensors])
         self.sizes = np.fromiter(map(Tensor.numel, tensors), np.int64, self.count) * self.itemsizes
-        self.indices = list(map(Tensor.get_device, tensors))
 
     @cached_property
     def is_in_order(self) -> bool:
@@ -123,14 +98,14 @@ class Prepared:
         plans: One for each backend and device, in the order of their first members; none if no gradient has elements.
         arrangement: Which plan serves which gradient.
         streams: The current stream of each GPU, for which the plans were made.
-        fingerprint: What all this rests on, or None where that cannot be told and it must not be used again.
+        addresses: Where the gradients were, or None where this must not be used again.
         temporaries: Among others the coalesced values of sparse gradients, of which plans know but the addresses.
     """
 
     plans: list[Plan]
     arrangement: Arrangement
     streams: tuple[tuple[torch.device, int], ...]
-    fingerprint: Fingerprint | None
+    addresses: list[int] | None
     temporaries: list[Tensor]
 
     @property
@@ -185,39 +160,26 @@ def _pick(bound: Bounds, members: list[int]) -> Bounds:
 
 
 class _Kept(threading.local):
-    """What was prepared, by the first gradient's address and the number of gradients; the oldest come first."""
+    """What was prepared, to be looked up by where it is or by what it is like; the oldest come first."""
 
     def __init__(self) -> None:
-        self.by_start: OrderedDict[tuple[int, int], Prepared] = OrderedDict()
-        self.by_sketch: dict[tuple[object, ...], Prepared] = {}  # the last one of each
+        self.by_place: OrderedDict[_Key, Prepared] = OrderedDict()
+        self.by_sketch: dict[_Key, Prepared] = {}  # the last one of each
         self.gradients = 0
 
-    def find(self, fingerprint: Fingerprint) -> Prepared | None:
-        """Return what was prepared for just these gradients."""
-        kept = self.by_start.get(fingerprint.start)
-        return kept if kept and kept.fingerprint == fingerprint and _streams_are_current(kept) else None
-
-    def find_elsewhere(self, fingerprint: Fingerprint) -> Prepared | None:
-        """Return what was prepared for gradients that differ in their addresses only."""
-        kept = self.by_sketch.get(fingerprint.sketch)
-        if kept and kept.fingerprint and kept.fingerprint.layout == fingerprint.layout and _streams_are_current(kept):
-            return kept
-        return None
-
-    def add(self, fingerprint: Fingerprint, prepared: Prepared) -> None:
-        self._discard(fingerprint.start)
-        self.by_start[fingerprint.start] = prepared
-        self.by_sketch[fingerprint.sketch] = prepared
+    def add(self, place: _Key, sketch: _Key, prepared: Prepared) -> None:
+        self._discard(place)
+        self.by_place[place] = self.by_sketch[sketch] = prepared
         self.gradients += prepared.arrangement.count
-        while self.gradients > _KEPT and len(self.by_start) > 1:
-            self._discard(next(iter(self.by_start)))
+        while self.gradients > _KEPT and len(self.by_place) > 1:
+            self._discard(next(iter(self.by_place)))
 
-    def _discard(self, start: tuple[int, int]) -> None:
-        prepared = self.by_start.pop(start, None)
-        if prepared and prepared.fingerprint:
+    def _discard(self, place: _Key) -> None:
+        prepared = self.by_place.pop(place, None)
+        if prepared:
             self.gradients -= prepared.arrangement.count
-            if self.by_sketch.get(prepared.fingerprint.sketch) is prepared:
-                del self.by_sketch[prepared.fingerprint.sketch]
+            for sketch in [sketch for sketch, last in self.by_sketch.items() if last is prepared]:
+                del self.by_sketch[sketch]
 
 
 _kept = _Kept()
@@ -238,47 +200,67 @@ def prepare(grads: Gradients, *, in_place: bool) -> Prepared:
         RuntimeError: A gradient has no norm or cannot be written, or the forced backend (`FASTCLIP_BACKEND`) cannot
             serve its device.
     """
-    fingerprint = _fingerprint(grads.tensors, in_place=in_place) if grads.kinds <= _PLAIN_TYPES else None
-    if is_capturing(grads.tensors[0].device):
-        return _captured(fingerprint)
-    kept = _kept.find(fingerprint) if fingerprint else None
-    if kept:
+    tensors = grads.tensors
+    addresses = _addresses(grads)
+    if addresses is None:
+        return _prepared_anew(grads, None, in_place=in_place)
+    settings = (len(tensors), in_place, os.environ.get(ENVIRONMENT_VARIABLE))
+    place = (addresses[0], *settings)
+    kept = _kept.by_place.get(place)
+    is_there = kept is not None and kept.addresses == addresses and _fits(kept, tensors)
+    if is_capturing(tensors[0].device):
+        return _captured(kept if is_there else None)
+    if kept is not None and is_there and _streams_are_current(kept):
         return kept
-    prepared = _moved(grads.tensors, fingerprint) if fingerprint else None
+    sketch = (tensors[0].numel(), tensors[0].dtype, tensors[-1].numel(), *settings)
+    alike = _kept.by_sketch.get(sketch)
+    prepared = None
+    if alike is not None and _fits(alike, tensors) and _streams_are_current(alike):
+        prepared = _moved(alike, addresses)
     if prepared is None:
-        check_dtypes(grads)
-        if in_place:
-            check_writable(grads)
-        prepared = _prepare(grads.tensors, fingerprint, in_place=in_place)
-    if prepared.fingerprint:
-        _kept.add(prepared.fingerprint, prepared)
+        prepared = _prepared_anew(grads, addresses, in_place=in_place)
+    if prepared.addresses is not None:
+        _kept.add(place, sketch, prepared)
     return prepared
 
 
-def _fingerprint(tensors: list[Tensor], *, in_place: bool) -> Fingerprint | None:
-    """Take the fingerprint, or None where a tensor has no address."""
+def _addresses(grads: Gradients) -> list[int] | None:
+    """The gradients' addresses, or None where one is not of torch's own two classes or has no address."""
+    if not grads.kinds <= _PLAIN_TYPES:
+        return None
     try:
-        addresses = list(map(Tensor.data_ptr, tensors))
+        return list(map(Tensor.data_ptr, grads.tensors))
     except RuntimeError:  # a sparse tensor, or one inside of a function transform
         return None
-    numels = list(map(Tensor.numel, tensors))
-    dtypes = [tensor.dtype for tensor in tensors]
-    contiguous = list(map(Tensor.is_contiguous, tensors))
-    strides = [] if all(contiguous) else [t.stride() for t, whole in zip(tensors, contiguous, strict=True) if not whole]
-    # One for all: a loop whose gradients are inference tensors has no others, and to write to one does no harm.
-    inference = (torch.is_inference_mode_enabled(), tensors[0].is_inference())
-    settings = (in_place, inference, os.environ.get(ENVIRONMENT_VARIABLE))
-    return Fingerprint(addresses, Layout(numels, dtypes, contiguous, strides, tensors[0].device, settings))
+
+
+def _fits(kept: Prepared, tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors, as many, differ in their addresses only from those that something was prepared for."""
+    return kept.arrangement.fits is not None and kept.arrangement.fits(*tensors)
+
+
+def _guards(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
+    """What tells whether as many other tensors are like these: in all that torch knows of them, but for their memory.
+
+    `torch.compile` looks at its inputs so: 40 ns a tensor, where a look by Python at each attribute takes 500. Types,
+    dtypes, devices, sizes and strides are compared, and the dispatch keys, which tell sparse, negated, inference and
+    other tensors apart; no tensor may be there twice.
+    """
+    if TensorGuards is None:
+        return None
+    sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
+    guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    check: Callable[..., bool] = guards.check
+    return check
 
 
 _captures: list[Prepared] = []
 """What CUDA graphs replay from: it has to live as long as the graph, and when that ends nobody tells."""
 
 
-def _captured(fingerprint: Fingerprint | None) -> Prepared:
+def _captured(kept: Prepared | None) -> Prepared:
     """Make ready for a CUDA graph what was prepared before its capture, on whatever stream."""
-    kept = _kept.by_start.get(fingerprint.start) if fingerprint else None
-    if kept is None or kept.fingerprint != fingerprint:
+    if kept is None:
         raise RuntimeError(
             "a CUDA graph is being captured, and nothing was prepared for these gradients before: make the same call "
             "once ahead of the capture, with the same gradients (a sparse or strided gradient, or one of another type, "
@@ -289,39 +271,37 @@ def _captured(fingerprint: Fingerprint | None) -> Prepared:
     return prepared
 
 
-def _moved(tensors: list[Tensor], fingerprint: Fingerprint) -> Prepared | None:
-    """Take over what was prepared for the same gradients elsewhere, or None where there is none or it would not be so.
+def _moved(kept: Prepared, addresses: list[int]) -> Prepared | None:
+    """Take over what was prepared for gradients like these elsewhere, or None where these would not be served alike.
 
-    That was for plain gradients only; what the layout does not tell of it is looked at again, for all at once.
+    Those were plain gradients only; what their likeness does not tell of it is looked at again, for all at once.
     """
-    kept = _kept.find_elsewhere(fingerprint)
-    if kept is None:
-        return None
     arrangement = kept.arrangement
-    addresses = np.array(fingerprint.addresses)
+    starts = np.array(addresses)
     has_elements = arrangement.sizes > 0
-    is_addressable = (addresses > 0) & (addresses % arrangement.itemsizes == 0) | ~has_elements
-    if (
-        not is_addressable.all()
-        or arrangement.indices != list(map(Tensor.get_device, tensors))
-        or any(map(Tensor.is_neg, tensors))
-        or _overlapping(addresses[has_elements], arrangement.sizes[has_elements])
-    ):
+    is_addressable = (starts > 0) & (starts % arrangement.itemsizes == 0) | ~has_elements
+    if not is_addressable.all() or _overlapping(starts[has_elements], arrangement.sizes[has_elements]):
         return None
-    plans = [plan.moved(addresses[members]) for plan, members in zip(kept.plans, arrangement.members, strict=True)]
-    return replace(kept, plans=plans, fingerprint=fingerprint)
+    plans = [plan.moved(starts[members]) for plan, members in zip(kept.plans, arrangement.members, strict=True)]
+    return replace(kept, plans=plans, addresses=addresses)
 
 
-def _prepare(tensors: list[Tensor], fingerprint: Fingerprint | None, *, in_place: bool) -> Prepared:
+def _prepared_anew(grads: Gradients, addresses: list[int] | None, *, in_place: bool) -> Prepared:
+    """Check and group gradients; `addresses` are None where they cannot be told, and nothing may be kept."""
+    check_dtypes(grads)
+    if in_place:
+        check_writable(grads)
+    tensors = grads.tensors
     values = [_values(t, in_place=in_place) if t.layout is torch.sparse_coo else t for t in tensors]
     groups = _group(values)
     devices = {device for _, device in groups if device.type == "cuda"}
     streams = tuple((device, torch.cuda.current_stream(device).cuda_stream) for device in devices)
-    # torch's plans hold the tensors themselves: kept, they would keep the gradients' memory alive.
-    keep = all(backend is not TORCH for backend, _ in groups)
     plans = [backend.plan([values[i] for i in members]) for (backend, _), members in groups.items()]
-    arrangement = Arrangement(tensors, list(groups.values()))
-    return Prepared(plans, arrangement, streams, fingerprint if keep else None, [] if fingerprint else values)
+    # torch's plans hold the tensors themselves: kept, they would keep the gradients' memory alive.
+    keep = addresses is not None and all(backend is not TORCH for backend, _ in groups)
+    fits = _guards(tensors) if keep else None
+    arrangement = Arrangement(tensors, list(groups.values()), fits)
+    return Prepared(plans, arrangement, streams, addresses if fits else None, values if addresses is None else [])
 
 
 def _streams_are_current(prepared: Prepared) -> bool:

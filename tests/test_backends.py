@@ -371,8 +371,9 @@ def test_what_is_kept_is_bounded(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> N
         fastclip.get_total_norm([tensor])
     if leg.backend != "torch":  # whose plans hold the gradients, and are not kept
         kept = plans._kept
-        assert 0 < len(kept.by_start) <= 8
-        assert kept.gradients == sum(count for _, count in kept.by_start)
+        assert 0 < len(kept.by_place) <= 8
+        assert kept.gradients == sum(prepared.arrangement.count for prepared in kept.by_place.values())
+        assert set(map(id, kept.by_sketch.values())) <= set(map(id, kept.by_place.values()))
     if leg.backend == "triton":
         from fastclip.backends import triton
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,56 @@ def test_gradients_without_memory_now(leg: Leg) -> None:
     assert fastclip.get_total_norm([nothing]).item() == 0
 
 
+def test_without_torch_s_guards_nothing_is_kept(
+    leg: Leg, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans, "TensorGuards", None)
+    monkeypatch.setattr(plans, "_kept", plans._Kept())
+    grads = some_gradients(rng, leg)
+    for _ in range(2):
+        assert_clipped(grads)
+    assert not plans._kept.by_place
+
+
+def test_measuring_and_clipping_in_turns_keeps_both(
+    leg: Leg, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torchtitan does."""
+    made = parameters(some_gradients(rng, leg))
+
+    def halves() -> None:
+        norm = fastclip.get_total_norm([p.grad for p in made if p.grad is not None])
+        fastclip.clip_grads_with_norm_(made, 1.0, norm)
+
+    halves()
+    if leg.backend != "torch":
+        monkeypatch.setattr(plans, "_prepared_anew", None)
+    halves()
+
+
+LIKE: dict[str, Callable[[], Tensor]] = {
+    "dtype": lambda: torch.ones(8, dtype=torch.int16).view(torch.float16),
+    "size": lambda: torch.ones(7),
+    "strides": lambda: torch.ones(16)[::2],
+    "shape": lambda: torch.ones(2, 4),
+    "order": lambda: torch.ones(4, 2).t(),
+}
+
+
+@pytest.mark.parametrize("change", LIKE)
+def test_other_gradients_at_the_same_address(leg: Leg, change: str) -> None:
+    """What another tensor over the same memory is like is seen, whatever it differs in."""
+    memory = torch.zeros(64, dtype=torch.uint8, device=leg.device)
+    memory.view(torch.float32).fill_(1.0)
+    pattern = LIKE[change]()
+    fastclip.get_total_norm([memory.view(torch.float32)[:8]])
+    for _ in range(2):
+        other = memory.view(pattern.dtype).as_strided(pattern.shape, pattern.stride())
+        assert fastclip.get_total_norm([other], norm_dtype=torch.float64).item() == pytest.approx(
+            oracle.norm([other], 2), rel=1e-6
+        )
+
+
 def test_what_is_kept_knows_its_settings(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that is forced in between is used."""
     grads = [torch.ones(8, device=leg.device), torch.ones(3, device=leg.device)]
@@ -134,7 +185,7 @@ def test_a_captured_call_replays_on_what_the_gradients_hold_by_then(leg: Leg, rn
         with Graph(monkeypatch) as graph:
             norm = fastclip.clip_grad_norm_(made, 1.0)
             assert len(graph.launches) == 2
-    plans._kept.by_start.clear()  # the graph outlives what is kept
+    plans._kept.__init__()  # type: ignore[misc]  # the graph outlives what is kept
     for _ in range(3):
         for grad in grads:
             grad.copy_(random_values(rng, grad.shape, grad.dtype) * 3)

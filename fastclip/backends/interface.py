@@ -7,8 +7,7 @@ A backend is a module with two functions: ``obstacle(device)`` tells why it cann
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +26,7 @@ EPS = 1e-6
 """Added to the norm before the division, as torch does: it keeps the coefficient finite where the norm is 0."""
 
 
-@dataclass(frozen=True)
-class Reduction:
+class Reduction(NamedTuple):
     """What one pass over gradients leaves.
 
     Attributes:

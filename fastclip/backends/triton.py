@@ -6,7 +6,6 @@ element types only are kept for the next plan.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import os
@@ -82,14 +81,12 @@ class TritonPlan:
         return plan
 
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
-        from fastclip.kernels.reduce import reduce_kernel
-
         tables = self.tables
         norm = torch.empty((), dtype=dtype, device=self.device)
         kind = _kind(p)
         scratch = (tables.partials, tables.ticket, tables.state, norm)
         arguments = (tables.chunks, self.rows, *scratch, *tables.ends, p, max_norm, kind)
-        self._launch(reduce_kernel, (kind, dtype), tables.programs, arguments)
+        self._launch("reduce_kernel", (kind, dtype), tables.programs, arguments)
         if p == 0:
             return reduction(self._norms(p).count_nonzero().double(), max_norm, dtype)
         return Reduction(norm, tables.total, tables.coefficient)
@@ -100,54 +97,52 @@ class TritonPlan:
 
     def _norms(self, p: float) -> Tensor:
         """The norm of each tensor, in fp64, from what the last `reduce` left: one more launch."""
-        from fastclip.kernels.reduce import tensor_norms_kernel
-
         tables = self.tables
         tensors = len(self.rows)
         norms = torch.empty(tensors, dtype=torch.float64, device=self.device)
         # A chunk's 0-norm counts its nonzero elements, and counts add up.
         kind = "one" if p == 0 else _kind(p)
         arguments = (tables.partials, tables.slices, norms, tensors, p, kind)
-        self._launch(tensor_norms_kernel, (kind,), min(_programs(self.device), tensors), arguments)
+        self._launch("tensor_norms_kernel", (kind,), min(_programs(self.device), tensors), arguments)
         return norms
 
     def scale_(self, coefficient: Scalar) -> None:
-        from fastclip.kernels.apply import apply_kernel
-
         tables = self.tables
-        coefficients = on(self.device, coefficient).contiguous()
-        arguments = (tables.chunks, self.rows, coefficients, coefficients.dim(), *tables.ends)
-        self._launch(apply_kernel, (), tables.programs, arguments)
+        coefficients = on(self.device, coefficient)
+        stride = coefficients.stride(0) if coefficients.dim() else 0
+        arguments = (tables.chunks, self.rows, coefficients, stride, *tables.ends)
+        self._launch("apply_kernel", (), tables.programs, arguments)
 
     def clamp_(self, minimum: Bounds, maximum: Bounds, *, watch: bool = False) -> Tensor | None:
-        from fastclip.kernels.clamp import clamp_kernel
-
         tables = self.tables
         shared = isinstance(minimum, float) and isinstance(maximum, float)
         limits = (minimum, maximum) if shared else (-math.inf, math.inf)
         bounds = None if shared else _bounds(self.device, *_spread(minimum, maximum, len(self.rows)))
         changed = tables.changed if watch else None
         arguments = (tables.chunks, self.rows, bounds, changed, *tables.ends, *limits)
-        self._launch(clamp_kernel, (shared, watch), tables.programs, arguments)
+        self._launch("clamp_kernel", (shared, watch), tables.programs, arguments)
         return changed
 
-    def _launch(self, kernel: Any, variant: tuple[object, ...], programs: int, arguments: tuple[Any, ...]) -> None:
-        """Launch a kernel on the gradients' device.
+    def _launch(self, kernel: str, variant: tuple[object, ...], programs: int, arguments: tuple[Any, ...]) -> None:
+        """Launch a kernel on the gradients' device, on the stream that the tables belong to.
 
         Triton looks at every argument to find which variant of a kernel they need, which takes longer than the launch.
         Here that follows from `variant` alone: all other arguments always have the same types, and are aligned or not
         specialised.
         """
+        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):  # on which Triton launches
+                self._launch(kernel, variant, programs, arguments)
+            return
         tables = self.tables
-        key = (kernel.__name__, variant, tables.driver and tables.driver.active)
-        with _current(self.device):
-            launch = tables.launches.get(key)
-            if launch is not None:
-                launch(*arguments)
-                return
-            compiled = kernel[programs, 1, 1](*arguments, **tables.options)
-            if tables.driver:
-                tables.launches[key] = compiled[programs, 1, 1]
+        key = (kernel, variant, tables.driver and tables.driver.active)
+        launch = tables.launches.get(key)
+        if launch is not None:
+            launch(*arguments, stream=tables.stream)
+            return
+        compiled = _kernel(kernel)[programs, 1, 1](*arguments, **tables.options)
+        if tables.driver:
+            tables.launches[key] = compiled[programs, 1, 1]
 
 
 class Tables:
@@ -160,10 +155,11 @@ class Tables:
         state: The last norm and its coefficient, in fp64; `total` and `coefficient` are views of it.
         programs: How many programs to launch.
         driver: Triton's; None under its interpreter.
+        stream: The handle of the stream that they are used on; 0 where there are none.
         launches: What launches each variant of a kernel, once it was launched.
     """
 
-    def __init__(self, device: torch.device, numels: Sequence[int], dtypes: Sequence[torch.dtype]) -> None:
+    def __init__(self, device: torch.device, stream: int, numels: Sequence[int], dtypes: Sequence[torch.dtype]) -> None:
         from triton.runtime import driver
 
         from fastclip.kernels import table
@@ -174,6 +170,7 @@ class Tables:
         self.ends = layout.ends
         self._allocate()
         self.programs = min(_programs(device), len(layout.chunks))
+        self.stream = stream
         self.driver = None if os.environ.get("TRITON_INTERPRET") == "1" else driver
         self.launches: dict[tuple[object, ...], Callable[..., object]] = {}
         self.options = table.LAUNCH_OPTIONS
@@ -187,8 +184,9 @@ class Tables:
         self.total, self.coefficient = self.state.unbind()
 
     def with_memory_of_its_own(self) -> Tables:
-        """Return tables that share with these what is only read."""
+        """Return tables for the current stream that share with these what is only read."""
         tables = copy.copy(self)
+        tables.stream = _stream(self.chunks.device)
         tables.__dict__.pop("changed", None)
         tables._allocate()
         return tables
@@ -215,10 +213,10 @@ _kept = _KeptTables()
 
 
 def _tables(device: torch.device, numels: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tables:
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = _stream(device)
     key = (device, stream, numels, dtypes)
     if key not in _kept.by_sizes:
-        _kept.by_sizes[key] = Tables(device, numels, dtypes)
+        _kept.by_sizes[key] = Tables(device, stream, numels, dtypes)
         while len(_kept.by_sizes) > TABLES_KEPT:
             _kept.by_sizes.popitem(last=False)
     _kept.by_sizes.move_to_end(key)
@@ -236,9 +234,21 @@ def _bounds(device: torch.device, minimums: tuple[float, ...], maximums: tuple[f
     return upload(np.stack([minimums, maximums], axis=1), device)
 
 
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+_KINDS = {2.0: "two", 1.0: "one", 0.0: "zero", math.inf: "max", -math.inf: "min"}
+
+
 def _kind(p: float) -> str:
-    named = {2.0: "two", 1.0: "one", 0.0: "zero", float("inf"): "max", float("-inf"): "min"}
-    return named.get(p, "power")
+    return _KINDS.get(p, "power")
+
+
+def _kernel(name: str) -> Any:
+    from fastclip.kernels import apply, clamp, reduce
+
+    return next(getattr(module, name) for module in (reduce, apply, clamp) if hasattr(module, name))
 
 
 @cache
@@ -246,9 +256,3 @@ def _programs(device: torch.device) -> int:
     if device.type != "cuda":
         return PROGRAMS_ON_CPU
     return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device: make it the gradients'."""
-    is_current = device.type != "cuda" or device.index == torch.cuda.current_device()
-    return contextlib.nullcontext() if is_current else torch.cuda.device(device)

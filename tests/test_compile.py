@@ -1,0 +1,71 @@
+"""A training step that clips, under `torch.compile`: the same numbers, and nothing is compiled anew step by step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastclip
+
+pytestmark = [  # of torch's compiler itself
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+
+CALLS: dict[str, Callable[[nn.Module], object]] = {
+    "clip_grad_norm_": lambda model: fastclip.clip_grad_norm_(model.parameters(), 0.1),
+    "clip_grad_value_": lambda model: fastclip.clip_grad_value_(model.parameters(), 0.01),
+    "two halves": lambda model: fastclip.clip_grads_with_norm_(
+        model.parameters(), 0.1, fastclip.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    ),
+    "clip_by_norm_": lambda model: fastclip.clip_by_norm_(model, 0.1),
+    "clip_by_value_": lambda model: fastclip.clip_by_value_(model, -0.01, 0.02),
+    "clip_by_global_norm_": lambda model: fastclip.clip_by_global_norm_(model, 0.1),
+    "clip_grads_": lambda model: fastclip.clip_grads_(model, fastclip.ClipByNorm(0.1, by="layer")),
+    "measure_grads": fastclip.measure_grads,
+    "attached": lambda _: None,
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_compiled_step(call: str) -> None:
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    assert losses(call, torch.compile(backend="eager")) == losses(call, lambda step: step)
+
+
+def losses(call: str, compiled: Any) -> list[float]:
+    """The losses of a few steps; from the third on, nothing may be compiled any more."""
+    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.5)
+    if call == "attached":
+        skip = fastclip.Jump("norm", z=6.0, action="skip")
+        monitor = fastclip.Monitor(model, triggers=[skip])
+        fastclip.attach(optimizer, clipnorm=0.1, monitor=monitor)
+
+    @compiled
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        CALLS[call](model)
+        optimizer.step()
+        return loss
+
+    seen = []
+    for number in range(5):
+        settled: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if number >= 2:
+            settled = torch._dynamo.config.patch(error_on_recompile=True)
+        with settled:
+            loss = step(torch.randn(8, 4, generator=generator), torch.randn(8, 1, generator=generator))
+        seen.append(loss.item())
+    return seen
