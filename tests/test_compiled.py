@@ -13,7 +13,7 @@ triton: Any = pytest.importorskip("triton")
 tl: Any = pytest.importorskip("triton.language")
 
 H100_KB = 25  # bytes that must be under way on an SM to use all of the bandwidth, by Little's law: 15 to 25 KB
-INSTRUCTIONS = 70  # for each 16 bytes loaded; at 137 an H100 could do nothing else while they come
+INSTRUCTIONS = 70  # for each 16 bytes loaded; 141 are all that an H100 can issue while they come (docs/performance.md)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import mmap
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ pytest.importorskip("triton")
 CAPABILITIES = (80, 90, 100)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KINDS = {2.0: "two", 1.0: "one", 0.0: "zero", 3.0: "power", math.inf: "max", -math.inf: "min"}
+NORESERVE = 0x4000  # Linux's MAP_NORESERVE, which `mmap` lacks before Python 3.11
 SOURCES = Path(str(importlib.import_module("fastclip.kernels").__file__)).parent
 
 
@@ -54,6 +56,14 @@ class Kernels:
         state, ticket = torch.full((2,), math.nan, dtype=torch.float64), torch.zeros(1, dtype=torch.int32)
         self.norm = torch.full((), math.nan)
         self.memory = (*self.table, self.partials, ticket, state, self.norm)
+
+    def choose(self, chunks: list[int]) -> None:
+        """Work on some chunks only, of the one tensor that there is."""
+        self.table = (torch.tensor(chunks), self.table[1])
+        self.partials = torch.full((len(chunks),), math.nan, dtype=torch.float64)
+        self.memory = (*self.table, self.partials, *self.memory[3:])
+        self.ends = tuple(end and len(chunks) for end in self.ends)
+        self.slices = torch.tensor([[0, len(chunks)]])
 
     def norms(self, p: float) -> tuple[float, list[float]]:
         """The norm of all, and that of each tensor."""
@@ -124,6 +134,42 @@ def test_scaling_and_clamping(capability: int, rng: np.random.Generator) -> None
         oracle.assert_same_bits(tensor, (original * factor).clamp(-limit, limit))
         assert_untouched_around(tensor, original)
     assert flags.tolist() == [1, 1, 1]
+
+
+# ---- Beyond 32 bits
+
+FAR = {
+    torch.float32: 2**33 + 1003,
+    torch.bfloat16: 2**33 + 1007,
+    torch.float16: 2**33 + 1007,
+    torch.float64: 2**32 + 1001,
+}
+"""Elements: more than 2**32 of each, and more than 2**34 bytes, of which memory backs only what is written."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensor_of_more_than_2_to_the_32_elements(dtype: torch.dtype) -> None:
+    """Of its chunks those are worked on in which an index, an offset or a number of vectors passes a power of two."""
+    ptxlab.activate(90)
+    chunk = 2**17 // dtype.itemsize
+    memory = mmap.mmap(-1, FAR[dtype] * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+    tensor = torch.frombuffer(memory, dtype=dtype)
+    bounds = [2**31 // dtype.itemsize, 2**32 // dtype.itemsize, 2**31, 2**32, FAR[dtype] // chunk * chunk]
+    wanted = sorted({0, *(element // chunk + step for element in bounds for step in (-1, 0))})
+    for number in wanted:
+        tensor[number * chunk] = 3
+        tensor[min((number + 1) * chunk, tensor.numel()) - 1] = 4
+    tensor[-1] = 12  # in the tail, which is chunk 0's
+    kernels = Kernels("fastclip.kernels", [tensor])
+    kernels.choose(wanted)
+    with ptxlab.recording():
+        norm, _ = kernels.norms(2.0)
+        kernels.scale(torch.tensor([2.0], dtype=torch.float64))
+    last = 3.0  # whose end is the tail
+    assert kernels.partials.tolist() == [13.0, *[5.0] * (len(wanted) - 2), last]
+    assert norm == pytest.approx(math.hypot(13, *[5] * (len(wanted) - 2), last))
+    assert {float(tensor[number * chunk]) for number in wanted} == {6}
+    assert float(tensor[-1]) == 24
 
 
 # ---- Broken on purpose
