@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 import fastclip
 from fastclip import ClipAtThreshold, ClipByGlobalNorm, ClipByNorm, ClipByValue, ClipGradNorm, ClipResult, Rule
+from fastclip.clip_by import apply_rule
+from fastclip.gradients import collect
+from fastclip.groups import group
 
 INF = math.inf
 NAN = math.nan
@@ -586,3 +589,18 @@ def test_a_result_is_telling() -> None:
     result = fastclip.measure_grads(parameters([torch.tensor([3.0, 4.0])]))
     assert isinstance(result, ClipResult)
     assert "norm=tensor(5., dtype=torch.float64)" in repr(result)
+
+
+def test_norms_of_scaled_gradients_are_those_without_the_scale(leg: Leg) -> None:
+    """A loss scale: norms and bounds are those of the gradients as they will be, which stay scaled by it."""
+    for rule in (ClipByNorm(2.5), ClipByGlobalNorm(2.5)):
+        made = parameters([torch.tensor([3.0, -4.0], device=leg.device) * 1024])
+        grads = collect(made)
+        scale = torch.tensor([1024.0], device=leg.device)
+        for each in (True, False):
+            result = apply_rule(grads, rule, group(grads, rule.by), each=each, scale=scale)
+            expected = 5.0 if each else 2.5
+            assert result.norm.item() == expected
+            assert result.group_norms.tolist() == [expected]
+            assert result.clipped.item() is each
+            assert grad_of(made[0]).tolist() == [1.5 * 1024, -2.0 * 1024]
