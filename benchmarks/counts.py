@@ -229,11 +229,14 @@ def _rows(numbers: Sequence[int], device: str) -> Iterator[tuple[Counts, Counts]
     print(
         f"{'gradients':>9} {'':21} {'launches':>8} {'copies':>6} {shared} {'launches, CUDA 12/13':>20} {shared}  ratio"
     )
+    memories = []  # kept, lest later gradients lie where earlier ones did and are found not to have moved
     for number in numbers:
         for name, shapes in SHAPES.items():
             for moved in (False, True):
+                grads = Gradients(number, shapes, device)
+                memories.append(grads.memory)
                 ours, theirs = (
-                    measure(clip, Gradients(number, shapes, device), moved=moved, count=count)
+                    measure(clip, grads, moved=moved, count=count)
                     for clip in (fastclip.clip_grad_norm_, torch.nn.utils.clip_grad_norm_)
                 )
                 entries = list(islice(cycle(shapes), number))
