@@ -120,9 +120,11 @@ def _count_without_gpu(call: Callable[[], object]) -> Counts:
 
     counts = Counts()
     before = ptxlab.launches()
-    with _counting_uploads(counts), _Operations(counts):
+    with _counting_uploads(counts):
         call()
     counts.launches = ptxlab.launches() - before
+    with _Operations(counts):  # by itself: what is kept for gradients is not used under a dispatch mode
+        call()
     return counts
 
 

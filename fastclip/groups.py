@@ -123,7 +123,7 @@ def index_of(positions: Sequence[int], device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _index(positions: tuple[int, ...], device: torch.device) -> Tensor:
-    return upload(np.array(positions, dtype=np.int64), device)
+    return upload(np.array(positions, dtype=np.int64), device, for_every_stream=True)
 
 
 @lru_cache(maxsize=64)
@@ -144,7 +144,7 @@ def _levels(of: tuple[int, ...], count: int, device: torch.device) -> tuple[Tens
         first_row = np.cumsum(rows) - rows
         index = np.full((int(rows.sum()), width), len(groups))
         index[first_row[groups[order]] + within // width, within % width] = order
-        levels.append(upload(index, device))
+        levels.append(upload(index, device, for_every_stream=True))
         groups = np.repeat(np.arange(count), rows)
         if len(groups) == count:
             return tuple(levels)

@@ -352,7 +352,7 @@ def _check_order(minimum: float | Sequence[float], maximum: float | Sequence[flo
 @lru_cache(maxsize=64)
 def _on(device: torch.device, bounds: tuple[float, ...]) -> Tensor:
     """The groups' bounds on a device, uploaded once."""
-    return upload(np.array(bounds), device)
+    return upload(np.array(bounds), device, for_every_stream=True)
 
 
 def state_of(rule: AnyRule, labels: Sequence[Hashable]) -> dict[str, Any]:

@@ -106,8 +106,13 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+def upload(array: npt.NDArray[Any], device: torch.device, *, for_every_stream: bool = False) -> Tensor:
     """Copy to a device; to a GPU without a sync, by pinned memory that torch does not reuse before the copy is done.
+
+    Args:
+        array: What to copy.
+        device: Where to.
+        for_every_stream: Wait for the copy, so that any stream may read it; for what is kept whatever the stream.
 
     Raises:
         RuntimeError: A CUDA graph is being captured, which would replay from memory that is gone by then.
@@ -118,7 +123,9 @@ def upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
             "fastclip cannot upload tables while a CUDA graph is captured. Make the same call once before the capture, "
             "with the same gradients"
         )
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    if device.type != "cuda" or for_every_stream:
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 def combine(norms: Sequence[Tensor], p: float) -> Tensor:

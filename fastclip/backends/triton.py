@@ -231,7 +231,7 @@ def _spread(minimum: Bounds, maximum: Bounds, tensors: int) -> tuple[tuple[float
 @lru_cache(maxsize=8)
 def _bounds(device: torch.device, minimums: tuple[float, ...], maximums: tuple[float, ...]) -> Tensor:
     """Minimum and maximum of each tensor, [tensors, 2], uploaded once."""
-    return upload(np.stack([minimums, maximums], axis=1), device)
+    return upload(np.stack([minimums, maximums], axis=1), device, for_every_stream=True)
 
 
 def _stream(device: torch.device) -> int:
