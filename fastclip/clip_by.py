@@ -260,7 +260,7 @@ def _limits(rule: ClipByValue, grads: Gradients, groups: Groups) -> tuple[Bounds
 
 
 def _unscaled(norms: Tensor, scale: Tensor | None) -> Tensor:
-    return norms if scale is None else norms / scale.to(norms.device, norms.dtype)
+    return norms if scale is None else norms / scale.to(norms.device, norms.dtype).reshape(())
 
 
 def _scattered(norms: Tensor, grads: Gradients) -> Tensor:

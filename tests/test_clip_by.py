@@ -600,6 +600,7 @@ def test_norms_of_scaled_gradients_are_those_without_the_scale(leg: Leg) -> None
         for each in (True, False):
             result = apply_rule(grads, rule, group(grads.owners, rule.by), each=each, scale=scale)
             expected = 5.0 if each else 2.5
+            assert result.norm.shape == ()
             assert result.norm.item() == expected
             assert result.group_norms.tolist() == [expected]
             assert result.clipped.item() is each
