@@ -1,8 +1,9 @@
 """A rule given once to an optimizer, as Keras does it: every ``optimizer.step()`` clips first.
 
 The clipping happens where the gradients are final: when `step` is called, or, for optimizers that evaluate a closure,
-each time the closure returns. So gradients that are accumulated over several backward passes are clipped once, and a
-step that `torch.amp.GradScaler` leaves out is not clipped at all.
+each time the closure returns. So gradients that are accumulated over several backward passes are clipped once. A step
+that `torch.amp.GradScaler` leaves out is not clipped at all, but for fused optimizers, which it has leave it out
+themselves.
 """
 
 from __future__ import annotations
@@ -47,9 +48,14 @@ def attach(
     =====================  ===================================================================================
 
     The optimizer's state dict holds the rule and what it last found, under the key ``"fastclip"``. Loading it into an
-    optimizer that has something attached restores them; one without passes over it.
+    optimizer that has something attached restores them; one without passes over it, and so does
+    ``torch.distributed.checkpoint``. A copy of the optimizer, or one that was pickled, has nothing attached: torch
+    leaves its hooks behind.
 
     With a `torch.amp.GradScaler`, fused optimizers get their gradients scaled: norms are taken without the scale.
+
+    To skip a step, as a monitor may ask, takes no sync with fused optimizers, which look at ``found_inf`` on the device
+    (fused SGD once it has its momentum). With any other the host waits for the device in each step.
 
     Args:
         optimizer: Any `torch.optim.Optimizer`.
@@ -58,15 +64,17 @@ def attach(
         clipvalue: As in Keras, above 0.
         global_clipnorm: As in Keras, above 0.
         monitor: Is told of every step, and may skip it.
-        names: The model, or its ``named_parameters()``, for rules and messages that go by names. The optimizer knows
-            them itself if it was made from ``model.named_parameters()``, and so does a monitor made from a model.
+        names: The model, or its ``named_parameters()``, for rules and messages that go by names; all of the optimizer's
+            parameters must be there. The optimizer knows them itself if it was made from ``model.named_parameters()``,
+            and so does a monitor made from a model.
 
     Returns:
         The attachment: ``norm`` and ``clipped`` tell of the last step, ``detach()`` ends it.
 
     Raises:
-        TypeError: `optimizer` is no `torch.optim.Optimizer`, or `rule` is no rule.
-        ValueError: Not exactly one rule is given, its bounds do not fit, or the optimizer has an attachment already.
+        TypeError: `optimizer` is no `torch.optim.Optimizer`, `rule` no rule, or `monitor` no monitor.
+        ValueError: Not exactly one rule is given, its bounds do not fit, the optimizer has an attachment already, or
+            `names` or the monitor has not its parameters.
 
     Example:
         >>> optimizer = torch.optim.Adam(model.parameters())
@@ -77,7 +85,10 @@ def attach(
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
-    if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in _step_hooks(optimizer)):
+    if monitor is not None and not isinstance(getattr(monitor, "owners", None), Owners):
+        raise TypeError(f"`monitor` must be a fastclip.Monitor, not {monitor!r}")
+    owners_of_hooks = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()]
+    if any(isinstance(owner, Attachment) and owner.is_attached for owner in owners_of_hooks):
         raise ValueError("the optimizer has a rule attached already: detach() it first")
     chosen = _one_of(rule, clipnorm, clipvalue, global_clipnorm)
     if chosen is None and monitor is None:
@@ -94,6 +105,7 @@ class Attachment:
         norm: The 2-norm of all gradients at the last step, before clipping: 0-dim, fp64, on their device. None before
             the first step. To look at the number is to wait for the device.
         result: All that the last step found; None before the first step, and when it was restored from a state dict.
+        is_attached: Whether it still clips.
     """
 
     def __init__(
@@ -109,10 +121,12 @@ class Attachment:
         self.result: ClipResult | None = None
         self._kind = type(optimizer).__name__
         self._names = _names_by_id(names)
-        self._members: tuple[list[int], Owners, Groups] | None = None
+        self._members: tuple[list[list[int]], Owners, Groups] | None = None
         self._clipped: Tensor | None = None  # as it was restored
         self._undo: Callable[[], None] | None = None
         self._restored: dict[str, Any] | None = None
+        self._is_stepping = False
+        self.is_attached = True
         self._find_members(optimizer)  # what does not fit is refused here rather than at the first step
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -128,29 +142,33 @@ class Attachment:
         return self._clipped if self.result is None else self.result.clipped
 
     def __repr__(self) -> str:
-        state = "attached to" if self._handles else "detached from"
+        state = "attached to" if self.is_attached else "detached from"
         return f"<{self.rule or self.monitor} {state} {self._kind}>"
 
     def detach(self) -> None:
         """End it: the optimizer steps as before. What the last step found stays readable."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self.is_attached = False
+        if not self._is_stepping:  # inside of a step, torch is going through its hooks: they stay, and do nothing
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Clip; or, where there is a closure, have the gradients clipped that it will leave."""
         self._after_step()  # a step that raised did not get there
+        self._is_stepping = True
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
+        if not callable(closure):
             self._clip(optimizer)
             return None
 
         def clipped_closure() -> Any:
             self._after_step()  # an optimizer may evaluate it several times a step
+            self._is_stepping = True
             loss = closure()
-            if self.monitor is not None and loss is not None:
+            if self.is_attached and self.monitor is not None and loss is not None:
                 self.monitor.record_loss(loss)
             self._clip(optimizer)
             return loss
@@ -162,6 +180,8 @@ class Attachment:
     @untraced
     @torch.no_grad()
     def _clip(self, optimizer: Optimizer) -> None:
+        if not self.is_attached:
+            return
         owners, groups = self._find_members(optimizer)
         scale = getattr(optimizer, "grad_scale", None)  # as GradScaler sets it for fused optimizers
         if scale is not None and isinstance(self.rule, ClipByValue):
@@ -179,26 +199,26 @@ class Attachment:
 
     def _after_step(self, *_: object) -> None:
         """Put back what `_skip_step` changed."""
+        self._is_stepping = False
         if self._undo is not None:
             self._undo()
             self._undo = None
 
     def _find_members(self, optimizer: Optimizer) -> tuple[Owners, Groups]:
         """The optimizer's parameters and their groups; found anew only where the optimizer has other parameters."""
-        ids = [id(parameter) for group_ in optimizer.param_groups for parameter in group_["params"]]
+        ids = [list(map(id, group_["params"])) for group_ in optimizer.param_groups]
         if self._members is None or self._members[0] != ids:
             owners = listed(optimizer.param_groups, "optimizer.param_groups")
-            if owners.names is None and self._names.keys() >= set(ids):
-                owners = owners._replace(names=[self._names[i] for i in ids])
+            if self._names:
+                owners = owners._replace(names=_named(owners.tensors, self._names))
             if self.monitor is not None:
                 owners = _in_order_of(self.monitor.owners, owners)
-            groups = group(owners, "global" if self.rule is None else self.rule.by)
-            if self.rule is not None:
-                self.rule.for_groups(groups.labels)
-            self._members = (ids, owners, groups)
+            self._members = (ids, owners, _grouped(owners, self.rule))
         return self._members[1:]
 
     def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        if not self.is_attached:
+            return
         state: dict[str, Any] = {"norm": self.norm, "clipped": self.clipped}
         if self.rule is not None:
             state["rule"] = state_of(self.rule, self._find_members(optimizer)[1].labels)
@@ -212,15 +232,17 @@ class Attachment:
     def _load(self, optimizer: Optimizer) -> None:
         """Restore, now that torch has found nothing wrong with the rest of the state."""
         state, self._restored = self._restored, None
-        if state is None:
+        if state is None or not self.is_attached:
             return
+        owners, groups = self._find_members(optimizer)
         if self.rule is not None and "rule" in state:
-            self.rule = from_state(self.rule, self._find_members(optimizer)[1].labels, state["rule"])
+            rule = from_state(self.rule, groups.labels, state["rule"])
+            _grouped(owners, rule)  # raises where it does not fit
+            self.rule = rule
         if self.monitor is not None and "monitor" in state:
             self.monitor.load_state_dict(state["monitor"])
         self.norm, self._clipped, self.result = state["norm"], state["clipped"], None
-        self._members = None
-        self._find_members(optimizer)
+        self._members = None  # the groups are those of the restored rule
 
 
 def _one_of(
@@ -249,8 +271,12 @@ def _one_of(
     return None if rule is None else as_rule(rule)
 
 
-def _step_hooks(optimizer: Optimizer) -> Iterable[object]:
-    return optimizer._optimizer_step_pre_hooks.values()
+def _grouped(owners: Owners, rule: AnyRule | None) -> Groups:
+    """The groups of a rule, which its bounds fit."""
+    groups = group(owners, "global" if rule is None else rule.by)
+    if rule is not None:
+        rule.for_groups(groups.labels)
+    return groups
 
 
 def _names_by_id(names: nn.Module | Iterable[tuple[str, Tensor]] | None) -> dict[int, str]:
@@ -262,13 +288,25 @@ def _names_by_id(names: nn.Module | Iterable[tuple[str, Tensor]] | None) -> dict
     return {id(tensor): name for tensor, name in zip(owners.tensors, owners.names, strict=True)}
 
 
+def _named(tensors: list[Tensor], names: dict[int, str]) -> list[str]:
+    missing = [position for position, tensor in enumerate(tensors) if id(tensor) not in names]
+    if missing:
+        shape = tuple(tensors[missing[0]].shape)
+        raise ValueError(f"`names` has no name for the optimizer's parameter {missing[0]}, of shape {shape}")
+    return [names[id(tensor)] for tensor in tensors]
+
+
 def _in_order_of(watched: Owners, owners: Owners) -> Owners:
     """The optimizer's parameters in the order in which a monitor watches them, by the names it knows."""
     positions = {id(tensor): position for position, tensor in enumerate(owners.tensors)}
-    if len(watched.tensors) != len(owners.tensors) or any(id(tensor) not in positions for tensor in watched.tensors):
+    others = [position for position, tensor in enumerate(watched.tensors) if id(tensor) not in positions]
+    if others or len(watched.tensors) != len(owners.tensors):
+        name = watched.names[others[0]] if others and watched.names else f"parameters[{others[0]}]" if others else ""
+        culprit = f"{name!r} is not the optimizer's" if others else "some of the optimizer's are missing"
         raise ValueError(
             f"the monitor watches {len(watched.tensors)} parameters, which are not the {len(owners.tensors)} of the "
-            "optimizer: make it from the same model, or from optimizer.param_groups"
+            f"optimizer: {culprit}. Make the monitor from just those that are optimized, for example "
+            "[(name, p) for name, p in model.named_parameters() if p.requires_grad]"
         )
     order = [positions[id(tensor)] for tensor in watched.tensors]
     groups = None if owners.groups is None else [owners.groups[i] for i in order]
@@ -285,9 +323,12 @@ def _skip_step(optimizer: Optimizer, owners: Owners, skip: Tensor) -> Callable[[
     if _takes_found_inf(optimizer):
         found = getattr(optimizer, "found_inf", None)  # GradScaler's
         flag = skip.to(torch.float32)
-        optimizer.found_inf = flag if found is None else torch.maximum(found, flag.to(found.device))  # type: ignore[attr-defined]
+        ours = flag if found is None else torch.maximum(found, flag.to(found.device))
+        optimizer.found_inf = ours  # type: ignore[attr-defined]
 
         def put_back() -> None:
+            if getattr(optimizer, "found_inf", None) is not ours:
+                return  # GradScaler has been here since, after a step that raised
             if found is None:
                 del optimizer.found_inf  # type: ignore[attr-defined]
             else:

@@ -18,7 +18,7 @@ from fastclip.backends.interface import Scalar, clip_coefficient, is_capturing, 
 from fastclip.caller import warn_caller
 from fastclip.dynamo import untraced
 from fastclip.gradients import Gradients, Parameters, as_gradients, check_bounds, check_dtypes, collect, has_dtensors
-from fastclip.plans import prepare
+from fastclip.plans import Prepared, prepare
 
 _MOST_NAMED = 10  # culprits listed in an error message
 
@@ -77,8 +77,8 @@ def clip_grad_norm_(
         return _in_dtype(
             originals.clip_grad_norm_(grads.owners.tensors, limit, p, error_if_nonfinite, foreach), norm_dtype
         )
-    _check_foreach(foreach, grads)
     prepared = prepare(grads, in_place=True)
+    _check_foreach(foreach, prepared)
     reduced = prepared.reduce(p, limit, norm_dtype or prepared.dtype)
     if error_if_nonfinite:
         _raise_if_nonfinite(grads, p, reduced.total)
@@ -124,8 +124,8 @@ def get_total_norm(
         return torch.zeros((), dtype=norm_dtype)
     if has_dtensors(grads.kinds):
         return _in_dtype(originals.get_total_norm(grads.tensors, p, error_if_nonfinite, foreach), norm_dtype)
-    _check_foreach(foreach, grads)
     prepared = prepare(grads, in_place=False)
+    _check_foreach(foreach, prepared)
     reduced = prepared.reduce(p, float("inf"), norm_dtype or prepared.dtype)
     if error_if_nonfinite:
         _raise_if_nonfinite(grads, p, reduced.total)
@@ -167,8 +167,8 @@ def clip_grads_with_norm_(
     total = total_norm if isinstance(total_norm, Tensor) else torch.tensor(total_norm, device="cpu")
     if total.numel() != 1:
         raise ValueError(f"`total_norm` must be one number, not a tensor of shape {tuple(total.shape)}")
-    _check_foreach(foreach, grads)
     prepared = prepare(grads, in_place=True)
+    _check_foreach(foreach, prepared)
     prepared.scale_(grads, clip_coefficient(on(prepared.device, total.detach().reshape(())), limit))
 
 
@@ -203,10 +203,11 @@ def clip_grad_value_(
     if has_dtensors(grads.kinds):
         originals.clip_grad_value_(grads.owners.tensors, bound, foreach)
         return
-    _check_foreach(foreach, grads)
     check_dtypes(grads)
     check_bounds(grads, bound)
-    prepare(grads, in_place=True).clamp_(grads, -bound, bound)
+    prepared = prepare(grads, in_place=True)
+    _check_foreach(foreach, prepared)
+    prepared.clamp_(grads, -bound, bound)
 
 
 def _raise_if_nonfinite(grads: Gradients, p: float, total: Scalar) -> None:
@@ -254,10 +255,11 @@ def _warn_if_used_up(parameters: object, grads: Gradients) -> None:
         warn_caller(message)
 
 
-def _check_foreach(foreach: bool | None, grads: Gradients) -> None:
+def _check_foreach(foreach: bool | None, prepared: Prepared) -> None:
     """Let torch itself raise where it has no foreach operations for a device, as it does for foreach=True."""
     if foreach:
-        for device in {grad.device for grad in grads.tensors if grad.device.type not in ("cpu", "cuda")}:
+        devices = {prepared.device, *(plan.device for plan in prepared.plans)}
+        for device in (device for device in devices if device.type not in ("cpu", "cuda")):
             originals.get_total_norm([torch.empty(1, device=device)], foreach=True)
 
 

@@ -112,7 +112,12 @@ def _module_of(name: str) -> str:
 def _labelled(labels: Sequence[Hashable]) -> Groups:
     """Groups in the order in which their labels come first."""
     positions: dict[Hashable, int] = {}
-    of = tuple(positions.setdefault(label, len(positions)) for label in labels)
+    try:
+        # NumPy's numbers and strings as Python's own, which a checkpoint can hold.
+        plain = [label.item() if isinstance(label, np.generic) else label for label in labels]
+        of = tuple(positions.setdefault(label, len(positions)) for label in plain)
+    except TypeError as error:
+        raise TypeError(f"the labels of groups must be hashable, as strings, numbers and tuples are: {error}") from None
     return Groups(tuple(positions), of)
 
 

@@ -63,7 +63,8 @@ class _Bounded:
 
     def settings(self, labels: Sequence[Hashable]) -> dict[str, Any]:
         """Return the fields as plain data, for a checkpoint; without `by` where that is a function."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        # A defaultdict would keep the labels that it is asked for: copies are asked.
+        values = {field.name: copy(getattr(self, field.name)) for field in fields(self)}
         return {
             name: {label: float(value[label]) for label in labels} if isinstance(value, Mapping) else value
             for name, value in values.items()
@@ -244,9 +245,13 @@ class Rule:
     function: Callable[[Tensor], Tensor]
     by: By = "parameter"
 
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise TypeError(f"`function` must be a function from norms to coefficients, not {self.function!r}")
+
     def __call__(self, norms: Tensor) -> Tensor:
         """Return the coefficients."""
-        return self.function(norms)
+        return self.function(norms.clone())  # it may work in place
 
     def for_groups(self, labels: Sequence[Hashable]) -> Rule:  # noqa: ARG002 - the signature is that of the other rules
         """Return itself: what its groups are called is nothing to a function."""

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -612,3 +613,132 @@ def test_the_monitor_is_saved_with_the_optimizer() -> None:
 def test_a_monitor_without_names_watches_parameters() -> None:
     monitor = fastclip.Monitor(Training().model.parameters())
     assert monitor.groups.labels == (0, 1, 2, 3)
+
+
+# ---- What a review broke
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "fused_adamw"])
+def test_detached_by_a_trigger_inside_of_a_step(optimizer: str) -> None:
+    """The step is skipped all the same, everything is put back, and the steps after it are plain ones."""
+    ours, plain = Training(OPTIMIZERS[optimizer]), Training(OPTIMIZERS[optimizer])
+    skip = fastclip.NonFinite("gradients", action="skip")
+    detach = fastclip.NonFinite("gradients", action=lambda _: clipper.detach())
+    monitor = fastclip.Monitor(ours.model, triggers=[skip, detach])
+    clipper = fastclip.attach(ours.optimizer, clipnorm=1e-3, monitor=monitor)
+    other_hooks = []
+    ours.optimizer.register_step_pre_hook(lambda *_: other_hooks.append("pre"))
+    backward(ours, 0, math.inf)
+    with pytest.warns(RuntimeWarning, match="steps skipped: 1"):
+        ours.optimizer.step()
+    assert all(parameter.grad is not None for parameter in ours.model.parameters())
+    assert not hasattr(ours.optimizer, "found_inf")
+    assert "fastclip" not in ours.optimizer.state_dict()
+    for training in (ours, plain):
+        training.steps()
+    ours.assert_same_as(plain)
+    assert len(other_hooks) == 5
+    fastclip.attach(ours.optimizer, clipnorm=1.0)
+
+
+class Raising(torch.optim.Adam):
+    """An optimizer whose step fails now and then, as when memory runs out."""
+
+    fails = False
+
+    def step(self, closure: Any = None) -> Any:
+        if self.fails:
+            raise MemoryError
+        return super().step(closure)
+
+
+def test_a_step_that_raised_leaves_the_scaler_s_next_one_alone() -> None:
+    def make(parameters: Any) -> Optimizer:
+        return Raising(parameters, lr=0.1, fused=True)
+
+    training = Training(make)
+    never = fastclip.NonFinite("loss", action="skip")
+    fastclip.attach(training.optimizer, monitor=fastclip.Monitor(training.model, triggers=[never]))
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+
+    def step(factor: float = 1.0) -> None:
+        training.optimizer.zero_grad()
+        x, y = training.batches[0]
+        scaler.scale((training.model(x) - y).square().mean() * factor).backward()
+        scaler.step(training.optimizer)
+
+    step()
+    scaler.update()
+    training.optimizer.fails = True  # type: ignore[attr-defined]
+    with pytest.raises(MemoryError):
+        step()
+    scaler.update()
+    training.optimizer.fails = False  # type: ignore[attr-defined]
+    before = [parameter.detach().clone() for parameter in training.model.parameters()]
+    step(math.inf)  # which the scaler skips
+    for parameter, old in zip(training.model.parameters(), before, strict=True):
+        oracle.assert_same_bits(parameter.detach(), old)
+
+
+def test_names_that_do_not_cover_the_optimizer_are_refused() -> None:
+    training = Training(named=False)
+    with pytest.raises(ValueError, match=r"no name for the optimizer's parameter 0, of shape \(7, 5\)"):
+        fastclip.attach(training.optimizer, clipnorm=1.0, names=nn.Linear(2, 2))
+
+
+def test_a_monitor_of_more_than_is_optimized_names_what_is_not() -> None:
+    training = Training(lambda named: torch.optim.SGD(list(named)[1:], lr=0.1))
+    with pytest.raises(ValueError, match=r"'0.weight' is not the optimizer's.*requires_grad"):
+        fastclip.attach(training.optimizer, monitor=fastclip.Monitor(training.model))
+    with pytest.raises(TypeError, match=r"`monitor` must be a fastclip\.Monitor, not 3"):
+        fastclip.attach(training.optimizer, monitor=3)  # type: ignore[arg-type]
+
+
+def test_saving_leaves_a_defaultdict_as_it_is() -> None:
+    bounds = collections.defaultdict(lambda: 1.0, {"0": 2.0})
+    training = Training()
+    fastclip.attach(training.optimizer, fastclip.ClipByNorm(bounds, by="layer"))
+    assert training.optimizer.state_dict()["fastclip"]["rule"]["settings"]["clip_norm"] == {"0": 2.0, "2": 1.0}
+    assert dict(bounds) == {"0": 2.0}
+
+
+def test_a_rule_that_works_in_place_leaves_the_norms_as_they_are() -> None:
+    training = Training()
+    training.backward(0)
+    expected = fastclip.measure_grads(training.model).norms
+    result = fastclip.clip_grads_(training.model, lambda norms: norms.clamp_(min=0.5).reciprocal_().mul_(0.5))
+    assert result.norms is not None
+    assert expected is not None
+    assert result.norms.tolist() == expected.tolist()
+
+
+def test_labels_of_numpy_s_are_saved_as_python_s() -> None:
+    training = Training()
+    labels = [np.str_("a"), np.str_("a"), np.int64(3), np.int64(3)]
+    fastclip.attach(training.optimizer, fastclip.ClipByNorm({"a": 1.0, 3: 2.0}, by=labels))
+    state = saved_and_loaded({"rule": training.optimizer.state_dict()["fastclip"]["rule"]["settings"]["clip_norm"]})
+    assert state["rule"] == {"a": 1.0, 3: 2.0}
+
+
+def test_a_rule_that_does_not_fit_is_not_restored() -> None:
+    named = fastclip.ClipByNorm({"0": 1.0, "2": 2.0}, by=lambda name: name[0])
+    first, second = Training(), Training()
+    fastclip.attach(first.optimizer, named)
+    clipper = fastclip.attach(second.optimizer, clipnorm=1.0)  # by parameter: the function cannot be saved
+    takes_the_place = pytest.warns(UserWarning, match="takes the place")
+    with takes_the_place, pytest.raises(ValueError, match="no group"):
+        second.optimizer.load_state_dict(first.optimizer.state_dict())
+    assert clipper.rule == fastclip.ClipByNorm(1.0)
+    second.steps()
+
+
+def test_parameters_that_change_their_group() -> None:
+    training = Training(two_groups)
+    clipper = fastclip.attach(training.optimizer, fastclip.ClipByNorm([0.03, 0.01], by="group"))
+    training.steps()
+    first, second = training.optimizer.param_groups
+    for key in ("params", "param_names"):
+        first[key].append(second[key].pop(0))
+    training.steps()
+    assert clipper.result is not None
+    assert clipper.result.groups.of == (0, 0, 0, 1)
