@@ -561,3 +561,27 @@ def test_launches_depend_on_neither_the_number_of_gradients_nor_that_of_groups(
         with ptxlab.recording() as launched:
             fastclip.clip_by_global_norm_(made, 1.0, use_norm)
         assert [name for name, _ in launched] == kernels
+
+
+@pytest.mark.legs("ptx")
+def test_nothing_is_compiled_anew_for_other_numbers_or_sizes(leg: Leg, rng: np.random.Generator) -> None:
+    from fastclip.kernels.apply import apply_kernel
+    from fastclip.kernels.clamp import clamp_kernel
+    from fastclip.kernels.reduce import reduce_kernel
+
+    def clip(count: int, max_norm: float, clip_value: float) -> None:
+        drawn = (rng.standard_normal(1 + i * count) for i in range(count))
+        made = parameters([torch.from_numpy(values).to(leg.device, torch.float32) for values in drawn])
+        fastclip.clip_grad_norm_(made, max_norm)
+        fastclip.clip_grad_value_(made, clip_value)
+
+    def variants() -> list[int]:
+        kernels = (reduce_kernel, apply_kernel, clamp_kernel)
+        return [len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values()]
+
+    clip(3, 1.0, 0.5)
+    before = variants()
+    assert min(before) > 0
+    for count, number in ((1, 1), (2, 16), (16, 2.0), (17, 1e-3), (64, 0.0)):
+        clip(count, number, number)
+    assert variants() == before
