@@ -33,6 +33,7 @@ class History:
         triggers: What each trigger is, printed.
         steps: The steps' numbers, [S], from 1 on.
         has_loss: Whether there was a loss, [S].
+        has_coefficient: Whether gradients were clipped by norm, [S].
         present: Which parameters had a gradient, [S, P].
         loss: The loss, [S].
         norm: The 2-norm of all gradients before clipping, [S].
@@ -52,6 +53,7 @@ class History:
     triggers: Sequence[str]
     steps: Array
     has_loss: Array
+    has_coefficient: Array
     present: Array
     loss: Array
     norm: Array
@@ -78,7 +80,10 @@ class History:
 
     @property
     def nonfinite(self) -> Array:
-        """The number of parameters whose gradient is not finite, [S]. Norms of finite gradients do not overflow."""
+        """The number of parameters whose gradient is not finite, [S]. Norms of finite gradients do not overflow.
+
+        But for fp64 gradients whose norm is beyond fp64.
+        """
         return _count(self.present & ~np.isfinite(self.norms))
 
     @property
@@ -120,7 +125,7 @@ class History:
             for what in ("mean", "s", "z"):
                 series = getattr(self, what)[:, i]
                 columns[f"{name}_{what}"] = series, ~np.isnan(series)
-        columns["coefficient"] = self.coefficient, ~np.isnan(self.coefficient)
+        columns["coefficient"] = self.coefficient, self.has_coefficient
         columns |= {
             "clipped": (self.clipped, None),
             "skipped": (self.skipped, None),
@@ -171,6 +176,7 @@ def _combined(norms: Array, groups: Groups) -> Array:
     order, starts = _runs(groups)
     with np.errstate(invalid="ignore"):
         combined: Array = np.hypot.reduceat(norms[:, order], starts, axis=1)
+    combined[np.logical_or.reduceat(np.isnan(norms[:, order]), starts, axis=1)] = math.nan  # hypot(inf, nan) is inf
     return combined
 
 

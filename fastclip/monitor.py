@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,7 +30,7 @@ from fastclip.groups import By, group
 from fastclip.history import History, Row
 from fastclip.plans import prepare
 from fastclip.sinks import Sink, as_sink
-from fastclip.triggers import SERIES, Moment, Report, Trigger, TriggerError
+from fastclip.triggers import SERIES, Moment, Report, Trigger, TriggerError, check_count, check_real
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,12 +42,14 @@ class _Step(NamedTuple):
     Attributes:
         number: The step's number.
         has_loss: Whether there was a loss.
+        has_coefficient: Whether gradients were clipped by norm.
         present: The positions of the parameters that had a gradient.
         numbers: All else, as one vector: see `_Parts`.
     """
 
     number: int
     has_loss: bool
+    has_coefficient: bool
     present: Sequence[int]
     numbers: Tensor
 
@@ -101,7 +103,9 @@ class Monitor:
     **When it waits for the device.** In no step but those in which the host looks, and then once: every `every` steps
     if a trigger warns, raises or calls a function; every `max_skipped` steps if one skips; every N steps with
     ``log_to(sink, every=N)``; when it is read; and every `history` steps, so that the device's memory does not fill. A
-    trigger whose host looks every 10 steps acts up to 9 steps late, on every step that it fired in.
+    trigger whose host looks every 10 steps acts up to 9 steps late, on every step that it fired in. What is not the
+    monitor's: ``if not monitor.update(...)`` looks at the answer in each step, and so does `fastclip.attach` where a
+    trigger skips and the optimizer does not take ``found_inf``.
 
     Args:
         parameters: What is clipped, as in `fastclip.clip_grads_`, in the same order; with names, which reports use.
@@ -113,7 +117,8 @@ class Monitor:
         warmup: Steps before the first z-score, and so before a `Jump` may fire.
         history: The number of steps that are kept.
         every: How many steps the host waits before it looks, for triggers that warn, raise or call a function.
-        max_skipped: How many steps in a row may be skipped, before an error says so at the next look.
+        max_skipped: How many steps in a row may be skipped, before an error says so at the next look: at the latest
+            ``2 * max_skipped - 1`` steps into the run.
 
     Raises:
         TypeError: `parameters` holds something other than tensors, or a trigger is none.
@@ -125,7 +130,7 @@ class Monitor:
         self,
         parameters: Parameters,
         *,
-        triggers: Sequence[Trigger] = (),
+        triggers: Iterable[Trigger] = (),
         by: By | None = None,
         weights: bool = False,
         decay: float = 0.97,
@@ -136,8 +141,8 @@ class Monitor:
     ) -> None:
         counts = {"warmup": warmup, "history": history, "every": every, "max_skipped": max_skipped}
         for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"`{name}` must be at least 1, not {count}")
+            check_count(name, count)
+        check_real("decay", decay)
         if not 0 <= decay < 1:
             raise ValueError(f"`decay` must be from 0 to below 1, not {decay}")
         self._parameters = as_gradients(parameters)
@@ -148,8 +153,9 @@ class Monitor:
         self.groups = group(self.owners, default if by is None else by)
         self.names = self.owners.names or [f"parameters[{i}]" for i in range(len(self.owners.tensors))]
         self.weights = weights
-        self._check_triggers(triggers)
-        self.triggers = tuple(sorted(triggers, key=lambda trigger: trigger.action != "skip"))
+        if weights:
+            self._check_weights()
+        self.triggers = tuple(sorted(self._checked(triggers), key=lambda trigger: trigger.action != "skip"))
         """Those that skip come first."""
         self.steps = 0
         """How many steps it has seen, those before a resumed checkpoint included."""
@@ -170,12 +176,24 @@ class Monitor:
         self._skipped = 0  # steps in a row, up to the last that was looked at
         self._fired = np.zeros(len(self.triggers), dtype=bool)  # in the last step that was looked at
 
-    def _check_triggers(self, triggers: Sequence[Trigger]) -> None:
-        for trigger in triggers:
+    def _checked(self, triggers: Iterable[Trigger]) -> list[Trigger]:
+        if isinstance(triggers, Trigger):
+            raise TypeError(f"`triggers` must be a list of triggers: [{triggers!r}]")
+        given = list(triggers)
+        for trigger in given:
             if not isinstance(trigger, Trigger):
                 raise TypeError(f"`triggers` must hold Jump, NonFinite or Vanishing, not {trigger!r}")
             if trigger.watches_weights and not self.weights:
                 raise ValueError(f"{trigger} needs the norms of the weights: Monitor(..., weights=True)")
+        return given
+
+    def _check_weights(self) -> None:
+        for name, tensor in zip(self.names, self.owners.tensors, strict=True):
+            if not (tensor.is_floating_point() or tensor.is_complex()):
+                raise ValueError(
+                    f"{name!r} is of {tensor.dtype} and has no norm to watch: make the monitor from the "
+                    "others, for example [(name, p) for name, p in model.named_parameters() if p.requires_grad]"
+                )
 
     def __repr__(self) -> str:
         return f"<Monitor of {len(self.names)} parameters after {self.steps} steps>"
@@ -193,13 +211,18 @@ class Monitor:
             loss: One number.
 
         Raises:
+            TypeError: It is not a real number.
             ValueError: It has more than one element.
         """
-        if isinstance(loss, Tensor):
-            if loss.numel() != 1:
-                raise ValueError(f"the loss must be one number, not a tensor of shape {tuple(loss.shape)}")
-            loss = loss.detach()
-        self._loss = loss
+        if not isinstance(loss, Tensor):
+            check_real("loss", loss)
+            self._loss = float(loss)
+            return
+        if loss.numel() != 1:
+            raise ValueError(f"the loss must be one number, not a tensor of shape {tuple(loss.shape)}")
+        if loss.is_complex() or loss.dtype == torch.bool:
+            raise TypeError(f"the loss must be a real number, not of {loss.dtype}")
+        self._loss = loss.detach().clone()  # it may be changed in place before the step
 
     @untraced
     def update(self, result: ClipResult, loss: Tensor | float | None = None) -> Tensor:
@@ -213,9 +236,15 @@ class Monitor:
             Whether to skip the step, because a trigger with ``action="skip"`` fired: 0-dim bool on the result's device.
 
         Raises:
+            TypeError: `result` is no `ClipResult`, or the loss no real number.
             ValueError: The result has not the norms of these parameters, or the loss is not one number.
             TriggerError: The host looked, and a trigger that raises had fired, or too many steps in a row were skipped.
         """
+        if not isinstance(result, ClipResult):
+            raise TypeError(
+                f"a monitor takes what clip_grads_ or measure_grads returns, not a {type(result).__name__}; attach() "
+                "hands it on by itself"
+            )
         if result.norms is None:
             raise ValueError("a monitor needs the norm of each parameter: take it with clip_grads_ or measure_grads")
         if len(result.norms) != len(self.names):
@@ -226,7 +255,8 @@ class Monitor:
         if loss is not None:
             self.record_loss(loss)
         with torch.no_grad():
-            step = _Step(self.steps + 1, self._loss is not None, result.present, self._facts(result, result.norms))
+            has = (self._loss is not None, result.coefficients is not None)
+            step = _Step(self.steps + 1, *has, result.present, self._facts(result, result.norms))
             if self.skips:
                 step = self._judged(step)
                 skip = self._parts(step.numbers).fired[: self._skipping].any()
@@ -282,8 +312,7 @@ class Monitor:
             TypeError: `sink` is neither.
             ValueError: `every` is below 1.
         """
-        if every < 1:
-            raise ValueError(f"`every` must be at least 1, not {every}")
+        check_count("every", every)
         self._logs.append(_Log(as_sink(sink), min(every, self.history), self.steps))
 
     def flush(self) -> None:
@@ -293,7 +322,9 @@ class Monitor:
             TriggerError: As in `update`.
         """
         self._look()
-        self._hand_on(self._logs)
+        errors = self._hand_on(self._logs)
+        if errors:
+            raise errors[0]
 
     def state_dict(self) -> dict[str, Any]:
         """Look, and return the number of steps and the averages, so that a resumed run goes on without a false alarm.
@@ -302,7 +333,8 @@ class Monitor:
             TriggerError: As in `update`.
         """
         self._look()
-        return {"steps": self.steps, "averages": self._state.cpu()}
+        held = self._held.cpu()
+        return {"steps": self.steps, "averages": self._state.cpu(), "skipped": self._skipped, "held": held}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state of `state_dict`, and forget the steps seen before.
@@ -315,9 +347,11 @@ class Monitor:
             raise ValueError("this is not what Monitor.state_dict() returned")
         self.steps = state["steps"]
         self._state = averages.clone()
-        self._held.zero_()
+        held = state.get("held", torch.zeros(0))
+        # For other triggers than before, what they have seen says nothing.
+        self._held = held.clone() if held.shape == self._held.shape else torch.zeros_like(self._held)
+        self._skipped = state.get("skipped", 0)
         self._fired[:] = False
-        self._skipped = 0
         self._unread.clear()
         self._seen.clear()
         for log in self._logs:
@@ -377,19 +411,27 @@ class Monitor:
         if not self.skips:
             steps = [self._judged(step) for step in steps]
         self._seen.extend(steps)
-        self._hand_on([log for log in self._logs if self.steps % log.every == 0])
-        self._react(steps)
+        errors = self._hand_on([log for log in self._logs if self.steps % log.every == 0])
+        errors += self._react(steps)
+        if errors:
+            raise errors[0]
 
-    def _hand_on(self, logs: Sequence[_Log]) -> None:
+    def _hand_on(self, logs: Sequence[_Log]) -> list[Exception]:
+        """Hand rows to sinks, and return what went wrong; the rows of a write that failed are handed on again."""
+        errors: list[Exception] = []
         for log in logs:
             steps = [step for step in self._seen if step.number > log.until]
-            if steps:
-                log.sink.write(list(self._history(steps).rows()))
-            log.until = self.steps
+            try:
+                if steps:
+                    log.sink.write(list(self._history(steps).rows()))
+                log.until = self.steps
+            except Exception as error:  # noqa: BLE001 - whatever it is, the triggers come first
+                errors.append(error)
+        return errors
 
-    def _react(self, steps: Sequence[_Step]) -> None:
-        """Do what the triggers ask for; errors last, so that nothing else is lost."""
-        error: TriggerError | None = None
+    def _react(self, steps: Sequence[_Step]) -> list[Exception]:
+        """Do what the triggers ask for; return errors, so that nothing else is lost."""
+        errors: list[Exception] = []
         skipped: list[Report] = []
         for step in steps:
             fired = self._parts(step.numbers).fired.numpy() > 0
@@ -400,20 +442,23 @@ class Monitor:
                 skipped.append(self._report(step, self.triggers[asking[0]]))
             if self._skipped >= self.max_skipped:
                 message = f"steps skipped in a row: {self._skipped}, the last of them {skipped[-1]}"
-                error = error or TriggerError(message, skipped[-1])
+                errors.append(TriggerError(message, skipped[-1]))
             for i in np.flatnonzero(fired[self._skipping :]) + self._skipping:
                 action, report = self.triggers[i].action, self._report(step, self.triggers[i])
                 if callable(action):
-                    action(report)
+                    try:
+                        action(report)
+                    except Exception as error:  # noqa: BLE001 - it is raised once the other triggers have acted
+                        errors.append(error)
                 elif action == "raise":
-                    error = error or TriggerError(str(report), report)
+                    errors.append(TriggerError(str(report), report))
                 elif began[i]:
                     warn_caller(str(report), RuntimeWarning)
-        if error:
-            self._hand_on(self._logs)
-            raise error
-        if skipped:
+        if errors:
+            errors += self._hand_on(self._logs)
+        elif skipped:
             warn_caller(f"steps skipped: {len(skipped)}, the last of them {skipped[-1]}", RuntimeWarning)
+        return errors
 
     def _report(self, step: _Step, trigger: Trigger) -> Report:
         parts = self._parts(step.numbers)
@@ -441,6 +486,7 @@ class Monitor:
             [str(trigger) for trigger in self.triggers],
             steps=np.array([step.number for step in steps], dtype=np.int64),
             has_loss=np.array([step.has_loss for step in steps], dtype=bool),
+            has_coefficient=np.array([step.has_coefficient for step in steps], dtype=bool),
             present=present,
             loss=parts.values[:, 0].numpy(),
             norm=parts.values[:, 1].numpy(),

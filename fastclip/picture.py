@@ -22,6 +22,7 @@ _ROWS = 250  # cells from top to bottom: two pixels and more each
 _COLUMNS = 400  # cells from left to right
 _LABELS = 40  # layers that are named
 _LABEL_WIDTH = 36  # characters
+_DRAWABLE = (1e-100, 1e100)  # matplotlib's axes overflow beyond
 _MEAN = "0.5"
 _SKIPPED = "C1"
 _MISSING = "0.85"  # grey: no gradient
@@ -66,9 +67,9 @@ def draw(history: History) -> Figure:
 
 def _draw_series(axes: Axes, history: History, values: Array, mean: Array, known: Array) -> None:
     """A line, its running mean, and the steps that were skipped, or in which it was not finite."""
-    finite = np.where(np.isfinite(values), values, math.nan)
+    finite = _drawable(np.where(np.isfinite(values), values, math.nan))
     axes.plot(history.steps, finite, color="C0", linewidth=1, marker=".", markersize=2)
-    axes.plot(history.steps, mean, color=_MEAN, linewidth=1, linestyle="--")
+    axes.plot(history.steps, _drawable(mean), color=_MEAN, linewidth=1, linestyle="--")
     bad = known & ~np.isfinite(values)
     for steps, colour in ((history.steps[history.skipped], _SKIPPED), (history.steps[bad], _ALARM)):
         if len(steps):
@@ -92,6 +93,7 @@ def _draw_layers(figure: Figure, axes: Axes, history: History, labels: Sequence[
 
     norms, present = history.group_norms, history.group_present
     is_bad = present & ~np.isfinite(norms)
+    norms = np.where(is_bad, norms, _drawable(norms))
     positive = norms[np.isfinite(norms) & (norms > 0)]
     # The few smallest norms share a colour, lest they take the others' contrast; the largest are what is looked for.
     low, high = (np.percentile(positive, 1), positive.max()) if positive.size else (1.0, 1.0)
@@ -138,4 +140,11 @@ def _largest(values: Array, columns: int, rows: int) -> Array:
 
 
 def _shortened(label: str) -> str:
-    return label if len(label) <= _LABEL_WIDTH else f"…{label[1 - _LABEL_WIDTH :]}"
+    short = label if len(label) <= _LABEL_WIDTH else f"…{label[1 - _LABEL_WIDTH :]}"
+    return short.replace("$", r"\$")  # which would begin a formula
+
+
+def _drawable(values: Array) -> Array:
+    """Values with those beyond what matplotlib can lay out moved to the edge of it; zeros and NaN as they are."""
+    magnitudes = np.clip(np.abs(values), *_DRAWABLE)
+    return np.where((values == 0) | np.isnan(values), values, np.copysign(magnitudes, values))

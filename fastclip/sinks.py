@@ -40,11 +40,14 @@ class CSVFile(Sink):
             ValueError: The file has other columns.
         """
         columns = list(rows[0])
+        is_cut_off = _is_cut_off(self.path)
         with self.path.open("a+", newline="", encoding="utf-8") as file:
             file.seek(0)
             header = next(csv.reader(file), None)
             if header not in (None, columns):
                 raise ValueError(f"{self.path} has other columns than this monitor's rows: write to another file")
+            if is_cut_off:
+                file.write("\n")
             writer = csv.DictWriter(file, columns)
             if header is None:
                 writer.writeheader()
@@ -67,8 +70,9 @@ class JSONLines(Sink):
     def write(self, rows: Sequence[Row]) -> None:
         """Append a line for each row."""
         lines = [json.dumps({key: _as_json(value) for key, value in row.items()}, allow_nan=False) for row in rows]
+        separator = "\n" if _is_cut_off(self.path) else ""
         with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
+            file.write(separator + "".join(f"{line}\n" for line in lines))
 
 
 class TensorBoard(Sink):
@@ -114,6 +118,15 @@ def as_sink(sink: object) -> Sink:
     if callable(sink):
         return _Function(sink)
     raise TypeError(f"a sink must be CSVFile, JSONLines, TensorBoard or a function that takes a dict, not {sink!r}")
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether a file ends within a line, as when the run that wrote it was ended."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 def _as_json(value: float | None) -> float | str | None:

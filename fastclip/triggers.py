@@ -125,6 +125,9 @@ class TriggerError(RuntimeError):
         super().__init__(message)
         self.report = report
 
+    def __reduce__(self) -> tuple[type[TriggerError], tuple[str, Report]]:
+        return type(self), (str(self), self.report)
+
 
 @dataclass(frozen=True, repr=False)
 class Trigger(ABC):
@@ -133,7 +136,7 @@ class Trigger(ABC):
     action: Action = field(default="warn", kw_only=True)
 
     def __post_init__(self) -> None:
-        if not (callable(self.action) or self.action in {"warn", "raise", "skip"}):
+        if not (callable(self.action) or self.action in ("warn", "raise", "skip")):
             raise ValueError(f"`action` must be 'warn', 'raise', 'skip' or a function of a report, not {self.action!r}")
 
     @property
@@ -188,6 +191,7 @@ class Jump(Trigger):
         _check_of(self.of, SERIES)
         if self.z == 0 and self.ratio is None:
             raise ValueError(f"how far is a jump? Give `z`, as in Jump({self.of!r}, z=6.0), or `ratio`")
+        check_real("z", self.z)
         if not 0 <= self.z < math.inf:
             raise ValueError(f"`z` must be above 0 and finite, not {self.z}")
         if self.ratio is not None and not 1 < self.ratio < math.inf:
@@ -270,10 +274,10 @@ class Vanishing(Trigger):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_real("below", self.below)
         if not 0 < self.below < math.inf:
             raise ValueError(f"`below` must be above 0 and finite, not {self.below}")
-        if self.steps < 1:
-            raise ValueError(f"`steps` must be at least 1, not {self.steps}")
+        check_count("steps", self.steps)
 
     @property
     def patience(self) -> int:
@@ -292,6 +296,29 @@ class Vanishing(Trigger):
             self.below,
             f"the norm is {norm:.4g}, below {self.below:.4g} for {self.steps} steps in a row or more",
         )
+
+
+def check_real(name: str, value: object) -> None:
+    """Refuse what is no real number.
+
+    Raises:
+        TypeError: It is text, a boolean, complex or something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"`{name}` must be a real number, not {value!r}")
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse what is no whole number from 1 on.
+
+    Raises:
+        TypeError: It is not a whole number.
+        ValueError: It is below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"`{name}` must be a whole number, not {value!r}")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, not {value}")
 
 
 def _check_of(of: str, known: Sequence[str]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -438,3 +439,154 @@ def test_a_summary() -> None:
     assert loss == "loss 2 after a mean of 4 ± 0.04, largest 4 at step 1"
     assert norm == "norm nan after a mean of 0.5 ± 0.005, largest 0.5 at step 1"
     assert last == "largest norms at the last step: layer0 nan, layer1 0.1"
+
+
+# ---- What a review broke
+
+
+def steps(monitor: fastclip.Monitor, model: nn.Module, *norms: float) -> None:
+    """A step for each global norm."""
+    for norm in norms:
+        for i, parameter in enumerate(model.parameters()):
+            parameter.grad = torch.zeros_like(parameter)
+            if i == 0:
+                parameter.grad.view(-1)[0] = norm
+        monitor.update(fastclip.measure_grads(model))
+
+
+def test_triggers_from_a_generator() -> None:
+    monitor = fastclip.Monitor(nn.Linear(2, 1), triggers=(fastclip.NonFinite(of) for of in ("loss", "gradients")))
+    assert len(monitor.triggers) == 2
+    with pytest.raises(TypeError, match="must be a list of triggers"):
+        fastclip.Monitor(nn.Linear(2, 1), triggers=fastclip.NonFinite("loss"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "loss", ["1.0", (1.0,), [1.0], {}, 1j, True, np.array(3.0), torch.tensor(1j), torch.tensor(True)]
+)
+def test_a_loss_that_is_no_number_is_refused_before_the_step(loss: Any) -> None:
+    monitor = fastclip.Monitor(nn.Linear(2, 1))
+    with pytest.raises(TypeError, match="loss"):
+        monitor.record_loss(loss)
+    assert monitor.steps == 0
+
+
+def test_a_loss_that_is_changed_in_place_afterwards() -> None:
+    model = nn.Linear(2, 1)
+    monitor = fastclip.Monitor(model)
+    loss = torch.tensor(3.0)
+    monitor.record_loss(loss)
+    loss.zero_()
+    steps(monitor, model, 1.0)
+    assert monitor.read().loss.tolist() == [3.0]
+
+
+def test_a_sink_that_fails_keeps_no_trigger_from_acting() -> None:
+    model = nn.Linear(2, 1)
+    seen: list[int] = []
+
+    def full(row: dict[str, Any]) -> None:
+        seen.append(row["step"])
+        if len(seen) == 1:
+            raise OSError("disk full")
+
+    reports: list[fastclip.Report] = []
+    monitor = fastclip.Monitor(model, triggers=[fastclip.NonFinite("gradients", action=reports.append)], every=2)
+    monitor.log_to(full, every=2)
+    with pytest.raises(OSError, match="disk full"):
+        steps(monitor, model, 1.0, math.nan)
+    assert [report.step for report in reports] == [2]
+    monitor.flush()
+    assert seen == [1, 1, 2]
+
+
+def test_a_callback_that_fails_keeps_no_other_trigger_from_acting() -> None:
+    model = nn.Linear(2, 1)
+
+    def fail(_: fastclip.Report) -> None:
+        raise KeyError("mine")
+
+    reports: list[fastclip.Report] = []
+    both = [fastclip.NonFinite("gradients", action=fail), fastclip.NonFinite("gradients", action=reports.append)]
+    monitor = fastclip.Monitor(model, triggers=both, every=3)
+    with pytest.raises(KeyError, match="mine"):
+        steps(monitor, model, math.nan, 1.0, math.inf)
+    assert [report.step for report in reports] == [1, 3]
+
+
+@pytest.mark.filterwarnings("ignore:steps skipped")
+def test_a_run_of_skipped_steps_goes_on_behind_a_checkpoint() -> None:
+    model = nn.Linear(2, 1)
+
+    def resumed(state: dict[str, Any] | None) -> dict[str, Any]:
+        skip = fastclip.NonFinite("gradients", action="skip")
+        monitor = fastclip.Monitor(model, triggers=[skip], max_skipped=10)
+        if state is not None:
+            monitor.load_state_dict(state)
+        steps(monitor, model, *[math.nan] * 4)
+        return monitor.state_dict()
+
+    state = resumed(resumed(None))
+    with pytest.raises(fastclip.TriggerError, match="in a row: 10"):
+        resumed(state)
+
+
+def test_integer_weights_are_refused_when_weights_are_watched() -> None:
+    model = nn.Linear(2, 1)
+    model.register_parameter("quantised", nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False))
+    with pytest.raises(ValueError, match=r"'quantised' is of torch\.int8 and has no norm to watch"):
+        fastclip.Monitor(model, weights=True)
+
+
+def test_what_clip_grad_norm_returns_is_no_result() -> None:
+    with pytest.raises(TypeError, match="not a Tensor"):
+        fastclip.Monitor(nn.Linear(2, 1)).update(torch.ones(()))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fastclip.Monitor(nn.Linear(2, 1), history="x"),  # type: ignore[arg-type]
+        lambda: fastclip.Monitor(nn.Linear(2, 1), every=2.5),  # type: ignore[arg-type]
+        lambda: fastclip.Monitor(nn.Linear(2, 1), decay="x"),  # type: ignore[arg-type]
+        lambda: fastclip.Monitor(nn.Linear(2, 1)).log_to(print, every=2.5),  # type: ignore[arg-type]
+        lambda: fastclip.Jump("norm", z="6"),  # type: ignore[arg-type]
+        lambda: fastclip.Vanishing("x"),  # type: ignore[arg-type]
+        lambda: fastclip.Vanishing(1e-7, steps=2.5),  # type: ignore[arg-type]
+    ],
+)
+def test_numbers_that_are_none(make: Callable[[], object]) -> None:
+    with pytest.raises(TypeError, match=r"`\w+` must be a (real|whole) number, not"):
+        make()
+
+
+def test_trigger_errors_can_be_pickled() -> None:
+    model = nn.Linear(2, 1)
+    monitor = fastclip.Monitor(model, triggers=[fastclip.NonFinite("gradients", action="raise")])
+    with pytest.raises(fastclip.TriggerError) as raised:
+        steps(monitor, model, math.nan)
+    copy = pickle.loads(pickle.dumps(raised.value))  # noqa: S301 - our own
+    assert str(copy) == str(raised.value)
+    assert copy.report.step == 1
+
+
+def test_a_coefficient_that_is_nan_is_not_missing() -> None:
+    model = nn.Linear(2, 1)
+    monitor = fastclip.Monitor(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, math.inf)
+    monitor.update(fastclip.measure_grads(model))
+    monitor.update(fastclip.clip_grads_(model, fastclip.ClipByGlobalNorm(1.0)))
+    missing, found = [row["coefficient"] for row in monitor.read().rows()]
+    assert missing is None
+    assert isinstance(found, float)
+    assert math.isnan(found)
+
+
+def test_a_group_of_an_infinity_and_a_nan_has_no_norm() -> None:
+    model = nn.Linear(2, 1)
+    monitor = fastclip.Monitor(model, by="global")
+    for parameter, value in zip(model.parameters(), (math.inf, math.nan), strict=True):
+        parameter.grad = torch.full_like(parameter, value)
+    monitor.update(fastclip.measure_grads(model))
+    assert math.isnan(monitor.read().group_norms[0, 0])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastclip
 from fastclip.clip_by import ClipResult
@@ -126,3 +126,15 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_not_asked_for_is_not_imported() -> None:
     code = "import fastclip, sys; fastclip.Monitor; print({'matplotlib', 'tensorboard'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+@pytest.mark.parametrize("norm", [5e-324, 1e-300, 1e200, 1.7e308])
+def test_extreme_norms_and_labels_that_look_like_formulas(tmp_path: Path, norm: float) -> None:
+    parameters = [nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2)]
+    monitor = fastclip.Monitor(parameters, by=["$\\frac$", "plain"])
+    for value in (1.0, norm, 1e-300, 1e300):
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, value)
+        monitor.update(fastclip.measure_grads(parameters), loss=value)
+    monitor.plot(tmp_path / "norms.png")
+    assert (tmp_path / "norms.png").stat().st_size > 5000

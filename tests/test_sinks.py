@@ -255,3 +255,15 @@ def test_bad_sinks() -> None:
         monitor.log_to(print, every=0)
     with pytest.raises(TypeError, match=r"SummaryWriter, not 'runs/1'"):
         fastclip.TensorBoard("runs/1")
+
+
+@pytest.mark.parametrize("kind", [fastclip.CSVFile, fastclip.JSONLines])
+def test_a_line_that_was_cut_off_is_ended(tmp_path: Path, kind: Any) -> None:
+    path = tmp_path / "rows"
+    kind(path).write([{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3])
+    kind(path).write([{"step": 3, "loss": 0.125}])
+    *_, cut_off, last = path.read_text().splitlines()
+    assert "0.125" not in cut_off
+    assert "0.125" in last
