@@ -58,8 +58,8 @@ class Training:
     def backward(self, batch: int) -> Tensor:
         """Add a batch's gradients to those that are there; return the loss."""
         x, y = self.batches[batch]
-        loss = (self.model(x) - y).square().mean()
-        loss.backward()
+        loss: Tensor = (self.model(x) - y).square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     def steps(self, clip: Callable[[], object] = lambda: None) -> None:
@@ -167,8 +167,9 @@ def test_closure(make: Callable[[Any], Optimizer], by_keyword: bool) -> None:
                 clip()
                 return loss
 
-            arguments: Any = {"closure": closure} if by_keyword else {}
-            losses.append(training.optimizer.step(*([] if by_keyword else [closure]), **arguments).item())
+            step: Any = training.optimizer.step
+            loss = step(closure=closure) if by_keyword else step(closure)
+            losses.append(loss.item())
         return losses
 
     ours, theirs = (Training(lambda p: make([tensor for _, tensor in p])) for _ in range(2))
@@ -199,11 +200,11 @@ def test_read_afterwards() -> None:
     assert clipper.result.coefficients.tolist() == [1.0]
 
 
-class Syncs(TorchDispatchMode):
+class Syncs(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so
     """Counts what would wait for a GPU: numbers that are fetched, and copies to another device."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -319,7 +320,8 @@ class RunningMean:
     def __call__(self, norms: Tensor) -> Tensor:
         self.total += norms.norm()
         self.count += 1
-        return (self.total / self.count / norms.norm()).clamp(max=1.0)
+        coefficient: Tensor = (self.total / self.count / norms.norm()).clamp(max=1.0)
+        return coefficient
 
     def state_dict(self) -> dict[str, Any]:
         return {"total": self.total, "count": self.count}
@@ -389,7 +391,7 @@ def test_values_that_carry_a_scale_are_refused() -> None:
     training = Training(OPTIMIZERS["fused_adamw"])
     fastclip.attach(training.optimizer, clipvalue=0.1)
     scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(training.backward(0).detach().requires_grad_() * 1.0).backward()
+    scaler.scale(training.backward(0).detach().requires_grad_() * 1.0).backward()  # type: ignore[no-untyped-call]
     with pytest.raises(RuntimeError, match=r"unscale_\(optimizer\)"):
         scaler.step(training.optimizer)
 
@@ -441,7 +443,7 @@ def test_skipping_leaves_what_the_scaler_found() -> None:
 
 
 def two_groups(parameters: Iterator[tuple[str, Tensor]]) -> Optimizer:
-    named = list(parameters)
+    named: Any = list(parameters)
     return torch.optim.SGD([{"params": named[2:]}, {"params": named[:2], "lr": 0.1}], lr=0.5)
 
 
@@ -589,7 +591,7 @@ def test_the_monitor_gets_the_closure_s_loss() -> None:
             losses.append(loss.item())
             return loss
 
-        training.optimizer.step(closure)
+        training.optimizer.step(closure)  # type: ignore[arg-type]  # torch's type is narrower than its documentation
     history = monitor.read()
     assert history.loss.tolist() == losses
     assert history.share_clipped == 1.0
