@@ -301,8 +301,10 @@ def _in_order_of(watched: Owners, owners: Owners) -> Owners:
     positions = {id(tensor): position for position, tensor in enumerate(owners.tensors)}
     others = [position for position, tensor in enumerate(watched.tensors) if id(tensor) not in positions]
     if others or len(watched.tensors) != len(owners.tensors):
-        name = watched.names[others[0]] if others and watched.names else f"parameters[{others[0]}]" if others else ""
-        culprit = f"{name!r} is not the optimizer's" if others else "some of the optimizer's are missing"
+        culprit = "some of the optimizer's are missing"
+        if others:
+            name = watched.names[others[0]] if watched.names else f"parameters[{others[0]}]"
+            culprit = f"{name!r} is not the optimizer's"
         raise ValueError(
             f"the monitor watches {len(watched.tensors)} parameters, which are not the {len(owners.tensors)} of the "
             f"optimizer: {culprit}. Make the monitor from just those that are optimized, for example "

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastclip.backends.interface import Bounds, norm_of_norms, on, wide_dtype
 from fastclip.dynamo import untraced
-from fastclip.gradients import Gradients, Parameters, check_bounds, check_dtypes, collect, has_dtensors
+from fastclip.gradients import Gradients, Parameters, check_bounds, collect, has_dtensors
 from fastclip.groups import By, Groups, group, index_of
 from fastclip.plans import Prepared, prepare
 from fastclip.rules import AnyRule, Bound, ClipByGlobalNorm, ClipByNorm, ClipByValue, as_rule
@@ -244,7 +244,6 @@ def _prepared(grads: Gradients, limits: tuple[Bounds, Bounds] | None = None, *, 
             "rules do not take DTensor gradients yet: clip with fastclip.clip_grad_norm_ or fastclip.clip_grad_value_"
         )
     if limits is not None:
-        check_dtypes(grads)
         check_bounds(grads, *limits)
     return prepare(grads, in_place=in_place)
 

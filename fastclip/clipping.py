@@ -17,7 +17,7 @@ from fastclip import originals
 from fastclip.backends.interface import Scalar, clip_coefficient, is_capturing, on
 from fastclip.caller import warn_caller
 from fastclip.dynamo import untraced
-from fastclip.gradients import Gradients, Parameters, as_gradients, check_bounds, check_dtypes, collect, has_dtensors
+from fastclip.gradients import Gradients, Parameters, as_gradients, check_bounds, collect, has_dtensors
 from fastclip.plans import Prepared, prepare
 
 _MOST_NAMED = 10  # culprits listed in an error message
@@ -203,7 +203,6 @@ def clip_grad_value_(
     if has_dtensors(grads.kinds):
         originals.clip_grad_value_(grads.owners.tensors, bound, foreach)
         return
-    check_dtypes(grads)
     check_bounds(grads, bound)
     prepared = prepare(grads, in_place=True)
     _check_foreach(foreach, prepared)

@@ -163,7 +163,11 @@ def check_dtypes(grads: Gradients) -> None:
     Raises:
         RuntimeError: A gradient is neither floating-point nor complex.
     """
-    for dtype, index in first_of_each_dtype(grads.tensors).items():
+    _check_dtypes(grads, _first_of_each_dtype(grads))
+
+
+def _check_dtypes(grads: Gradients, first: dict[torch.dtype, int]) -> None:
+    for dtype, index in first.items():
         if not (dtype.is_floating_point or dtype.is_complex):
             message = f"{grads.label(index)} is of {dtype}: only floating-point and complex gradients can be clipped"
             raise RuntimeError(message)
@@ -178,9 +182,12 @@ def check_bounds(grads: Gradients, *bounds: float | Sequence[float]) -> None:
 
     Raises:
         NotImplementedError: A gradient is complex.
-        RuntimeError: A finite bound is beyond the largest value of a gradient's dtype.
+        RuntimeError: A gradient is neither floating-point nor complex, or a finite bound is beyond the largest value of
+            its dtype.
     """
-    for dtype, index in first_of_each_dtype(grads.tensors).items():
+    first = _first_of_each_dtype(grads)
+    _check_dtypes(grads, first)
+    for dtype, index in first.items():
         if dtype.is_complex:
             message = f"clamp is not supported for complex types, and {grads.label(index)} is of {dtype}"
             raise NotImplementedError(message)
@@ -192,9 +199,9 @@ def check_bounds(grads: Gradients, *bounds: float | Sequence[float]) -> None:
                     raise RuntimeError(f"{message}: the largest value there is {largest}")
 
 
-def first_of_each_dtype(tensors: Sequence[Tensor]) -> dict[torch.dtype, int]:
-    """Return the position of the first tensor of each dtype: what is found of it holds for all that have the same."""
-    dtypes = [tensor.dtype for tensor in tensors]
+def _first_of_each_dtype(grads: Gradients) -> dict[torch.dtype, int]:
+    """The first gradient of each dtype: what is found of it holds for all that have the same."""
+    dtypes = [tensor.dtype for tensor in grads.tensors]
     return {dtype: dtypes.index(dtype) for dtype in dict.fromkeys(dtypes)}
 
 

@@ -102,9 +102,8 @@ class History:
         """Which groups had a gradient, [S, G]."""
         order, starts = _runs(self.groups)
         present = np.logical_or.reduceat(self.present[:, order], starts, axis=1)
-        return present & np.isin(
-            np.arange(len(starts)), self.groups.of
-        )  # there are parameter groups without parameters
+        has_members = np.isin(np.arange(len(starts)), self.groups.of)  # a parameter group may be without parameters
+        return present & has_members
 
     @property
     def group_weights(self) -> Array:

@@ -25,13 +25,13 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from fastclip.backends import ENVIRONMENT_VARIABLE, TORCH, Backend, for_device
 from fastclip.backends.interface import (
     Bounds,
+    Int64s,
     Plan,
     Reduction,
     Scalar,
@@ -39,6 +39,7 @@ from fastclip.backends.interface import (
     is_capturing,
     on,
     reduction,
+    stream_of,
     upload,
     wide_dtype,
 )
@@ -46,9 +47,6 @@ from fastclip.gradients import Gradients, check_dtypes, check_writable
 
 # A part of torch that is torch's own affair: without it nothing is kept, and every call prepares anew.
 TensorGuards: Any = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
-
-Int64s: TypeAlias = npt.NDArray[np.int64]
-
 
 _PLAIN_TYPES = {Tensor, nn.Parameter}
 _PLAIN_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
@@ -295,7 +293,7 @@ def _prepared_anew(grads: Gradients, addresses: list[int] | None, *, in_place: b
     values = [_values(t, in_place=in_place) if t.layout is torch.sparse_coo else t for t in tensors]
     groups = _group(values)
     devices = {device for _, device in groups if device.type == "cuda"}
-    streams = tuple((device, torch.cuda.current_stream(device).cuda_stream) for device in devices)
+    streams = tuple((device, stream_of(device)) for device in devices)
     plans = [backend.plan([values[i] for i in members]) for (backend, _), members in groups.items()]
     # torch's plans hold the tensors themselves: kept, they would keep the gradients' memory alive.
     keep = addresses is not None and all(backend is not TORCH for backend, _ in groups)
@@ -305,7 +303,7 @@ def _prepared_anew(grads: Gradients, addresses: list[int] | None, *, in_place: b
 
 
 def _streams_are_current(prepared: Prepared) -> bool:
-    return all(torch.cuda.current_stream(device).cuda_stream == stream for device, stream in prepared.streams)
+    return all(stream_of(device) == stream for device, stream in prepared.streams)
 
 
 def _promoted(dtypes: set[torch.dtype]) -> torch.dtype:

@@ -63,13 +63,11 @@ class _Bounded:
 
     def settings(self, labels: Sequence[Hashable]) -> dict[str, Any]:
         """Return the fields as plain data, for a checkpoint; without `by` where that is a function."""
-        # A defaultdict would keep the labels that it is asked for: copies are asked.
-        values = {field.name: copy(getattr(self, field.name)) for field in fields(self)}
-        return {
-            name: {label: float(value[label]) for label in labels} if isinstance(value, Mapping) else value
-            for name, value in values.items()
-            if not callable(value)
-        }
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name in self.bounds:
+            if isinstance(values[name], Mapping):
+                values[name] = dict(zip(labels, map(float, _by_label(name, values[name], labels)), strict=True))
+        return {name: value for name, value in values.items() if not callable(value)}
 
 
 @dataclass(frozen=True)
@@ -323,21 +321,24 @@ def _in_order(name: str, bound: Bound, labels: Sequence[Hashable]) -> float | tu
     if isinstance(bound, float):
         return bound
     if isinstance(bound, Mapping):
-        known = set(labels)
-        unknown = [label for label in bound if label not in known]
-        if unknown:
-            raise ValueError(f"`{name}` has a bound for {unknown[0]!r}, which is no group: there are {_some(labels)}")
-        if hasattr(bound, "__missing__"):
-            bound = copy(bound)  # a defaultdict keeps what it is asked for, and the caller's is to stay as it is
-        try:
-            return tuple(bound[label] for label in labels)
-        except KeyError as error:
-            raise ValueError(
-                f"`{name}` has no bound for the group {error}; a defaultdict gives one to the rest"
-            ) from None
+        return _by_label(name, bound, labels)
     if len(bound) != len(labels):
         raise ValueError(f"`{name}` has {len(bound)} bounds for {len(labels)} groups: {_some(labels)}")
     return tuple(bound)
+
+
+def _by_label(name: str, bound: Mapping[Any, float], labels: Sequence[Hashable]) -> tuple[float, ...]:
+    """The bound of each label."""
+    known = set(labels)
+    unknown = [label for label in bound if label not in known]
+    if unknown:
+        raise ValueError(f"`{name}` has a bound for {unknown[0]!r}, which is no group: there are {_some(labels)}")
+    if hasattr(bound, "__missing__"):
+        bound = copy(bound)  # a defaultdict keeps what it is asked for, and the caller's is to stay as it is
+    try:
+        return tuple(bound[label] for label in labels)
+    except KeyError as error:
+        raise ValueError(f"`{name}` has no bound for the group {error}; a defaultdict gives one to the rest") from None
 
 
 def _some(labels: Sequence[Hashable]) -> str:

@@ -20,6 +20,8 @@ Scalar: TypeAlias = Tensor | float
 Bounds: TypeAlias = float | Sequence[float]
 """A bound of values: one for all gradients, or one for each."""
 
+Int64s: TypeAlias = npt.NDArray[np.int64]
+
 _WITHOUT_FP64 = frozenset({"mps"})
 
 EPS = 1e-6
@@ -45,7 +47,7 @@ class Plan(Protocol):
 
     device: torch.device
 
-    def moved(self, addresses: npt.NDArray[np.int64]) -> Plan:
+    def moved(self, addresses: Int64s) -> Plan:
         """Return a plan for gradients that differ from this one's in their addresses only, [gradients]."""
 
     def captured(self) -> Plan:
@@ -99,6 +101,16 @@ def clip_coefficient(total: Scalar, max_norm: float) -> Scalar:
     if isinstance(coefficient, Tensor):
         return torch.clamp(coefficient, max=1.0)
     return 1.0 if coefficient > 1 else coefficient
+
+
+def one_each(bound: Bounds, count: int) -> Sequence[float]:
+    """A bound for each of `count` gradients."""
+    return bound if isinstance(bound, Sequence) else (bound,) * count
+
+
+def stream_of(device: torch.device) -> int:
+    """The handle of a GPU's current stream; 0 where there are no streams."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def is_capturing(device: torch.device) -> bool:

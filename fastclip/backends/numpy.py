@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -171,7 +171,9 @@ class Piece:
 
     def clamp_(self, minimums: Sequence[float], maximums: Sequence[float]) -> bool:
         """Clamp the elements if any is outside of its tensor's bounds, and tell whether one was."""
-        bounds = set(zip(self._own(minimums), self._own(maximums), strict=True))
+        bounds = {(minimums[0], maximums[0])}
+        if len(minimums) > 1 or len(maximums) > 1:
+            bounds = set(zip(self._own(minimums), self._own(maximums), strict=True))
         if len(bounds) > 1:
             parts = [type(self)(self.dtype, [v], [o], len(v)) for v, o in zip(self.views, self.owners, strict=True)]
             changed = [part.clamp_(minimums, maximums) for part in parts]
@@ -233,13 +235,19 @@ class HalfPiece(Piece):
         target.clamp_(minimum, maximum)
 
     def _rounded(self, *bounds: float) -> Sequence[float]:
-        rounded: list[float] = torch.tensor(bounds, dtype=self.dtype, device="cpu").tolist()
-        return rounded
+        return _rounded(self.dtype, *bounds)
 
     def _load(self) -> Array:
         halves = self._targets[0] if len(self.views) == 1 else torch.from_numpy(super()._load()).view(self.dtype)
         array: Array = _thread.converted[: self.elements].copy_(halves).numpy()
         return array
+
+
+@lru_cache(maxsize=64)
+def _rounded(dtype: torch.dtype, *numbers: float) -> Sequence[float]:
+    """Numbers as a dtype has them; kept, because every piece asks for the same."""
+    rounded: list[float] = torch.tensor(numbers, dtype=dtype, device="cpu").tolist()
+    return rounded
 
 
 class _Thread(threading.local):

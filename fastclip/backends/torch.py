@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import Bounds, Reduction, Scalar, combine, on, reduction, stable_norm, wide_dtype
+from fastclip.backends.interface import (
+    Bounds,
+    Int64s,
+    Reduction,
+    Scalar,
+    combine,
+    on,
+    one_each,
+    reduction,
+    stable_norm,
+    wide_dtype,
+)
 
 _LOW_PRECISION = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.complex32: torch.complex64}
 _OVERFLOW_PROOF = (1.0, 2.0, float("inf"), float("-inf"))
@@ -33,7 +40,7 @@ class TorchPlan:
         self.tensors = tensors
         self.device = tensors[0].device
 
-    def moved(self, addresses: npt.NDArray[np.int64]) -> TorchPlan:
+    def moved(self, addresses: Int64s) -> TorchPlan:
         raise NotImplementedError("a plan that holds tensors is never kept")
 
     def captured(self) -> TorchPlan:
@@ -64,9 +71,7 @@ class TorchPlan:
 
     @torch.no_grad()
     def clamp_(self, minimum: Bounds, maximum: Bounds, *, watch: bool = False) -> Tensor | None:
-        minimums, maximums = (
-            bound if isinstance(bound, Sequence) else (bound,) * len(self.tensors) for bound in (minimum, maximum)
-        )
+        minimums, maximums = (one_each(bound, len(self.tensors)) for bound in (minimum, maximum))
         flags = []
         for tensor, low, high in zip(self.tensors, minimums, maximums, strict=True):
             if watch:

@@ -14,16 +14,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property, lru_cache
 from importlib.util import find_spec
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import Bounds, Reduction, Scalar, on, reduction, upload
-
-Int64s: TypeAlias = npt.NDArray[np.int64]
+from fastclip.backends.interface import Bounds, Int64s, Reduction, Scalar, on, one_each, reduction, stream_of, upload
 
 SEGMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 """The position of each dtype in `fastclip.kernels.table.ELEMENT_SIZES`."""
@@ -117,7 +114,11 @@ class TritonPlan:
         tables = self.tables
         shared = isinstance(minimum, float) and isinstance(maximum, float)
         limits = (minimum, maximum) if shared else (-math.inf, math.inf)
-        bounds = None if shared else _bounds(self.device, *_spread(minimum, maximum, len(self.rows)))
+        bounds = (
+            None
+            if shared
+            else _bounds(self.device, *(tuple(one_each(bound, len(self.rows))) for bound in (minimum, maximum)))
+        )
         changed = tables.changed if watch else None
         arguments = (tables.chunks, self.rows, bounds, changed, *tables.ends, *limits)
         self._launch("clamp_kernel", (shared, watch), tables.programs, arguments)
@@ -186,7 +187,7 @@ class Tables:
     def with_memory_of_its_own(self) -> Tables:
         """Return tables for the current stream that share with these what is only read."""
         tables = copy.copy(self)
-        tables.stream = _stream(self.chunks.device)
+        tables.stream = stream_of(self.chunks.device)
         tables.__dict__.pop("changed", None)
         tables._allocate()
         return tables
@@ -213,7 +214,7 @@ _kept = _KeptTables()
 
 
 def _tables(device: torch.device, numels: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tables:
-    stream = _stream(device)
+    stream = stream_of(device)
     key = (device, stream, numels, dtypes)
     if key not in _kept.by_sizes:
         _kept.by_sizes[key] = Tables(device, stream, numels, dtypes)
@@ -223,19 +224,10 @@ def _tables(device: torch.device, numels: tuple[int, ...], dtypes: tuple[torch.d
     return _kept.by_sizes[key]
 
 
-def _spread(minimum: Bounds, maximum: Bounds, tensors: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    low, high = (tuple(b) if isinstance(b, Sequence) else (b,) * tensors for b in (minimum, maximum))
-    return low, high
-
-
 @lru_cache(maxsize=8)
 def _bounds(device: torch.device, minimums: tuple[float, ...], maximums: tuple[float, ...]) -> Tensor:
     """Minimum and maximum of each tensor, [tensors, 2], uploaded once."""
     return upload(np.stack([minimums, maximums], axis=1), device, for_every_stream=True)
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 _KINDS = {2.0: "two", 1.0: "one", 0.0: "zero", math.inf: "max", -math.inf: "min"}
