@@ -14,8 +14,9 @@ exponentially weighted ones. A value is compared with what was before it:
 The second term keeps a series that hardly moves from raising alarms about rounding. Once warmed up, a value enters as
 at most :math:`m \pm 3 s` (ZClip, arXiv:2504.02507, has the same idea): an outlier moves the mean by 3 w s, makes s
 larger by a tenth, and is forgotten soon. A level that changed for good is followed all the same, for each such value
-makes s larger by :math:`\sqrt{(1 - w)(1 + 9 w)}`, 11 % at a decay of 0.97. What is not finite does not enter; where
-there were only zeros there is no scale, no z-score, and the next value enters as it is.
+makes s larger by :math:`\sqrt{(1 - w)(1 + 9 w)}`, 11 % at a decay of 0.97; at decays of 1/9 and below it does not, and
+such a level is not followed. What is not finite does not enter; where there were only zeros there is no scale, no
+z-score, and the next value enters as it is.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class History:
 
     @property
     def nonfinite_weights(self) -> Array:
-        """The number of parameters that are not finite themselves, [S]."""
+        """The number of parameters that are not finite themselves, [S]; 0 where weights were not asked for."""
         return _count(~np.isfinite(self.weights))
 
     @property

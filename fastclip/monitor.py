@@ -411,8 +411,11 @@ class Monitor:
         if not self.skips:
             steps = [self._judged(step) for step in steps]
         self._seen.extend(steps)
-        errors = self._hand_on([log for log in self._logs if self.steps % log.every == 0])
-        errors += self._react(steps)
+        due = [log for log in self._logs if self.steps % log.every == 0]
+        errors = self._hand_on(due)
+        asked_for = self._react(steps)
+        if asked_for:  # the run may end here: the other sinks get what they have not got yet
+            errors += asked_for + self._hand_on([log for log in self._logs if log not in due])
         if errors:
             raise errors[0]
 
@@ -444,19 +447,11 @@ class Monitor:
                 message = f"steps skipped in a row: {self._skipped}, the last of them {skipped[-1]}"
                 errors.append(TriggerError(message, skipped[-1]))
             for i in np.flatnonzero(fired[self._skipping :]) + self._skipping:
-                action, report = self.triggers[i].action, self._report(step, self.triggers[i])
-                if callable(action):
-                    try:
-                        action(report)
-                    except Exception as error:  # noqa: BLE001 - it is raised once the other triggers have acted
-                        errors.append(error)
-                elif action == "raise":
-                    errors.append(TriggerError(str(report), report))
-                elif began[i]:
-                    warn_caller(str(report), RuntimeWarning)
-        if errors:
-            errors += self._hand_on(self._logs)
-        elif skipped:
+                try:
+                    _act(self.triggers[i], self._report(step, self.triggers[i]), began=bool(began[i]))
+                except Exception as error:  # noqa: BLE001, PERF203 - it is raised once the other triggers have acted
+                    errors.append(error)
+        if skipped and not errors:
             warn_caller(f"steps skipped: {len(skipped)}, the last of them {skipped[-1]}", RuntimeWarning)
         return errors
 
@@ -500,6 +495,16 @@ class Monitor:
             fired=fired,
             skipped=np.any(fired[:, : self._skipping], axis=1),
         )
+
+
+def _act(trigger: Trigger, report: Report, *, began: bool) -> None:
+    """Do on the host what a trigger that fired asks for."""
+    if callable(trigger.action):
+        trigger.action(report)
+    elif trigger.action == "raise":
+        raise TriggerError(str(report), report)
+    elif began:
+        warn_caller(str(report), RuntimeWarning)
 
 
 def _number(number: Tensor | float | None, like: Tensor) -> Tensor:

@@ -194,8 +194,10 @@ class Jump(Trigger):
         check_real("z", self.z)
         if not 0 <= self.z < math.inf:
             raise ValueError(f"`z` must be above 0 and finite, not {self.z}")
-        if self.ratio is not None and not 1 < self.ratio < math.inf:
-            raise ValueError(f"`ratio` must be above 1 and finite, not {self.ratio}")
+        if self.ratio is not None:
+            check_real("ratio", self.ratio)
+            if not 1 < self.ratio < math.inf:
+                raise ValueError(f"`ratio` must be above 1 and finite, not {self.ratio}")
 
     def holds(self, moment: Moment) -> Tensor:
         """Return whether the value is above the limit."""
@@ -216,6 +218,9 @@ class Jump(Trigger):
 @dataclass(frozen=True, repr=False)
 class NonFinite(Trigger):
     """The loss, a gradient or a weight is NaN or infinite.
+
+    fp64 gradients whose norm is beyond fp64 count as well. With a fused optimizer and `torch.amp.GradScaler`, but
+    without ``unscale_``, so do the overflows by which the scaler finds its scale: do not let these raise.
 
     Args:
         of: "loss", "gradients" or "weights"; the last needs ``Monitor(weights=True)``, and sees the weights before the

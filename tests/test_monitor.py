@@ -551,6 +551,7 @@ def test_what_clip_grad_norm_returns_is_no_result() -> None:
         lambda: fastclip.Monitor(nn.Linear(2, 1), decay="x"),  # type: ignore[arg-type]
         lambda: fastclip.Monitor(nn.Linear(2, 1)).log_to(print, every=2.5),  # type: ignore[arg-type]
         lambda: fastclip.Jump("norm", z="6"),  # type: ignore[arg-type]
+        lambda: fastclip.Jump("norm", ratio="6"),  # type: ignore[arg-type]
         lambda: fastclip.Vanishing("x"),  # type: ignore[arg-type]
         lambda: fastclip.Vanishing(1e-7, steps=2.5),  # type: ignore[arg-type]
     ],
@@ -590,3 +591,48 @@ def test_a_group_of_an_infinity_and_a_nan_has_no_norm() -> None:
         parameter.grad = torch.full_like(parameter, value)
     monitor.update(fastclip.measure_grads(model))
     assert math.isnan(monitor.read().group_norms[0, 0])
+
+
+def test_a_sink_that_fails_is_called_once_a_look() -> None:
+    model = nn.Linear(2, 1)
+    calls: list[int] = []
+    others: list[int] = []
+
+    def full(row: dict[str, Any]) -> None:
+        calls.append(row["step"])
+        raise OSError("disk full")
+
+    monitor = fastclip.Monitor(model, triggers=[fastclip.NonFinite("gradients", action="raise")])
+    monitor.log_to(full, every=1)
+    monitor.log_to(lambda row: others.append(row["step"]), every=100)
+    with pytest.raises(OSError, match="disk full"):
+        steps(monitor, model, math.nan)
+    assert calls == [1]
+    assert others == [1]  # an error ends the run: nothing is kept back
+
+
+def test_a_warning_that_is_an_error_keeps_no_other_trigger_from_acting() -> None:
+    """Warnings are errors in these tests, as they are in some programs."""
+    model = nn.Linear(2, 1)
+    reports: list[fastclip.Report] = []
+    both = [fastclip.NonFinite("gradients"), fastclip.NonFinite("gradients", action=reports.append)]
+    monitor = fastclip.Monitor(model, triggers=both)
+    with pytest.raises(RuntimeWarning, match="not finite"):
+        steps(monitor, model, math.nan)
+    assert [report.step for report in reports] == [1]
+
+
+def test_what_triggers_have_seen_goes_on_behind_a_checkpoint() -> None:
+    model = nn.Linear(2, 1)
+    reports: list[fastclip.Report] = []
+
+    def monitor() -> fastclip.Monitor:
+        return fastclip.Monitor(model, triggers=[fastclip.Vanishing(1e-3, steps=5, action=reports.append)])
+
+    first, second = monitor(), monitor()
+    steps(first, model, *[1e-6] * 3)
+    second.load_state_dict(first.state_dict())
+    steps(second, model, 1e-6)
+    assert not reports
+    steps(second, model, 1e-6)
+    assert [report.step for report in reports] == [5]
