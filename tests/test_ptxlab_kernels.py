@@ -214,13 +214,16 @@ def test_a_wrong_mask_is_found(
 ) -> None:
     """By the bounds, by the alignment, or by an element that is scaled twice or not at all."""
     package = mutant(*BREAKS[name]).__name__
-    ptxlab.activate(90)
-    tensor = random_values(rng, (5004,), torch.float32)[1:]  # the only view that is left of its memory
+    tensor = random_values(rng, (5004,), torch.float32)[1:]
     expected = tensor * 0.5
     kernels = Kernels(package, [tensor])
+    coefficients = torch.tensor([0.5], dtype=torch.float64)
+    # Named one by one: of all tensors that are alive, another test's may lie about this one's memory.
+    memory = (*kernels.memory, tensor, coefficients)
+    ptxlab.activate(90, bounds=[(part.data_ptr(), part.nbytes) for part in memory])
     try:
         with ptxlab.recording():
-            kernels.scale(torch.tensor([0.5], dtype=torch.float64))
+            kernels.scale(coefficients)
     except ptxlab.PtxError:
         return
     assert not torch.equal(tensor, expected)
