@@ -100,10 +100,7 @@ VARIANTS = {
         f"reduce, {kind}": Variant(reduce_kernel, {"KIND": kind}, (*_IN_ORDER, "partials"))
         for kind in ("two", "one", "zero", "max", "min", "power")
     },
-    **{
-        f"tensor norms, {kind}": Variant(tensor_norms_kernel, {"KIND": kind}, ("partials",))
-        for kind in ("two", "one", "max", "min", "power")
-    },
+    "tensor norms": Variant(tensor_norms_kernel, {}, ("partials",)),
     "apply": Variant(apply_kernel, {}, _IN_ORDER[::-1]),
     "clamp": Variant(clamp_kernel, {"bounds": None, "flags": None}, _IN_ORDER),
     "clamp, each its bounds": Variant(clamp_kernel, {}, _IN_ORDER),

@@ -11,6 +11,10 @@ Powers are summed in fp32 within a chunk (fp64 for fp64 gradients and for powers
 are combined in fp64. A sum that left the range in which fp32 is right to rounding is done again, by the same loop, on
 values scaled by a power of two. So finite gradients never have an infinite norm, and tiny ones never the norm 0.
 
+torch's 0-norm of a set is the number of its tensors that have any nonzero element. So there ``partials`` holds counts:
+a tensor's chunks add the numbers of their nonzero elements to its first slot, which is exact in any order. The last
+program counts the slots that are not 0, and clears them for the next launch.
+
 Launches: 1, and 1 more where the norm of each tensor is wanted. Bytes: 1R.
 """
 
@@ -158,7 +162,11 @@ def _norm(address, numel, chunk, p, KIND: tl.constexpr, TYPE: tl.constexpr, LIMI
 def _reduce_segment(chunks, rows, partials, begin, end, p, KIND: tl.constexpr, TYPE: tl.constexpr):
     for index in range(first_chunk(begin), end, tl.num_programs(0)):
         address, numel, _, chunk = locate(chunks, rows, index)
-        tl.store(partials + index, _norm(address, numel, chunk, p, KIND, TYPE, CHUNK_VECTORS))
+        norm = _norm(address, numel, chunk, p, KIND, TYPE, CHUNK_VECTORS)
+        if KIND == "zero":
+            tl.atomic_add(partials + (index - chunk), norm, sem="relaxed")
+        else:
+            tl.store(partials + index, norm)
 
 
 @triton.jit(do_not_specialize=["fp32_end", "bf16_end", "fp16_end", "fp64_end"])
@@ -177,7 +185,10 @@ def reduce_kernel(
     max_norm: tl.float64,
     KIND: tl.constexpr,
 ):
-    """Leave each chunk's norm in `partials`, (norm, coefficient) in `state`, and the norm once more in `norm`."""
+    """Leave each chunk's norm in `partials`, (norm, coefficient) in `state`, and the norm once more in `norm`.
+
+    For the 0-norm `partials` is all 0 before and after.
+    """
     begin = fp32_end * 0
     _reduce_segment(chunks, rows, partials, begin, fp32_end, p, KIND, tl.float32)
     _reduce_segment(chunks, rows, partials, fp32_end, bf16_end, p, KIND, tl.bfloat16)
@@ -195,13 +206,17 @@ def reduce_kernel(
         else:  # by way of fp32, from which every narrower type can be rounded to
             tl.store(norm, total.to(tl.float32).to(norm.dtype.element_ty))
         tl.store(ticket, 0)  # for the next launch
+        if KIND == "zero":
+            for start in range(0, fp64_end, TILE_VECTORS):
+                slots = start + tl.arange(0, TILE_VECTORS)
+                tl.store(partials + slots, 0.0, mask=slots < fp64_end)
 
 
 @triton.jit(do_not_specialize=["tensors"])
-def tensor_norms_kernel(partials, slices, norms, tensors: tl.int64, p: tl.float64, KIND: tl.constexpr):
-    """Leave the norm of each tensor in `norms` (fp64), from the chunks' norms that `reduce_kernel` left."""
+def tensor_norms_kernel(partials, slices, norms, tensors: tl.int64):
+    """Leave the 2-norm of each tensor in `norms` (fp64), from the chunks' norms that `reduce_kernel` left."""
     for tensor in range(tl.program_id(0), tensors, tl.num_programs(0)):
         first = tl.load(slices + 2 * tensor)
         count = tl.load(slices + 2 * tensor + 1)
         address = partials.to(tl.int64) + 8 * first
-        tl.store(norms + tensor, _norm(address, count, 0, p, KIND, tl.float64, UNCUT))
+        tl.store(norms + tensor, _norm(address, count, 0, 2.0, "two", tl.float64, UNCUT))

@@ -45,6 +45,7 @@ class Launcher:
         self.slices = torch.from_numpy(layout.slices).to(device)
         self.rows = torch.tensor(rows, dtype=torch.int64, device=device)
         self.partials = self._poisoned(len(layout.chunks), torch.float64)
+        self.counts = torch.zeros_like(self.partials)
         self.state = self._poisoned(2, torch.float64)
         self.norm = self._poisoned(1, norm_dtype).reshape(())
         self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
@@ -56,16 +57,15 @@ class Launcher:
         """Take the norm of all."""
         from fastclip.kernels.reduce import reduce_kernel
 
-        memory = (self.chunks, self.rows, self.partials, self.ticket, self.state, self.norm)
+        memory = (self.chunks, self.rows, self.counts if p == 0 else self.partials, self.ticket, self.state, self.norm)
         reduce_kernel[self.grid](*memory, *self.ends, p, max_norm, KIND=KINDS[p], **self.options)
 
-    def tensor_norms(self, p: float = 2.0) -> list[float]:
-        """The norm of each tensor, from what `reduce` left."""
+    def tensor_norms(self) -> list[float]:
+        """The 2-norm of each tensor, from what `reduce` left."""
         from fastclip.kernels.reduce import tensor_norms_kernel
 
         norms = self._poisoned(len(self.tensors), torch.float64)
-        memory = (self.partials, self.slices, norms)
-        tensor_norms_kernel[self.grid](*memory, len(self.tensors), p, KIND=KINDS[p], **self.options)
+        tensor_norms_kernel[self.grid](self.partials, self.slices, norms, len(self.tensors), **self.options)
         values: list[float] = norms.tolist()
         return values
 
@@ -129,23 +129,45 @@ def test_any_number_of_programs_gives_the_same_bits(leg: Leg, p: float, rng: np.
     oracle.assert_norm(seen[0][2], oracle.norm(originals, p), [torch.float32], leg)
 
 
-@pytest.mark.parametrize("p", KINDS)
-def test_norm_of_each_tensor(leg: Leg, p: float, rng: np.random.Generator) -> None:
-    tensors = [
-        embedded(random_values(rng, (size,), dtype, zeros=p >= 0), offset=offset, device=leg.device)
+def in_pieces(rng: np.random.Generator, device: torch.device, *, zeros: bool) -> list[Tensor]:
+    """Of every dtype: one element, a few, more than a chunk."""
+    return [
+        embedded(random_values(rng, (size,), dtype, zeros=zeros), offset=offset, device=device)
         for offset, dtype in enumerate(DTYPES)
         for size in (1, 30, chunk_elements(dtype) + 9)
     ]
+
+
+@pytest.mark.parametrize("p", [p for p in KINDS if p != 0])
+def test_norm_of_all(leg: Leg, p: float, rng: np.random.Generator) -> None:
+    tensors = in_pieces(rng, leg.device, zeros=p >= 0)
     launcher = Launcher(tensors)
     launcher.reduce(p)
-    if p == 0:  # a chunk's 0-norm is the number of its nonzero elements
-        counts = [tensor.count_nonzero().item() for tensor in tensors]
-        assert [launcher.partials[first : first + n].sum().item() for first, n in launcher.slices.tolist()] == counts
-        return
-    norms = launcher.tensor_norms(p)
-    for norm, tensor in zip(norms, tensors, strict=True):
-        assert norm == pytest.approx(oracle.norm([tensor], p), rel=oracle.NORM_TOLERANCE[tensor.dtype])
     oracle.assert_norm(launcher.norm, oracle.norm(tensors, p), DTYPES, leg)
+
+
+def test_norm_of_each_tensor(leg: Leg, rng: np.random.Generator) -> None:
+    tensors = in_pieces(rng, leg.device, zeros=True)
+    launcher = Launcher(tensors)
+    launcher.reduce()
+    for norm, tensor in zip(launcher.tensor_norms(), tensors, strict=True):
+        assert norm == pytest.approx(oracle.norm([tensor], 2.0), rel=oracle.NORM_TOLERANCE[tensor.dtype])
+
+
+def test_zero_norm_counts_tensors(leg: Leg) -> None:
+    """Those with a nonzero element, in whichever of their chunks it is, and once only; and it counts anew each time."""
+    size = 2 * chunk_elements(torch.float32) + 5
+    tensors = [embedded(torch.zeros(n, dtype=dtype), device=leg.device) for dtype in DTYPES for n in (3, size)]
+    launcher = Launcher(tensors, programs=4)
+    for nonzero in ([], [(0, 2)], [(1, 0), (1, size - 1), (3, size // 2), (7, size - 1), (4, 1)], [(5, 9)]):
+        for tensor in tensors:
+            tensor.zero_()
+        for position, element in nonzero:
+            tensors[position][element] = math.nan if element == 1 else 0.5
+        launcher.norm.fill_(math.nan)
+        launcher.reduce(0.0)
+        assert launcher.norm.item() == len({position for position, _ in nonzero})
+        assert not launcher.counts.any()
 
 
 def test_launches_in_a_row(leg: Leg, rng: np.random.Generator) -> None:
@@ -281,12 +303,13 @@ def test_nan_and_infinity(leg: Leg, p: float) -> None:
     launcher = Launcher(tensors)
     launcher.reduce(p)
     assert launcher.partials.numel() == len(tensors)
+    if p == 0:
+        assert launcher.norm.item() == len([tensor for tensor in tensors if tensor.any()])
+        return
     norms = launcher.partials[launcher.slices[:, 0]].tolist()
     for norm, tensor in zip(norms, tensors, strict=True):
-        exact = float(tensor.count_nonzero()) if p == 0 else oracle.norm([tensor], p)
-        assert norm == pytest.approx(exact, rel=1e-6, nan_ok=True), tensor
-    if p != 0:
-        assert math.isnan(launcher.state[0].item()) == math.isnan(oracle.norm(tensors, p))
+        assert norm == pytest.approx(oracle.norm([tensor], p), rel=1e-6, nan_ok=True), tensor
+    assert math.isnan(launcher.state[0].item()) == math.isnan(oracle.norm(tensors, p))
 
 
 RULES = [

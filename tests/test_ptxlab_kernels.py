@@ -53,6 +53,7 @@ class Kernels:
         self.ends = layout.ends
         self.slices = torch.from_numpy(layout.slices)
         self.partials = torch.full((len(layout.chunks),), math.nan, dtype=torch.float64)
+        self.counts = torch.zeros_like(self.partials)
         state, ticket = torch.full((2,), math.nan, dtype=torch.float64), torch.zeros(1, dtype=torch.int32)
         self.norm = torch.full((), math.nan)
         self.memory = (*self.table, self.partials, ticket, state, self.norm)
@@ -66,18 +67,18 @@ class Kernels:
         self.slices = torch.tensor([[0, len(chunks)]])
 
     def norms(self, p: float) -> tuple[float, list[float]]:
-        """The norm of all, and that of each tensor."""
+        """The norm of all, and, which is right for p = 2 only, that of each tensor."""
         kernels, kind = self.modules["reduce"], KINDS[p]
-        kernels.reduce_kernel[(3,)](*self.memory, *self.ends, p, 1.0, KIND=kind, **self.options)
+        memory = (*self.table, self.counts if p == 0 else self.partials, *self.memory[3:])
+        kernels.reduce_kernel[(3,)](*memory, *self.ends, p, 1.0, KIND=kind, **self.options)
         each = torch.full((len(self.tensors),), math.nan, dtype=torch.float64)
-        arguments = (self.partials, self.slices, each, len(self.tensors), p)
-        kernels.tensor_norms_kernel[(3,)](*arguments, KIND="one" if p == 0 else kind, **self.options)
+        kernels.tensor_norms_kernel[(3,)](self.partials, self.slices, each, len(self.tensors), **self.options)
         return self.norm.item(), each.tolist()
 
-    def reduction_as_ptx(self) -> str:
-        """What is launched for the 2-norm."""
+    def reduction_as_ptx(self, p: float) -> str:
+        """What is launched for the p-norm."""
         kernel = self.modules["reduce"].reduce_kernel
-        compiled = kernel.warmup(*self.memory, *self.ends, 2.0, 1.0, KIND="two", grid=(1,), **self.options)
+        compiled = kernel.warmup(*self.memory, *self.ends, p, 1.0, KIND=KINDS[p], grid=(1,), **self.options)
         return str(compiled.asm["ptx"])
 
     def scale(self, coefficients: Tensor) -> None:
@@ -109,11 +110,10 @@ def test_norms(capability: int, p: float, rng: np.random.Generator) -> None:
     tensors = gradients(rng)
     with ptxlab.recording():
         norm, each = Kernels("fastclip.kernels", tensors).norms(p)
-    exact = [float(tensor.count_nonzero()) if p == 0 else oracle.norm([tensor], p) for tensor in tensors]
-    for mine, right, tensor in zip(each, exact, tensors, strict=True):
-        assert mine == pytest.approx(right, rel=oracle.NORM_TOLERANCE[tensor.dtype])
-    if p != 0:  # what all amount to is then counted from `each`, by torch
-        assert norm == pytest.approx(oracle.norm(tensors, p), rel=1e-6)
+    assert norm == pytest.approx(len(tensors) if p == 0 else oracle.norm(tensors, p), rel=1e-6)
+    if p == 2:
+        for mine, tensor in zip(each, tensors, strict=True):
+            assert mine == pytest.approx(oracle.norm([tensor], p), rel=oracle.NORM_TOLERANCE[tensor.dtype])
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -231,6 +231,7 @@ def test_a_wrong_mask_is_found(
 
 # ---- Races
 
+SIZES = [3001] * 6 + [70_000]  # six tensors of one chunk, one of three
 # A process without torch and Triton, which take ten seconds to import under the sanitizer.
 RUN = f"""
 import sys
@@ -238,34 +239,37 @@ import numpy as np
 import ptxlab
 
 kernel = ptxlab.Kernel(open(sys.argv[1]).read(), {1 << 16}, sanitize="thread")
-tensors = [np.full(3001, 2, np.float32) for _ in range(9)]
-chunks = np.arange(9) << 32
+tensors = [np.full(size, 2, np.float32) for size in {SIZES}]
+chunks = np.array([*(np.arange(7) << 32), 6 << 32 | 1, 6 << 32 | 2])
 rows = np.array([[tensor.ctypes.data, tensor.size] for tensor in tensors])
 ticket = np.zeros(1, np.int32)
+p, expected = float(sys.argv[2]), float(sys.argv[3])
 for seed in range(5):
-    partials, state, norm = np.full(9, np.nan), np.full(2, np.nan), np.full(1, np.nan, np.float32)
+    partials, state, norm = np.full(9, np.nan if p else 0), np.full(2, np.nan), np.full(1, np.nan, np.float32)
     arrays = (chunks, rows, partials, ticket, state, norm)
     ranges = [(array.ctypes.data, array.nbytes) for array in (*arrays, *tensors)]
-    arguments = [start for start, _ in ranges[:6]] + [9] * 4 + [2.0, 1.0]
+    arguments = [start for start, _ in ranges[:6]] + [9] * 4 + [p, 1.0]
     kernel.launch((6,), arguments, ranges, resident=4, jitter=20, seed=seed)
-    assert abs(norm[0] / (4 * 9 * 3001) ** 0.5 - 1) < 1e-6 and ticket[0] == 0, norm
+    assert abs(norm[0] / expected - 1) < 1e-6 and ticket[0] == 0, norm
 print("right")
 """
 
 
-def status_of_races(package: str, capability: int, folder: Path) -> int:
+def status_of_races(package: str, capability: int, folder: Path, p: float = 2.0) -> int:
     """The exit status of a reduction by several programs under the sanitizer. All values come out right."""
     ptxlab.activate(capability)
     ptx = folder / "reduce.ptx"
-    ptx.write_text(Kernels(package, [torch.ones(8)]).reduction_as_ptx())
-    done = ptxlab.run_under_sanitizer(["-c", RUN, str(ptx)])
+    ptx.write_text(Kernels(package, [torch.ones(8)]).reduction_as_ptx(p))
+    expected = len(SIZES) if p == 0 else math.sqrt(4 * sum(SIZES))
+    done = ptxlab.run_under_sanitizer(["-c", RUN, str(ptx), str(p), str(expected)])
     assert done.stdout == "right\n", done.stderr[:2000]
     return done.returncode
 
 
+@pytest.mark.parametrize("p", [2.0, 0.0])
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_partials_and_ticket_do_not_race(capability: int, tmp_path: Path) -> None:
-    assert status_of_races("fastclip.kernels", capability, tmp_path) == 0
+def test_partials_and_ticket_do_not_race(capability: int, p: float, tmp_path: Path) -> None:
+    assert status_of_races("fastclip.kernels", capability, tmp_path, p) == 0
 
 
 @pytest.mark.parametrize("order", ['"relaxed"', '"acq_rel", scope="cta"'])

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import Bounds, Int64s, Reduction, Scalar, on, one_each, reduction, stream_of, upload
+from fastclip.backends.interface import Bounds, Int64s, Reduction, Scalar, on, one_each, stream_of, upload
 
 SEGMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 """The position of each dtype in `fastclip.kernels.table.ELEMENT_SIZES`."""
@@ -81,26 +81,19 @@ class TritonPlan:
         tables = self.tables
         norm = torch.empty((), dtype=dtype, device=self.device)
         kind = _kind(p)
-        scratch = (tables.partials, tables.ticket, tables.state, norm)
+        partials = tables.counts if p == 0 else tables.partials
+        scratch = (partials, tables.ticket, tables.state, norm)
         arguments = (tables.chunks, self.rows, *scratch, *tables.ends, p, max_norm, kind)
         self._launch("reduce_kernel", (kind, dtype), tables.programs, arguments)
-        if p == 0:
-            return reduction(self._norms(p).count_nonzero().double(), max_norm, dtype)
         return Reduction(norm, tables.total, tables.coefficient)
 
     def norms(self) -> Tensor:
         self.reduce(2.0, math.inf, torch.float64)
-        return self._norms(2.0)
-
-    def _norms(self, p: float) -> Tensor:
-        """The norm of each tensor, in fp64, from what the last `reduce` left: one more launch."""
         tables = self.tables
         tensors = len(self.rows)
         norms = torch.empty(tensors, dtype=torch.float64, device=self.device)
-        # A chunk's 0-norm counts its nonzero elements, and counts add up.
-        kind = "one" if p == 0 else _kind(p)
-        arguments = (tables.partials, tables.slices, norms, tensors, p, kind)
-        self._launch("tensor_norms_kernel", (kind,), min(_programs(self.device), tensors), arguments)
+        arguments = (tables.partials, tables.slices, norms, tensors)
+        self._launch("tensor_norms_kernel", (), min(_programs(self.device), tensors), arguments)
         return norms
 
     def scale_(self, coefficient: Scalar) -> None:
@@ -188,9 +181,15 @@ class Tables:
         """Return tables for the current stream that share with these what is only read."""
         tables = copy.copy(self)
         tables.stream = stream_of(self.chunks.device)
-        tables.__dict__.pop("changed", None)
+        for scratch in ("changed", "counts"):
+            tables.__dict__.pop(scratch, None)
         tables._allocate()
         return tables
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """One fp64 a chunk, all 0 between launches: what the 0-norm counts in."""
+        return torch.zeros_like(self.partials)
 
     @cached_property
     def slices(self) -> Tensor:
