@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import fastclip
 from fastclip import backends, clipping, plans
-from fastclip.backends import interface
+from fastclip.backends import interface, triton
 
 
 def some_gradients(rng: np.random.Generator, leg: Leg, offset: int = 0) -> list[Tensor]:
@@ -140,6 +141,26 @@ def test_what_is_kept_knows_its_settings(leg: Leg, monkeypatch: pytest.MonkeyPat
         fastclip.get_total_norm(grads)
     with pytest.raises(RuntimeError, match="names no backend"):
         fastclip.get_total_norm([grad.clone() for grad in grads])
+
+
+@pytest.mark.legs("interpreter")
+def test_a_launch_that_was_interrupted_leaves_nothing_behind(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among others the ticket, by whose count the last program is known."""
+    grads = [torch.full((9,), 2.0, device=leg.device), torch.ones(13, device=leg.device)]
+    assert fastclip.get_total_norm(grads).item() == 7
+    assert fastclip.get_total_norm(grads, 0.0).item() == 2
+
+    def interrupted(chunks: Tensor, rows: Tensor, partials: Tensor, ticket: Tensor, *_: object, **__: object) -> None:
+        ticket += 1
+        partials += 1
+        raise KeyboardInterrupt
+
+    for p, expected in ((2.0, 7), (0.0, 2)):
+        with monkeypatch.context() as context:
+            context.setattr(triton, "_kernel", lambda _: defaultdict(lambda: interrupted))
+            with pytest.raises(KeyboardInterrupt):
+                fastclip.get_total_norm(grads, p)
+        assert fastclip.get_total_norm(grads, p).item() == expected
 
 
 # ---- CUDA graphs, whose capture and replay are imitated: what is launched is launched again

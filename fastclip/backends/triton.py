@@ -134,7 +134,11 @@ class TritonPlan:
         if launch is not None:
             launch(*arguments, stream=tables.stream)
             return
-        compiled = _kernel(kernel)[programs, 1, 1](*arguments, **tables.options)
+        try:
+            compiled = _kernel(kernel)[programs, 1, 1](*arguments, **tables.options)
+        except BaseException:  # the interpreter may have been interrupted midway
+            tables.allocate()
+            raise
         if tables.driver:
             tables.launches[key] = compiled[programs, 1, 1]
 
@@ -162,7 +166,7 @@ class Tables:
         layout = table.lay_out(np.array(numels), segments)
         self.chunks = upload(layout.chunks, device)
         self.ends = layout.ends
-        self._allocate()
+        self.allocate()
         self.programs = min(_programs(device), len(layout.chunks))
         self.stream = stream
         self.driver = None if os.environ.get("TRITON_INTERPRET") == "1" else driver
@@ -170,7 +174,10 @@ class Tables:
         self.options = table.LAUNCH_OPTIONS
         self._layout = layout
 
-    def _allocate(self) -> None:
+    def allocate(self) -> None:
+        """Take fresh memory to work in, in the state that every launch finds and leaves."""
+        for scratch in ("changed", "counts"):
+            self.__dict__.pop(scratch, None)
         device, chunks = self.chunks.device, len(self.chunks)
         self.partials = torch.empty(chunks, dtype=torch.float64, device=device)
         self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
@@ -181,9 +188,7 @@ class Tables:
         """Return tables for the current stream that share with these what is only read."""
         tables = copy.copy(self)
         tables.stream = stream_of(self.chunks.device)
-        for scratch in ("changed", "counts"):
-            tables.__dict__.pop(scratch, None)
-        tables._allocate()
+        tables.allocate()
         return tables
 
     @cached_property
