@@ -15,6 +15,15 @@ from .table import CHUNK_VECTORS, TILE_VECTORS, body_of, edge_of, first_chunk, l
 
 
 @triton.jit
+def _narrowed(x, TYPE: tl.constexpr):
+    """To the gradients' type, which represents x exactly: bf16 is the upper half of fp32, and needs no rounding."""
+    if TYPE == tl.bfloat16:
+        return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(TYPE, bitcast=True)
+    else:
+        return x.to(TYPE)
+
+
+@triton.jit
 def _clamp(pointers, mask, minimum, maximum, TYPE: tl.constexpr, WIDE: tl.constexpr):
     """Clamp a tile, and tell of which vectors an element was outside."""
     x = tl.load(pointers, mask=mask, other=0).to(WIDE)
@@ -29,7 +38,7 @@ def _clamp(pointers, mask, minimum, maximum, TYPE: tl.constexpr, WIDE: tl.conste
         x = tl.maximum(x, minimum, propagate_nan=tl.PropagateNan.ALL)
         x = tl.minimum(x, maximum, propagate_nan=tl.PropagateNan.ALL)
     everything = tl.full((TILE_VECTORS, 1), 1, WIDE) * one != 1
-    tl.store(pointers, x.to(TYPE), mask=mask & (outside | everything))
+    tl.store(pointers, _narrowed(x, TYPE), mask=mask & (outside | everything))
     return mask & outside  # not for a NaN, which stays one
 
 

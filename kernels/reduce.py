@@ -147,7 +147,7 @@ def _norm(address, numel, chunk, p, KIND: tl.constexpr, TYPE: tl.constexpr, LIMI
         total = _collapse(folded, KIND)
         passes += 1
         again = passes == 0
-        if not BY_ORDER:
+        if not BY_ORDER and KIND != "zero":  # those need no scale
             peak = tl.abs(tl.max(peaks, 0))
             in_range = (total > TINY) & (total < float("inf"))
             again = (passes == 1) & (peak > 0) & (peak < float("inf")) & (in_range == 0)

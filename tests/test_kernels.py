@@ -470,3 +470,20 @@ def test_layout() -> None:
     ]
     assert layout.ends == (4, 5, 6, 7)
     assert layout.slices.tolist() == [[6, 1], [0, 3], [4, 1], [5, 1], [3, 1]]
+
+
+def test_one_tensor_that_dwarfs_a_thousand_others_is_shared_by_all_programs() -> None:
+    """Program i takes each chunk whose index in the map is i modulo their number (see the test of flags)."""
+    from fastclip.kernels import table
+
+    programs = 4 * 132  # of an H100
+    numels = np.array([1000] * 500 + [2**31 + 12_345] + [1000] * 500)
+    layout = table.lay_out(numels, np.array([0, 1] * 250 + [1] + [0, 1] * 250))
+    itemsize = np.where(np.arange(len(layout.chunks)) < layout.ends[0], 4, 2)
+    left = numels[layout.chunks >> 32] * itemsize - (layout.chunks & 0xFFFFFFFF) * table.CHUNK_BYTES
+    load = np.bincount(
+        np.arange(len(layout.chunks)) % programs, weights=np.minimum(left, table.CHUNK_BYTES), minlength=programs
+    )
+    assert load.sum() == numels[500] * 2 + 500 * 1000 * 4 + 500 * 1000 * 2
+    assert load.max() - load.min() < 3 * table.CHUNK_BYTES
+    assert load.max() < 1.05 * load.mean()

@@ -11,10 +11,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from gradients import assert_untouched_around, embedded, random_values, twin
+from gradients import assert_untouched_around, embedded, parameters, random_values, twin
 from legs import Leg
 from torch import Tensor
 
+import fastclip
+from fastclip import plans as plans_module
 from fastclip.gradients import Gradients, as_gradients
 from fastclip.plans import Prepared, prepare
 
@@ -189,6 +191,102 @@ def test_pieces_and_threads(
         torch.set_num_threads(before)
     assert_norms([original.clone() for original in originals])
     assert leg
+
+
+# ---- Several devices and streams, of which there is but one here
+
+
+class Launches:
+    """The kernels that plans launched inside of the block, and what they were launched on."""
+
+    def __enter__(self) -> Launches:
+        from fastclip.backends.triton import TritonPlan
+
+        self.made: list[tuple[str, TritonPlan]] = []
+        self._monkeypatch = pytest.MonkeyPatch()
+        launch = TritonPlan._launch
+
+        def note(plan: TritonPlan, kernel: str, *rest: Any) -> None:
+            self.made.append((kernel, plan))
+            launch(plan, kernel, *rest)
+
+        self._monkeypatch.setattr(TritonPlan, "_launch", note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._monkeypatch.undo()
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.made]
+
+
+@pytest.fixture
+def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other gradient is taken to be on a device of its own, and nothing is kept from before or for later."""
+    group = plans_module._group
+
+    def halves(values: Sequence[Tensor]) -> dict[Any, list[int]]:
+        [((backend, device), members)] = group(values).items()
+        return {(backend, device): members[::2], (backend, torch.device("meta")): members[1::2]}
+
+    monkeypatch.setattr(plans_module, "_group", halves)
+    monkeypatch.setattr(plans_module, "_kept", plans_module._Kept())
+
+
+@pytest.mark.legs("interpreter", "ptx", "gpu")
+@pytest.mark.parametrize("p", [2.0, INF, 0.0, 3.0])
+def test_two_launches_a_device_and_one_combination(
+    leg: Leg, p: float, rng: np.random.Generator, two_devices: None
+) -> None:
+    sizes = (300, 5, 40, 7, 1)
+    tensors = [embedded(random_values(rng, (size,), torch.float32), device=leg.device) for size in sizes]
+    tensors[2].zero_()
+    originals = [twin(tensor) for tensor in tensors]
+    exact = 4.0 if p == 0 else oracle.norm(tensors, p)
+    for _ in range(2):  # the second time from what was kept
+        for tensor, original in zip(tensors, originals, strict=True):
+            tensor.copy_(original)
+        with Launches() as launches:
+            norm = fastclip.clip_grad_norm_(parameters(tensors), exact / 2, norm_type=p)
+        assert launches.names == ["reduce_kernel"] * 2 + ["apply_kernel"] * 2
+        assert norm.item() == pytest.approx(exact, rel=1e-6)
+        for tensor, original in zip(tensors, originals, strict=True):
+            expected = oracle.as_numpy(original) * oracle.coefficient(exact, exact / 2)
+            oracle.assert_close(tensor, expected, 4 * oracle.half_ulp(torch.float32))
+    assert_norms(tensors)
+    with Launches() as launches:
+        fastclip.clip_grad_value_(parameters(tensors), 0.01)
+    assert launches.names == ["clamp_kernel"] * 2
+    assert all(tensor.abs().max() <= 0.01 for tensor in tensors)
+
+
+@pytest.mark.legs("interpreter", "ptx", "gpu")
+@pytest.mark.parametrize("p", [2.0, 0.0])
+def test_two_streams_share_no_memory_that_is_written(
+    leg: Leg, p: float, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither for one list of gradients that both clip, nor for lists that are alike."""
+    lists = [[random_values(rng, (size,), torch.float32).to(leg.device) for size in (70, 3)] for _ in range(2)]
+    current = 0
+    for module in (plans_module, importlib.import_module("fastclip.backends.triton")):
+        monkeypatch.setattr(module, "stream_of", lambda _: current)
+    # What a GPU would be asked for, of all gradients on GPUs.
+    monkeypatch.setattr(plans_module, "_streams_are_current", lambda kept: kept.plans[0].tables.stream == current)
+    monkeypatch.setattr(plans_module, "_kept", plans_module._Kept())
+    seen: dict[int, set[int]] = {1: set(), 2: set()}
+    for stream in (1, 2, 1, 2):
+        current = stream
+        for grads in lists:
+            plans, _ = prepared(grads)
+            [plan] = plans.plans
+            assert plan.tables.stream == stream
+            plans.reduce(p, 1.0, torch.float32)
+            plans.clamp_(as_gradients(grads), -1e9, 1e9, watch=True)
+            tables = plan.tables
+            written = (tables.partials, tables.counts, tables.ticket, tables.state, tables.changed)
+            seen[stream].update(tensor.data_ptr() for tensor in written)
+    assert not seen[1] & seen[2]
 
 
 def test_flags_are_those_of_the_last_call(leg: Leg) -> None:

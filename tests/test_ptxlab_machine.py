@@ -221,7 +221,7 @@ def test_device_function_is_inlined() -> None:
         "mov.b32 a, somewhere",
         "call.uni nothing",
         "bra $nowhere",
-        "setp.lt.bf16x2 p, a, a",
+        "setp.lt.f32x2 p, a, a",
     ],
 )
 def test_what_is_not_known_is_refused_by_name(instruction: str) -> None:

@@ -386,8 +386,7 @@ _UNSIGNED = {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
 _UNORDERED = {"equ": "==", "ltu": "<", "leu": "<=", "gtu": ">", "geu": ">="}  # true with a NaN
 
 
-def _comparison(d: Decoded, o: Operands) -> str:
-    a, b = (o.read(operand, d.type, flush=d.ftz) for operand in d.operands[1:3])
+def _comparison(d: Decoded, a: str, b: str) -> str:
     comparison = d.one_of(*_ORDERED, *_UNSIGNED, *_UNORDERED, "ne", "neu", "num", "nan")
     unordered = f"({a} != {a} || {b} != {b})"
     if comparison in _UNORDERED:
@@ -403,20 +402,33 @@ def _comparison(d: Decoded, o: Operands) -> str:
 
 @_known(
     "setp",
-    types=f"{UNTYPED} {INTEGERS} f16 bf16 f32 f64",
+    types=f"{UNTYPED} {INTEGERS} {SMALL_FLOATS} f32 f64",
     modifiers=f"{' '.join([*_ORDERED, *_UNSIGNED, *_UNORDERED])} ne neu num nan and or xor ftz",
 )
 def _setp(d: Decoded, o: Operands) -> str:
-    """`setp.lt.and.f32 p|q, a, b, c`: p = (a < b) & c, q = !(a < b) & c; q, and c with its operator, may be missing."""
+    """`setp.lt.and.f32 p|q, a, b, c`: p = (a < b) & c, q = !(a < b) & c; q, and c with its operator, may be missing.
+
+    Of packed operands p compares the lower halves, and q the upper ones.
+    """
     if d.ftz and d.type.name != "f32":
         raise d.unsupported()
-    lines = [f"bool holds = {_comparison(d, o)};"]
+    if d.type.element:
+        element = TYPES[d.type.element]
+        halves = [
+            [f"{element.decode}(({element.storage})({o.bits(operand, d.type.bits)} >> {shift}))" for shift in (0, 16)]
+            for operand in d.operands[1:3]
+        ]
+        low, high = (_comparison(d, a, b) for a, b in zip(*halves, strict=True))
+        lines = [f"bool holds = {low}; bool second = {high};"]
+    else:
+        holds = _comparison(d, *(o.read(operand, d.type, flush=d.ftz) for operand in d.operands[1:3]))
+        lines = [f"bool holds = {holds}; bool second = !holds;"]
     combine = ""
     if len(d.operands) > len(("target", "a", "b")):
         lines.append(f"bool other = {o.predicate(d.operands[3])};")
         combine = f" {_LOGIC[d.one_of(*_LOGIC)]} other"
-    for target, negation in zip(d.operands[0].split("|"), ("", "!"), strict=False):
-        lines.append(o.write(target.strip(), f"({negation}holds){combine}", TYPES["pred"]))
+    for target, result in zip(d.operands[0].split("|"), ("holds", "second"), strict=False):
+        lines.append(o.write(target.strip(), f"{result}{combine}", TYPES["pred"]))
     # All is read before either target is written: a target may be an operand too.
     return f"{{ {' '.join(lines)} }}"
 

@@ -501,6 +501,15 @@ def _comparisons() -> Iterator[ValueCase]:
         for comparison in (*_RELATIONS, *(f"{name}u" for name in _RELATIONS), "num", "nan"):
             expected = _compare(type_, comparison)
             yield ValueCase(f"setp.{comparison}.{type_} d, a, b", "pred", (type_, type_), expected)
+            if type_ in ("f16", "bf16"):
+                # The test's target for the half that is not looked at is a source.
+                for targets, shift in (("d|c", 0), ("c|d", 16)):
+                    yield ValueCase(
+                        f"setp.{comparison}.{type_}x2 {targets}, a, b",
+                        "pred",
+                        (f"{type_}x2", f"{type_}x2", "pred"),
+                        lambda a, b, _, e=expected, s=shift: e(a >> s & 0xFFFF, b >> s & 0xFFFF),
+                    )
     yield ValueCase("setp.eq.ftz.f32 d, a, b", "pred", ("f32", "f32"), _compare("f32", "eq", ftz=True))
     yield ValueCase("setp.gtu.ftz.f32 d, a, b", "pred", ("f32", "f32"), _compare("f32", "gtu", ftz=True))
     for type_ in (*INTEGERS, *UNTYPED):
