@@ -303,7 +303,7 @@ def _prepared_anew(grads: Gradients, addresses: list[int] | None, *, in_place: b
 
 
 def _streams_are_current(prepared: Prepared) -> bool:
-    return all(stream_of(device) == stream for device, stream in prepared.streams)
+    return not prepared.streams or all(stream_of(device) == stream for device, stream in prepared.streams)
 
 
 def _promoted(dtypes: set[torch.dtype]) -> torch.dtype:

@@ -236,9 +236,8 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.legs("interpreter", "ptx", "gpu")
 @pytest.mark.parametrize("p", [2.0, INF, 0.0, 3.0])
-def test_two_launches_a_device_and_one_combination(
-    leg: Leg, p: float, rng: np.random.Generator, two_devices: None
-) -> None:
+@pytest.mark.usefixtures("two_devices")
+def test_two_launches_a_device_and_one_combination(leg: Leg, p: float, rng: np.random.Generator) -> None:
     sizes = (300, 5, 40, 7, 1)
     tensors = [embedded(random_values(rng, (size,), torch.float32), device=leg.device) for size in sizes]
     tensors[2].zero_()

@@ -98,7 +98,8 @@ class TritonPlan:
 
     def scale_(self, coefficient: Scalar) -> None:
         tables = self.tables
-        coefficients = on(self.device, coefficient)
+        own = tables.coefficient  # as `reduce` left it: where and what it is needs no look
+        coefficients = own if coefficient is own else on(self.device, coefficient)
         stride = coefficients.stride(0) if coefficients.dim() else 0
         arguments = (tables.chunks, self.rows, coefficients, stride, *tables.ends)
         self._launch("apply_kernel", (), tables.programs, arguments)
