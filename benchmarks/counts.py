@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from fastclip.backends.interface import upload
 
 COUNTS = (1, 10, 100, 1000, 2000, 10_000)
 ROUNDS = 15
+FOREACH = partial(torch.nn.utils.clip_grad_norm_, foreach=True)
+SECONDS = 0.02  # of calls at least, where gradients stay: Python takes a few hundred to be at its speed
 MOVES = 64  # places of the gradients in their memory, each used once
 
 _FP32, _BF16, _FP16, _FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -182,10 +185,10 @@ def measure(clip: Callable[..., Tensor], grads: Gradients, *, moved: bool, count
     """Count one call, and time others, after some to warm up. The host's time: nothing waits for the GPU."""
 
     def call() -> None:
-        clip(grads.parameters, 1.0, foreach=True)
+        clip(grads.parameters, 1.0)
 
-    times = []
-    for _ in range(ROUNDS + 2):
+    times: list[float] = []
+    while len(times) < ROUNDS + 2 or (not moved and sum(times) < SECONDS):
         if moved:
             grads.settle()
         start = time.perf_counter()
@@ -238,8 +241,7 @@ def _rows(numbers: Sequence[int], device: str) -> Iterator[tuple[Counts, Counts]
                 grads = Gradients(number, shapes, device)
                 memories.append(grads.memory)
                 ours, theirs = (
-                    measure(clip, grads, moved=moved, count=count)
-                    for clip in (fastclip.clip_grad_norm_, torch.nn.utils.clip_grad_norm_)
+                    measure(clip, grads, moved=moved, count=count) for clip in (fastclip.clip_grad_norm_, FOREACH)
                 )
                 entries = list(islice(cycle(shapes), number))
                 derived = f"{foreach_launches(entries, 110, 320)}/{foreach_launches(entries, 770, 2240)} derived"
