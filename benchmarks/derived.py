@@ -69,8 +69,8 @@ class Peer:
 
 
 PEERS = (
-    Peer("fastclip, nothing to clip", 1, (25, 0.3)),
-    Peer("fastclip, clipping", 3, (25, 0.3)),
+    Peer("fastclip, nothing to clip", 1, (20, 0.25)),
+    Peer("fastclip, clipping", 3, (20, 0.25)),
     Peer("Transformer Engine, Apex", 3, (0, 1.0)),
     Peer("Automodel #3685", 3, None),
     Peer("torch foreach, CUDA 13", 3, (0, 2.2)),
