@@ -118,20 +118,22 @@ def _counting_uploads(counts: Counts) -> Iterator[None]:
         yield
 
 
-def _count_without_gpu(call: Callable[[], object]) -> Counts:
+def _count_without_gpu(call: Callable[[], object], settle: Callable[[], object]) -> Counts:
     import ptxlab
 
+    with _Operations(Counts()):  # since what is kept for gradients is not used again under a dispatch mode
+        call()
+    settle()
     counts = Counts()
     before = ptxlab.launches()
-    with _counting_uploads(counts):
+    with _counting_uploads(counts), _Operations(counts):
         call()
     counts.launches = ptxlab.launches() - before
-    with _Operations(counts):  # by itself: what is kept for gradients is not used under a dispatch mode
-        call()
     return counts
 
 
-def _count_on_gpu(call: Callable[[], object]) -> Counts:
+def _count_on_gpu(call: Callable[[], object], settle: Callable[[], object]) -> Counts:
+    settle()
     torch.cuda.synchronize()
     allocated = torch.cuda.memory_stats()["allocation.all.allocated"]
     activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -194,9 +196,7 @@ def measure(clip: Callable[..., Tensor], grads: Gradients, *, moved: bool, count
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    if moved:
-        grads.settle()
-    counts = count(call)
+    counts = count(call, grads.settle if moved else lambda: None)
     counts.microseconds = statistics.median(times[2:]) * 1e6
     return counts
 

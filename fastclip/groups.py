@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import norm_of_norms, upload
+from fastclip.backends.interface import for_graphs, norm_of_norms, upload
 from fastclip.gradients import Owners
 
 By: TypeAlias = Literal["global", "parameter", "layer", "group"] | Callable[[str], Hashable] | Sequence[Hashable]
@@ -54,7 +54,7 @@ class Groups:
         """Return the groups' 2-norms, [groups], from the parameters', [parameters], of gradients of a dtype."""
         if self.is_each:
             return norms
-        for index in _levels(self.of, len(self.labels), norms.device):
+        for index in map(for_graphs, _levels(self.of, len(self.labels), norms.device)):
             padded = torch.cat([norms, norms.new_zeros(1)])
             norms = norm_of_norms(padded[index], dtype, 1)
         return norms
@@ -123,7 +123,7 @@ def _labelled(labels: Sequence[Hashable]) -> Groups:
 
 def index_of(positions: Sequence[int], device: torch.device) -> Tensor:
     """Positions as a tensor on a device, uploaded once."""
-    return _index(tuple(positions), device)
+    return for_graphs(_index(tuple(positions), device))
 
 
 @lru_cache(maxsize=64)

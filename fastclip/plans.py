@@ -52,6 +52,7 @@ _PLAIN_TYPES = {Tensor, nn.Parameter}
 _PLAIN_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 _Key: TypeAlias = tuple[object, ...]
 _KEPT = 65_536  # gradients, a thread: a few large models that are trained in turns, or each parameter by itself
+_LEAST = 32  # what a list of gradients counts as at least: a GPU's smallest piece of memory has 512 bytes, 16 for each
 
 
 class Arrangement:
@@ -168,14 +169,14 @@ class _Kept(threading.local):
     def add(self, place: _Key, sketch: _Key, prepared: Prepared) -> None:
         self._discard(place)
         self.by_place[place] = self.by_sketch[sketch] = prepared
-        self.gradients += prepared.arrangement.count
+        self.gradients += max(prepared.arrangement.count, _LEAST)
         while self.gradients > _KEPT and len(self.by_place) > 1:
             self._discard(next(iter(self.by_place)))
 
     def _discard(self, place: _Key) -> None:
         prepared = self.by_place.pop(place, None)
         if prepared:
-            self.gradients -= prepared.arrangement.count
+            self.gradients -= max(prepared.arrangement.count, _LEAST)
             for sketch in [sketch for sketch, last in self.by_sketch.items() if last is prepared]:
                 del self.by_sketch[sketch]
 
@@ -203,7 +204,7 @@ def prepare(grads: Gradients, *, in_place: bool) -> Prepared:
     if addresses is None:
         return _prepared_anew(grads, None, in_place=in_place)
     settings = (len(tensors), in_place, os.environ.get(ENVIRONMENT_VARIABLE))
-    place = (addresses[0], *settings)
+    place = (addresses[0], addresses[-1], *settings)
     kept = _kept.by_place.get(place)
     is_there = kept is not None and kept.addresses == addresses and _fits(kept, tensors)
     if is_capturing(tensors[0].device):

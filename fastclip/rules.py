@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import EPS, Bounds, upload
+from fastclip.backends.interface import EPS, Bounds, for_graphs, upload
 from fastclip.caller import warn_caller
 from fastclip.groups import By
 
@@ -78,7 +78,7 @@ class _NormRule(_Bounded, ABC):
         """Return the coefficients, of the shape of `norms`."""
         bound = getattr(self, self.bounds[0])
         # A tensor, because torch takes number / tensor for number * (1 / tensor), and that is not 1 for c / c.
-        bounds = torch.full_like(norms, bound) if isinstance(bound, float) else _on(norms.device, bound)
+        bounds = torch.full_like(norms, bound) if isinstance(bound, float) else for_graphs(_on(norms.device, bound))
         return self._coefficients(norms, bounds)
 
     @abstractmethod

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,26 @@ def test_a_sync_is_counted(counts: ModuleType) -> None:
     with counts._Operations(seen):
         torch.ones(3).sum().item()
     assert (seen.syncs, seen.allocations) == (1, 2)
+
+
+@pytest.mark.parametrize("part", ["reduce", "moved"])
+def test_what_a_plan_does_beside_is_counted(counts: ModuleType, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the call itself, and where it finds that gradients have moved."""
+    if torch.cuda.is_available():
+        pytest.skip("this is how they are counted without a GPU")
+    triton = importlib.import_module("fastclip.backends.triton")
+    method = getattr(triton.TritonPlan, part)
+
+    def wasteful(*arguments: Any) -> Any:
+        torch.zeros(7).sum().item()
+        return method(*arguments)
+
+    stay, moved = 0, 1
+    row = moved if part == "moved" else stay
+    frugal, _ = counts.main([3])[row]
+    monkeypatch.setattr(triton.TritonPlan, part, wasteful)
+    wasted, _ = counts.main([3])[row]
+    assert (wasted.syncs, wasted.allocations) == (frugal.syncs + 1, frugal.allocations + 2)
 
 
 @pytest.mark.parametrize(

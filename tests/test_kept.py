@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +54,39 @@ def test_gradients_that_moved_are_not_grouped_again(
 def test_gradients_that_moved_by_less_than_a_vector(leg: Leg, rng: np.random.Generator) -> None:
     for offset in range(5):
         assert_clipped(some_gradients(rng, leg, offset))
+
+
+def test_gradients_that_moved_off_their_element_s_boundary(leg: Leg) -> None:
+    """Where no kernel could read them."""
+    if leg.device.type == "cuda":
+        pytest.skip("a GPU has no such gradients: torch cannot copy them there")
+    for offset in (4, 1, 8):
+        memory = bytearray(offset + 40)
+        grad = torch.frombuffer(memory, dtype=torch.float32, count=9, offset=offset).fill_(2.0)
+        norm = fastclip.clip_grad_norm_(parameters([grad, torch.ones(13, device=leg.device)]), 3.5)
+        assert norm.item() == pytest.approx(7)
+        assert grad.tolist() == pytest.approx([1.0] * 9)
+
+
+def test_an_inference_tensor_that_was_measured_is_still_refused_by_clipping(leg: Leg) -> None:
+    with torch.inference_mode():
+        grad = torch.full((9,), 2.0, device=leg.device)
+    assert fastclip.get_total_norm([grad]).item() == 6
+    with pytest.raises(RuntimeError, match="inference"):
+        fastclip.clip_grads_with_norm_(parameters([grad]), 1.0, torch.tensor(6.0, device=leg.device))
+    assert grad.tolist() == [2.0] * 9
+
+
+def test_lists_that_begin_alike_are_kept_both(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = (torch.ones(8, device=leg.device) for _ in range(3))
+    pairs = [first, second], [first, third]
+    for pair in pairs:
+        fastclip.get_total_norm(pair)
+    if leg.backend != "torch":
+        for name in ("_prepared_anew", "_moved"):
+            monkeypatch.setattr(plans, name, None)
+    for pair in pairs:
+        assert fastclip.get_total_norm(pair).item() == 4
 
 
 def test_gradients_that_moved_and_overlap_now(leg: Leg) -> None:
@@ -220,6 +255,32 @@ def test_a_captured_call_replays_on_what_the_gradients_hold_by_then(leg: Leg, rn
         for grad, original in zip(grads, originals, strict=True):
             expected = oracle.as_numpy(original) * oracle.coefficient(exact, 1.0)
             oracle.assert_close(grad, expected, 4 * oracle.half_ulp(torch.float16))
+
+
+@pytest.mark.legs("interpreter", "ptx")
+def test_what_a_graph_reads_lives_on(leg: Leg, rng: np.random.Generator) -> None:
+    """Tables and bounds, whatever else is clipped before the replay; and the graph's own stream is used."""
+    grads = some_gradients(rng, leg)
+    groups = [{"params": parameters(grads[:2])}, {"params": parameters(grads[2:])}]
+
+    def clip(highest: float) -> None:
+        fastclip.clip_by_value_(groups, -1.0, [1.0, highest], by="group")
+
+    clip(2.0)
+    with pytest.MonkeyPatch.context() as monkeypatch, Graph(monkeypatch) as graph:
+        monkeypatch.setattr(triton, "stream_of", lambda _: 5)
+        clip(2.0)
+    [(plan, _, _, _, arguments)] = graph.launches
+    assert plan.tables.stream == 5
+    read = [weakref.ref(argument) for argument in arguments if isinstance(argument, Tensor)]
+    assert len(read) == 3  # chunks, rows, bounds
+    graph.launches.clear()
+    del plan, arguments
+    for i in range(20):
+        clip(3.0 + i)
+    plans._kept.__init__()  # type: ignore[misc]
+    gc.collect()
+    assert all(reference() is not None for reference in read)
 
 
 @pytest.mark.legs("interpreter", "ptx")

@@ -159,7 +159,7 @@ def test_zero_norm_counts_tensors(leg: Leg) -> None:
     size = 2 * chunk_elements(torch.float32) + 5
     tensors = [embedded(torch.zeros(n, dtype=dtype), device=leg.device) for dtype in DTYPES for n in (3, size)]
     launcher = Launcher(tensors, programs=4)
-    for nonzero in ([], [(0, 2)], [(1, 0), (1, size - 1), (3, size // 2), (7, size - 1), (4, 1)], [(5, 9)]):
+    for nonzero in ([], [(0, 2)], [(1, 0), (1, 2 * size // 3), (3, size // 2), (7, size - 1), (4, 1)], [(5, 9)]):
         for tensor in tensors:
             tensor.zero_()
         for position, element in nonzero:
@@ -168,6 +168,28 @@ def test_zero_norm_counts_tensors(leg: Leg) -> None:
         launcher.reduce(0.0)
         assert launcher.norm.item() == len({position for position, _ in nonzero})
         assert not launcher.counts.any()
+
+
+@pytest.mark.legs("ptx", "gpu")
+def test_zero_norm_forgets_thousands_of_tensors(leg: Leg) -> None:
+    tensors = list(torch.ones(1500, 1, device=leg.device))
+    launcher = Launcher(tensors)
+    launcher.reduce(0.0)
+    assert launcher.norm.item() == 1500
+    for tensor in tensors[600:]:
+        tensor.zero_()
+    launcher.reduce(0.0)
+    assert launcher.norm.item() == 600
+    assert not launcher.counts.any()
+
+
+@pytest.mark.legs("ptx", "gpu")
+def test_norm_of_more_chunks_than_a_chunk_has_vectors(leg: Leg) -> None:
+    """All partial norms are combined, whatever their number."""
+    launcher = Launcher(list(torch.ones(20_000, 1, device=leg.device)))
+    launcher.reduce()
+    assert launcher.norm.item() == pytest.approx(20_000**0.5)
+    assert launcher.tensor_norms() == [1.0] * 20_000
 
 
 def test_launches_in_a_row(leg: Leg, rng: np.random.Generator) -> None:
@@ -472,18 +494,35 @@ def test_layout() -> None:
     assert layout.slices.tolist() == [[6, 1], [0, 3], [4, 1], [5, 1], [3, 1]]
 
 
-def test_one_tensor_that_dwarfs_a_thousand_others_is_shared_by_all_programs() -> None:
+MODELS = {
+    "one tensor that dwarfs a thousand others": [1000] * 500 + [2**31] + [1000] * 500,
+    "weights of one chunk and biases in turns": [65_536, 256] * 2000,
+    "a weight of two chunks and three vectors": [131_072, 256, 256, 256] * 2000,
+    "weights that end in a short chunk": [65_536 + 999, 999] * 2000,
+}
+
+
+@pytest.mark.parametrize("sizes", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("processors", [108, 132, 148, 304])
+def test_the_load_is_balanced(sizes: list[int], processors: int) -> None:
     """Program i takes each chunk whose index in the map is i modulo their number (see the test of flags)."""
     from fastclip.kernels import table
 
-    programs = 4 * 132  # of an H100
-    numels = np.array([1000] * 500 + [2**31 + 12_345] + [1000] * 500)
-    layout = table.lay_out(numels, np.array([0, 1] * 250 + [1] + [0, 1] * 250))
-    itemsize = np.where(np.arange(len(layout.chunks)) < layout.ends[0], 4, 2)
-    left = numels[layout.chunks >> 32] * itemsize - (layout.chunks & 0xFFFFFFFF) * table.CHUNK_BYTES
-    load = np.bincount(
-        np.arange(len(layout.chunks)) % programs, weights=np.minimum(left, table.CHUNK_BYTES), minlength=programs
-    )
-    assert load.sum() == numels[500] * 2 + 500 * 1000 * 4 + 500 * 1000 * 2
-    assert load.max() - load.min() < 3 * table.CHUNK_BYTES
-    assert load.max() < 1.05 * load.mean()
+    from fastclip.backends.triton import prime_below
+
+    programs = prime_below(4 * processors)
+    numels = np.array(sizes)
+    layout = table.lay_out(numels, np.ones(len(sizes), dtype=np.int64))
+    left = numels[layout.chunks >> 32] * 2 - (layout.chunks & 0xFFFFFFFF) * table.CHUNK_BYTES
+    load = np.bincount(np.arange(len(layout.chunks)) % programs, weights=np.minimum(left, table.CHUNK_BYTES))
+    assert load.sum() == sum(sizes) * 2
+    assert load.max() - load.min() <= 2 * table.CHUNK_BYTES
+    # By one processor, which has every so many programs.
+    total = np.bincount(np.arange(programs) % processors, weights=load)
+    assert total.max() < total.mean() + 4 * table.CHUNK_BYTES
+
+
+def test_prime_below() -> None:
+    from fastclip.backends.triton import prime_below
+
+    assert [prime_below(n) for n in (2, 3, 4, 25, 432, 528, 592, 1216)] == [2, 3, 3, 23, 431, 523, 587, 1213]

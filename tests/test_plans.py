@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -270,8 +271,12 @@ def test_two_streams_share_no_memory_that_is_written(
     current = 0
     for module in (plans_module, importlib.import_module("fastclip.backends.triton")):
         monkeypatch.setattr(module, "stream_of", lambda _: current)
-    # What a GPU would be asked for, of all gradients on GPUs.
-    monkeypatch.setattr(plans_module, "_streams_are_current", lambda kept: kept.plans[0].tables.stream == current)
+    prepare_anew = plans_module._prepared_anew
+
+    def on_a_stream(*arguments: Any, **keywords: Any) -> Prepared:
+        return replace(prepare_anew(*arguments, **keywords), streams=((leg.device, current),))
+
+    monkeypatch.setattr(plans_module, "_prepared_anew", on_a_stream)  # as of a GPU, which this may not be
     monkeypatch.setattr(plans_module, "_kept", plans_module._Kept())
     seen: dict[int, set[int]] = {1: set(), 2: set()}
     for stream in (1, 2, 1, 2):

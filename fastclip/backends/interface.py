@@ -118,6 +118,16 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+_read_by_graphs: list[Tensor] = []
+
+
+def for_graphs(tensor: Tensor) -> Tensor:
+    """Keep a tensor for good if a CUDA graph is being captured that is to read it: nobody tells when a graph ends."""
+    if is_capturing(tensor.device):
+        _read_by_graphs.append(tensor)
+    return tensor
+
+
 def upload(array: npt.NDArray[Any], device: torch.device, *, for_every_stream: bool = False) -> Tensor:
     """Copy to a device; to a GPU without a sync, by pinned memory that torch does not reuse before the copy is done.
 

@@ -20,12 +20,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import Bounds, Int64s, Reduction, Scalar, on, one_each, stream_of, upload
+from fastclip.backends.interface import (
+    Bounds,
+    Int64s,
+    Reduction,
+    Scalar,
+    for_graphs,
+    on,
+    one_each,
+    stream_of,
+    upload,
+)
 
 SEGMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 """The position of each dtype in `fastclip.kernels.table.ELEMENT_SIZES`."""
 
-PROGRAMS_PER_SM = 4  # as many as fit at the reduction's 64 registers a thread
+PROGRAMS_PER_SM = {"reduce_kernel": 4, "tensor_norms_kernel": 4, "apply_kernel": 5, "clamp_kernel": 5}
+"""As many as an SM has registers for."""
 PROGRAMS_ON_CPU = 5  # without a GPU: odd and small, so that programs take several chunks and unequal shares
 TABLES_KEPT = 512  # a thread: some clip each parameter by itself
 
@@ -84,7 +95,7 @@ class TritonPlan:
         partials = tables.counts if p == 0 else tables.partials
         scratch = (partials, tables.ticket, tables.state, norm)
         arguments = (tables.chunks, self.rows, *scratch, *tables.ends, p, max_norm, kind)
-        self._launch("reduce_kernel", (kind, dtype), tables.programs, arguments)
+        self._launch("reduce_kernel", (kind, dtype), len(tables.chunks), arguments)
         return Reduction(norm, tables.total, tables.coefficient)
 
     def norms(self) -> Tensor:
@@ -93,7 +104,7 @@ class TritonPlan:
         tensors = len(self.rows)
         norms = torch.empty(tensors, dtype=torch.float64, device=self.device)
         arguments = (tables.partials, tables.slices, norms, tensors)
-        self._launch("tensor_norms_kernel", (), min(_programs(self.device), tensors), arguments)
+        self._launch("tensor_norms_kernel", (), tensors, arguments)
         return norms
 
     def scale_(self, coefficient: Scalar) -> None:
@@ -102,7 +113,7 @@ class TritonPlan:
         coefficients = own if coefficient is own else on(self.device, coefficient)
         stride = coefficients.stride(0) if coefficients.dim() else 0
         arguments = (tables.chunks, self.rows, coefficients, stride, *tables.ends)
-        self._launch("apply_kernel", (), tables.programs, arguments)
+        self._launch("apply_kernel", (), len(tables.chunks), arguments)
 
     def clamp_(self, minimum: Bounds, maximum: Bounds, *, watch: bool = False) -> Tensor | None:
         tables = self.tables
@@ -111,15 +122,17 @@ class TritonPlan:
         bounds = (
             None
             if shared
-            else _bounds(self.device, *(tuple(one_each(bound, len(self.rows))) for bound in (minimum, maximum)))
+            else for_graphs(
+                _bounds(self.device, *(tuple(one_each(bound, len(self.rows))) for bound in (minimum, maximum)))
+            )
         )
         changed = tables.changed if watch else None
         arguments = (tables.chunks, self.rows, bounds, changed, *tables.ends, *limits)
-        self._launch("clamp_kernel", (shared, watch), tables.programs, arguments)
+        self._launch("clamp_kernel", (shared, watch), len(tables.chunks), arguments)
         return changed
 
-    def _launch(self, kernel: str, variant: tuple[object, ...], programs: int, arguments: tuple[Any, ...]) -> None:
-        """Launch a kernel on the gradients' device, on the stream that the tables belong to.
+    def _launch(self, kernel: str, variant: tuple[object, ...], most: int, arguments: tuple[Any, ...]) -> None:
+        """Launch a kernel, by `most` programs at most, on the gradients' device and the stream of the tables.
 
         Triton looks at every argument to find which variant of a kernel they need, which takes longer than the launch.
         Here that follows from `variant` alone: all other arguments always have the same types, and are aligned or not
@@ -127,7 +140,7 @@ class TritonPlan:
         """
         if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
             with torch.cuda.device(self.device):  # on which Triton launches
-                self._launch(kernel, variant, programs, arguments)
+                self._launch(kernel, variant, most, arguments)
             return
         tables = self.tables
         key = (kernel, variant, tables.driver and tables.driver.active)
@@ -135,6 +148,7 @@ class TritonPlan:
         if launch is not None:
             launch(*arguments, stream=tables.stream)
             return
+        programs = min(most, _programs(self.device, kernel))
         try:
             compiled = _kernel(kernel)[programs, 1, 1](*arguments, **tables.options)
         except BaseException:  # the interpreter may have been interrupted midway
@@ -152,7 +166,6 @@ class Tables:
         partials: One fp64 a chunk, for its norm.
         ticket: A counter of the programs that are done, 0 between launches.
         state: The last norm and its coefficient, in fp64; `total` and `coefficient` are views of it.
-        programs: How many programs to launch.
         driver: Triton's; None under its interpreter.
         stream: The handle of the stream that they are used on; 0 where there are none.
         launches: What launches each variant of a kernel, once it was launched.
@@ -168,7 +181,6 @@ class Tables:
         self.chunks = upload(layout.chunks, device)
         self.ends = layout.ends
         self.allocate()
-        self.programs = min(_programs(device), len(layout.chunks))
         self.stream = stream
         self.driver = None if os.environ.get("TRITON_INTERPRET") == "1" else driver
         self.launches: dict[tuple[object, ...], Callable[..., object]] = {}
@@ -205,7 +217,8 @@ class Tables:
     @cached_property
     def changed(self) -> Tensor:
         """A flag of each program's: whether it clamped anything."""
-        return torch.empty(self.programs, dtype=torch.int32, device=self.chunks.device)
+        programs = _programs(self.chunks.device, "clamp_kernel")
+        return torch.zeros(programs, dtype=torch.int32, device=self.chunks.device)  # those not launched leave it 0
 
 
 class _KeptTables(threading.local):
@@ -249,7 +262,21 @@ def _kernel(name: str) -> Any:
 
 
 @cache
-def _programs(device: torch.device) -> int:
+def _programs(device: torch.device, kernel: str) -> int:
+    """How many programs a device runs at once, or the prime below.
+
+    Chunks are dealt out in turns, and their sizes repeat with a model's layers: were the period to share a factor with
+    the number of programs, some would get all the full chunks.
+    """
     if device.type != "cuda":
         return PROGRAMS_ON_CPU
-    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+    from fastclip.kernels.table import LAUNCH_OPTIONS
+
+    gpu = torch.cuda.get_device_properties(device)
+    fitting = gpu.max_threads_per_multi_processor // (LAUNCH_OPTIONS["num_warps"] * gpu.warp_size)
+    return prime_below(gpu.multi_processor_count * min(PROGRAMS_PER_SM[kernel], fitting))
+
+
+def prime_below(number: int) -> int:
+    """The largest prime that is at most `number`, which is at least 2."""
+    return next(n for n in range(number, 1, -1) if all(n % divisor for divisor in range(2, math.isqrt(n) + 1)))
