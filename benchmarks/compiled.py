@@ -2,9 +2,10 @@
 
     python -m benchmarks.compiled [sm_90 gfx942 ...]
 
-It needs no GPU. For each kernel and target: registers a thread, spilled bytes, shared memory, and the programs that fit
-on one SM (or CU). For each dtype within, from the machine code of the loop over tiles: the bytes of every global load
-and store, the loads that are under way at once, and the instructions for each 16 bytes loaded and for each element.
+It needs no GPU. For each kernel and target: registers a thread, spilled bytes, shared memory, and the programs on one
+SM (or CU): as many as are launched for it, or as fit. For each dtype within, from the machine code of the loop over
+tiles: the bytes of every global load and store, the loads that are under way at once, and the instructions for each 16
+bytes loaded and for each element.
 
 The exit status is 1 if a kernel spills to memory, or reads or writes less than 16 bytes at a time in such a loop.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from fastclip.backends.triton import PROGRAMS_PER_SM
 from fastclip.kernels import table
 from fastclip.kernels.apply import apply_kernel
 from fastclip.kernels.clamp import clamp_kernel
@@ -103,7 +105,9 @@ VARIANTS = {
     "tensor norms": Variant(tensor_norms_kernel, {}, ("partials",)),
     "apply": Variant(apply_kernel, {}, _IN_ORDER[::-1]),
     "clamp": Variant(clamp_kernel, {"bounds": None, "flags": None}, _IN_ORDER),
-    "clamp, each its bounds": Variant(clamp_kernel, {}, _IN_ORDER),
+    "clamp, watched": Variant(clamp_kernel, {"bounds": None}, _IN_ORDER),
+    "clamp, each its bounds": Variant(clamp_kernel, {"flags": None}, _IN_ORDER),
+    "same, watched": Variant(clamp_kernel, {}, _IN_ORDER),
 }
 
 
@@ -139,7 +143,7 @@ class Compiled:
         spilled: Bytes of memory a thread in which registers are kept.
         spilled_scalars: AMD's scalar registers that are kept in lanes of a vector register: no memory is involved.
         shared: Bytes of shared memory a program.
-        programs: How many fit on an SM or CU.
+        programs: How many are on an SM or CU: as many as are launched for it, or as fit.
     """
 
     registers: int
@@ -179,7 +183,9 @@ def compile_variant(variant: Variant, target: Target) -> Compiled:
         registers, scalars = _number(r"\.vgpr_count:\s*", usage), _number(r"\.sgpr_spill_count:\s*", usage)
         spilled = _number(r"\.private_segment_fixed_size:\s*", usage)
     loops = tile_loops(instructions_of(code), variant.loops)
-    return Compiled(registers, spilled, scalars, built.metadata.shared, target.programs(registers), loops)
+    fitting = target.programs(registers)
+    programs = min(fitting, PROGRAMS_PER_SM.get(kernel.fn.__name__, fitting))
+    return Compiled(registers, spilled, scalars, built.metadata.shared, programs, loops)
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
