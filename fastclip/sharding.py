@@ -216,8 +216,8 @@ class Sharded:
         if self._layout.addends:
             label = grads.label(self._layout.addends[0].members[0])
             raise RuntimeError(
-                f"{label} is a sum yet to be made (a DTensor with a Partial placement), which is not clamped by clamping "
-                "its addends: put its sum in its place before, parameter.grad = parameter.grad.redistribute(...)"
+                f"{label} is a sum yet to be made (a DTensor with a Partial placement), and to clamp its addends would "
+                "not clamp it: put its sum in its place before, parameter.grad = parameter.grad.redistribute(...)"
             )
         flags = []
         if self._all is not None:
@@ -245,19 +245,19 @@ class Sharded:
     @cached_property
     def _counted(self) -> list[Prepared | None]:
         """What this process counts of each part of the layout; None where that is nothing."""
-        parts = self._parts
-        if self._layout.addends:
-            parts = parts._replace(tensors=self._summed())
-        prepared = []
-        for part in self._layout.parts:
-            if parts is self._parts and len(part.counted) == len(parts.tensors):
-                prepared.append(self._all)
-            else:
-                prepared.append(_prepare_some(parts, part.counted))
-        return prepared
+        parts = self._summed
+        return [
+            self._all
+            if parts is self._parts and len(part.counted) == len(parts.tensors)
+            else _prepare_some(parts, part.counted)
+            for part in self._layout.parts
+        ]
 
-    def _summed(self) -> list[Tensor]:
-        """The parts, with sums in the place of addends."""
+    @cached_property
+    def _summed(self) -> Gradients:
+        """The parts, with sums in the place of addends. They have to stay: plans know but their addresses."""
+        if not self._layout.addends:
+            return self._parts
         tensors = list(self._parts.tensors)
         for addends in self._layout.addends:
             mine = [tensors[i] for i in addends.members]
@@ -268,7 +268,7 @@ class Sharded:
             sums = sums.div_(addends.divisor).to(mine[0].device)
             for i, whole in zip(addends.members, torch.split(sums, [tensor.numel() for tensor in mine]), strict=True):
                 tensors[i] = whole
-        return tensors
+        return self._parts._replace(tensors=tensors)
 
 
 def _norm(counted: Prepared | None, p: float, neutral: float) -> Scalar:
@@ -325,8 +325,8 @@ def _part(
     grads: Sequence[_Kind],
     positions: Sequence[int],
 ) -> _Part:
-    dims = sorted({dim for kind in (*owners, *grads) for dim in _sharded_dims(kind, mesh)})
-    coordinate = mesh.get_coordinate() or (0,) * mesh.ndim
+    coordinate = mesh.get_coordinate() or ()  # of nothing, where this process is not in the mesh
+    dims = sorted({dim for kind in (*owners, *grads) for dim in _sharded_dims(kind, mesh) if coordinate})
     not_first = {dim for dim in dims if coordinate[dim] > 0}  # here only what is sharded over all of these is counted
     place = {position: i for i, position in enumerate(members)}
     counted = [
@@ -373,8 +373,8 @@ def _addends(grads: Sequence[_Kind], positions: Sequence[int]) -> tuple[_Addends
                 continue
             if type(placement) is not Partial or placement.reduce_op not in ("sum", "avg"):
                 raise RuntimeError(
-                    f"the gradient of parameters[{positions[i]}] has the placement {placement}: of reductions that are "
-                    "yet to be made, only sums and averages can be scaled before; redistribute() it ahead of clipping"
+                    f"the gradient of parameters[{positions[i]}] has the placement {placement!r}: of reductions that "
+                    "are yet to be made, only sums and averages can be scaled before; redistribute() it ahead of clipping"
                 )
             dims.append(dim)
             divisor *= kind.mesh.size(dim) if placement.reduce_op == "avg" else 1
