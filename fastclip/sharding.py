@@ -374,7 +374,7 @@ def _addends(grads: Sequence[_Kind], positions: Sequence[int]) -> tuple[_Addends
             if type(placement) is not Partial or placement.reduce_op not in ("sum", "avg"):
                 raise RuntimeError(
                     f"the gradient of parameters[{positions[i]}] has the placement {placement!r}: of reductions that "
-                    "are yet to be made, only sums and averages can be scaled before; redistribute() it ahead of clipping"
+                    "are yet to be made, only sums and averages can be scaled before; redistribute() it before clipping"
                 )
             dims.append(dim)
             divisor *= kind.mesh.size(dim) if placement.reduce_op == "avg" else 1

@@ -7,6 +7,7 @@ with a split factor of 2; one for each dimension of the mesh.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -351,3 +352,103 @@ def flattened(p: float) -> tuple[int, int, Bits]:
     for norm in norms:
         assert math.isclose(whole(norm).item(), exact, rel_tol=2.0**-20)
     return counts[0], counts[1], bits(norms[0]) + bits(norms[1])
+
+
+Pair = tuple[str, nn.Parameter]
+
+
+def named_pairs(mesh: DeviceMesh, items: Sequence[Item], scale: float = 1.0) -> tuple[list[Pair], list[Pair]]:
+    """Parameters with these gradients, and parameters with the same ones in one piece."""
+    sharded, single = made(mesh, items, scale=scale), []
+    for parameter in sharded:
+        single.append(nn.Parameter(whole(parameter)))
+        if parameter.grad is not None:
+            single[-1].grad = whole(parameter.grad)
+    names = [f"layer{i // 2}.{i % 2}" for i in range(len(items))]
+    return list(zip(names, sharded, strict=True)), list(zip(names, single, strict=True))
+
+
+def halve_the_largest(norms: Tensor) -> Tensor:
+    """A rule of one's own."""
+    return torch.where(norms == norms.max(), 0.5, 1.0)
+
+
+def by_rule(shape: tuple[int, ...], items: Sequence[Item], rule: Any) -> Bits:
+    """A rule does on sharded gradients what it does on whole ones; results are plain tensors, the same everywhere."""
+    sharded, single = named_pairs(mesh_of(*shape), items)
+    result, expected = fastclip.clip_grads_(sharded, rule), fastclip.clip_grads_(single, rule)
+    compared = [
+        (result.norm, expected.norm),
+        (result.norms, expected.norms),
+        (result.group_norms, expected.group_norms),
+        (result.coefficients, expected.coefficients),
+        (result.clipped, expected.clipped),
+    ]
+    for own, other in compared:
+        assert type(own) is type(other)
+        if own is not None:
+            torch.testing.assert_close(own, other, rtol=2.0**-18, atol=0.0)
+    for (_, own), (_, other) in zip(sharded, single, strict=True):
+        torch.testing.assert_close(
+            whole(grads_of([own])[0]), grads_of([other])[0], rtol=2.0**-18, atol=2.0**-24, equal_nan=True
+        )
+    return [bit for own, _ in compared if own is not None for bit in bits(own)]
+
+
+def tensorflows(items: Sequence[Item]) -> Bits:
+    """TensorFlow's functions, with the norm taken before or given as torch's functions return it."""
+    sharded, single = named_pairs(mesh_of(2, 2), items)
+    norms = fastclip.clip_by_norm_(sharded, 0.5)
+    torch.testing.assert_close(norms, fastclip.clip_by_norm_(single, 0.5), rtol=2.0**-18, atol=0.0)
+    norm = fastclip.clip_by_global_norm_(sharded, 0.4)
+    torch.testing.assert_close(norm, fastclip.clip_by_global_norm_(single, 0.4), rtol=2.0**-18, atol=0.0)
+    known = fastclip.get_total_norm(grads_of([parameter for _, parameter in sharded]))
+    assert isinstance(known, DTensor)
+    used = fastclip.clip_by_global_norm_(sharded, 0.3, use_norm=known)
+    assert not isinstance(used, DTensor)
+    fastclip.clip_by_global_norm_(single, 0.3)
+    fastclip.clip_by_value_(sharded, -0.01, 0.02)
+    fastclip.clip_by_value_(single, -0.01, 0.02)
+    measured = fastclip.measure_grads(sharded, by="layer")
+    for (_, own), (_, other) in zip(sharded, single, strict=True):
+        torch.testing.assert_close(whole(grads_of([own])[0]), grads_of([other])[0], rtol=2.0**-18, atol=2.0**-24)
+    return bits(norms) + bits(norm) + bits(used) + bits(measured.group_norms)
+
+
+def monitored(items: Sequence[Item]) -> tuple[list[bool], list[dict[str, Any]]]:
+    """A monitor sees of sharded gradients what it sees of whole ones, and every rank skips the same steps."""
+    sharded, single = named_pairs(mesh_of(2, 2), items)
+    monitors, answers = [], []
+    for parameters in (sharded, single):
+        triggers = [
+            fastclip.Jump("norm", ratio=10.0, action="skip"),
+            fastclip.NonFinite("gradients", action="skip"),
+        ]
+        monitors.append(fastclip.Monitor(parameters, triggers=triggers, weights=True, warmup=3))
+    for step in range(8):
+        scale = {5: 1e4, 6: math.nan}.get(step, 1.0 + 0.1 * step)
+        skip = []
+        for monitor, parameters in zip(monitors, (sharded, single), strict=True):
+            for i, (_, parameter) in enumerate(parameters):
+                full = values(items[i][0], 10 * step + i) * (scale if i == 1 else 1.0)
+                grad = distributed(full, mesh_of(2, 2), items[i][1]) if isinstance(parameter, DTensor) else full
+                # Ranks 1 and 2 have an empty part of parameter 2, and nothing is missing without it.
+                parameter.grad = None if i == 2 and dist.get_rank() in (1, 2) and parameters is sharded else grad
+            skip.append(bool(monitor.update(fastclip.measure_grads(parameters), loss=1.0)))
+        assert skip[0] == skip[1]
+        answers.append(skip[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that steps were skipped
+        rows, expected = (list(monitor.read().rows()) for monitor in monitors)
+    for own, other in zip(rows, expected, strict=True):
+        assert own == {key: _if_close(own[key], value) for key, value in other.items()}
+    return answers, rows
+
+
+def _if_close(value: float | None, expected: float | None) -> float | None:
+    """`value`, if it is close to what is expected, else that; NaNs are the same object."""
+    if value is None or expected is None:
+        return expected
+    if math.isnan(expected) and math.isnan(value):
+        return value
+    return value if math.isclose(value, expected, rel_tol=2.0**-16, abs_tol=2.0**-16) else expected

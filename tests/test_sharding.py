@@ -21,6 +21,8 @@ import ranks
 from processes import Pool
 from ranks import Item
 
+import fastclip
+
 INF = math.inf
 ORDERS = (2.0, INF, -INF, 1.0, 0.0, 3.0, 0.5, -1.0)
 
@@ -254,3 +256,51 @@ def test_number_of_collectives(four: Pool, shape: tuple[int, ...], items: list[I
 
 def test_process_groups_that_ended(four: Pool, tmp_path: Path) -> None:
     assert same(four.run(ranks.restarted, str(tmp_path / "store")))
+
+
+LAYERS: list[Item] = [
+    ((8, 6), ("S0", "S1")),
+    ((5,), ("S0", "R")),
+    ((1, 1), ("S0", "S1")),
+    ((3, 4), ("R", "S1")),
+    ((4,), ("R", "R")),
+]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        fastclip.ClipByNorm(0.5),
+        fastclip.ClipByNorm([0.5, 0.1, 2.0], by="layer"),
+        fastclip.ClipByGlobalNorm(0.5),
+        fastclip.ClipGradNorm(0.5, by="layer"),
+        fastclip.ClipAtThreshold(1.0, by="parameter"),
+        fastclip.ClipByValue(-0.5, 0.25),
+        fastclip.ClipByValue([-0.1, -1.0, -0.5], 2.0, by="layer"),
+        fastclip.Rule(ranks.halve_the_largest),
+        fastclip.ClipByNorm({"layer0": 0.1, "layer1": 1.0, "layer2": 0.2}, by="layer"),
+    ],
+    ids=repr,
+)
+def test_rules(four: Pool, rule: object) -> None:
+    assert same(four.run(ranks.by_rule, (2, 2), LAYERS, rule))
+
+
+def test_rules_with_sums_that_are_pending(four: Pool) -> None:
+    assert same(four.run(ranks.by_rule, (2, 2), PENDING, fastclip.ClipByNorm(0.5)))
+
+
+def test_value_rules_tell_all_ranks_of_a_change_on_one(four: Pool) -> None:
+    items: list[Item] = [((4,), ("S0", "S0"))]  # of the values, one is above 1, on one rank
+    assert same(four.run(ranks.by_rule, (2, 2), items, fastclip.ClipByValue(-3.0, 1.0)))
+
+
+def test_functions_of_tensorflow(four: Pool) -> None:
+    assert same(four.run(ranks.tensorflows, LAYERS))
+
+
+def test_monitor(four: Pool) -> None:
+    results = four.run(ranks.monitored, LAYERS)
+    for skipped, rows in results:
+        assert skipped == [False] * 5 + [True, True, False]
+        assert rows[4] == results[0][1][4]
