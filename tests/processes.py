@@ -104,7 +104,7 @@ def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", store=torch.distributed.FileStore(store, size), rank=rank, world_size=size, timeout=_COLLECTIVE_LIMIT
+        "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=_COLLECTIVE_LIMIT
     )
     connection.send((None, None))
     while True:

@@ -6,7 +6,6 @@ The processes are real, and so is their process group: see `processes` and `rank
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -48,20 +47,6 @@ PENDING: list[Item] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def four() -> Iterator[Pool]:
-    pool = Pool(4)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Pool]:
-    pool = Pool(2)
-    yield pool
-    pool.close()
-
-
 def same(results: list[list[int]]) -> bool:
     """Whether the ranks have the same bits."""
     return all(result == results[0] for result in results)
@@ -80,13 +65,6 @@ def test_every_placement(four: Pool, shape: tuple[int, ...], items: list[Item], 
 @pytest.mark.parametrize("p", [2.0, INF, 1.0])
 def test_two_processes(two: Pool, p: float) -> None:
     assert same(two.run(ranks.clip, (2,), ROWS, p))
-
-
-@pytest.fixture(scope="module")
-def eight() -> Iterator[Pool]:
-    pool = Pool(8)
-    yield pool
-    pool.close()
 
 
 EVEN: list[Item] = [
