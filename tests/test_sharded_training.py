@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,3 +74,20 @@ def test_fsdp1_clips_itself(four: Pool, kind: str) -> None:
     for replaced, plain in four.run(trainings.patched, kind):
         assert replaced == plain
         assert replaced.losses == pytest.approx(trainings.single("torch").losses, rel=LIKE_FP64)
+
+
+@pytest.mark.parametrize("name", ["pipeline", "experts"])
+def test_example(four: Pool, name: str) -> None:
+    """Stages of a pipeline, and experts on a mesh of their own, are clipped as one model."""
+    for distributed, alone in four.run(trainings.example, name, 4):
+        assert distributed.losses == pytest.approx(alone.losses, rel=LIKE_FP64)
+        assert distributed.norms == pytest.approx(alone.norms, rel=LIKE_FP64)
+        assert alone.losses[-1] < 0.9 * alone.losses[0]
+
+
+def test_examples_start_their_processes() -> None:
+    script = Path(__file__).parents[1] / "examples" / "pipeline.py"
+    done = subprocess.run([sys.executable, script, "--steps", "2"], check=True, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["step", "1", "2"]
+    assert "The losses differ by at most" in lines[3]

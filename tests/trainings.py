@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -235,3 +238,12 @@ def patched(kind: str) -> tuple[Run, Run]:
     with fastclip.patched():
         replaced = train(kind, "its own")
     return replaced, train(kind, "its own")
+
+
+def example(name: str, steps: int) -> tuple[Run, Run]:
+    """Train as an example does, on all ranks, and in this process."""
+    folder = str(Path(__file__).parents[1] / "examples")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    module = importlib.import_module(name)
+    return Run(*module.train(steps)), Run(*module.alone(steps))
