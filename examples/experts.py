@@ -55,7 +55,7 @@ class Experts(nn.Module):
         gathered = DTensor.from_local(everything, self.mesh, [Shard(0)], run_check=False).redistribute(
             placements=[Replicate()]
         )
-        x, shares = gathered.to_local(grad_placements=[Partial()]).split([WIDTH, EXPERTS], dim=1)
+        x, shares = torch.split(gathered.to_local(grad_placements=[Partial()]), [WIDTH, EXPERTS], dim=1)
         weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
         mine = shares.chunk(self.mesh.size(), dim=1)[self.mesh.get_local_rank()]
         added = DTensor.from_local(_mapped(x, mine, weight), self.mesh, [Partial()], run_check=False)
@@ -121,7 +121,7 @@ def train(steps: int) -> Run:
     for _ in range(steps):
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(model(x), target)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = fastclip.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
         total = loss.detach() / PROCESSES
@@ -140,7 +140,7 @@ def alone(steps: int) -> Run:
     for _ in range(steps):
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(model(x), target)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         run.norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
         optimizer.step()
         run.losses.append(loss.item())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,7 +36,8 @@ def compare(train: Callable[[int], Run], alone: Callable[[int], Run], steps: int
     """
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found"
-        multiprocessing.spawn(_be, (train, steps, str(Path(folder) / "store"), str(found)), PROCESSES)
+        arguments = (train, steps, str(Path(folder) / "store"), str(found))
+        multiprocessing.spawn(_be, arguments, PROCESSES)  # type: ignore[attr-defined, no-untyped-call]
         losses, norms = torch.load(found)
     expected = alone(steps)
     print(f"step   loss on {PROCESSES}   alone, fp64   norm on {PROCESSES}   alone, fp64")
@@ -52,12 +52,12 @@ def compare(train: Callable[[int], Run], alone: Callable[[int], Run], steps: int
 def _be(rank: int, train: Callable[[int], Run], steps: int, store: str, found: str) -> None:
     """Be one of the processes; the first one leaves what it found in a file."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, PROCESSES), rank=rank, world_size=PROCESSES)
+    rendezvous = dist.FileStore(store, PROCESSES)  # type: ignore[attr-defined]  # which torch does not list
+    dist.init_process_group("gloo", store=rendezvous, rank=rank, world_size=PROCESSES)
     run = train(steps)
     if rank == 0:
         torch.save(tuple(run), found)
     dist.destroy_process_group()
-    sys.stdout.flush()
 
 
 def _difference(found: Sequence[float], expected: Sequence[float]) -> float:

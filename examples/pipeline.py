@@ -109,7 +109,7 @@ def alone(steps: int) -> Run:
     for _ in range(steps):
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(model(x), target)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         run.norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
         optimizer.step()
         run.losses.append(loss.item())

@@ -46,6 +46,7 @@ class Code(NamedTuple):
     decode: Callable[[Tensor], Tensor]
 
 
+@lru_cache
 def code_of(p: float, *, narrow: bool) -> Code:
     """How p-norms (p ≠ 0), in fp64, travel.
 
@@ -112,7 +113,8 @@ def all_reduce(parts: Sequence[Tensor], shares: Sequence[Share], operation: dist
     """Reduce each part over its share of the processes: one all-reduce for each process group, in a fixed order.
 
     Args:
-        parts: Each [n] or [n, k] with the same k, of any device. n is the same on every process of the share.
+        parts: Each [n] or [n, k] with the same k, of any device, n the same on every process of the share; they may be
+            overwritten.
         shares: Over what each is reduced.
         operation: What is done.
     """
@@ -124,7 +126,8 @@ def all_reduce(parts: Sequence[Tensor], shares: Sequence[Share], operation: dist
     for group, mesh, members in rounds.values():
         pieces = [reduced[i] for i in members]
         # To the mesh's kind of device, to which its groups' backend belongs: gradients may be offloaded to the CPU.
-        buffer = torch.cat([piece.to(mesh.device_type) for piece in pieces])
+        on_mesh = [piece.to(mesh.device_type) for piece in pieces]
+        buffer = on_mesh[0] if len(pieces) == 1 else torch.cat(on_mesh)
         dist.all_reduce(buffer, operation, group)
         for i, piece, whole in zip(members, pieces, torch.split(buffer, [len(piece) for piece in pieces]), strict=True):
             reduced[i] = whole.to(piece.device)

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastclip import plans
-from fastclip.backends.interface import Bounds, Reduction, Scalar, combine, on, reduction, wide_dtype
+from fastclip.backends.interface import Bounds, Reduction, Scalar, clip_coefficient, combine, on, reduction, wide_dtype
 from fastclip.collectives import Share, all_reduce, code_of, groups_of
 from fastclip.gradients import Gradients, dtensor_type, has_dtensors
 from fastclip.groups import index_of
@@ -38,6 +38,7 @@ from fastclip.plans import Prepared, promoted
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 _Kind: TypeAlias = "DTensorSpec | torch.dtype"
@@ -61,12 +62,22 @@ def prepare(grads: Gradients, *, in_place: bool) -> Prepared | Sharded:
 def local_parts(grads: Gradients) -> Gradients:
     """Return the gradients with this process's part of each DTensor in its place."""
     dtensor = dtensor_type()
-    if dtensor is None or not has_dtensors(grads):
-        return grads
-    parts = [grad._local_tensor if isinstance(grad, dtensor) else grad for grad in grads.tensors]
-    if set(map(type, parts)) != {Tensor}:  # the result of a collective that is under way: `to_local` waits for it
+    return grads if dtensor is None or not has_dtensors(grads) else _local_parts(grads, dtensor)
+
+
+_local = attrgetter("_local_tensor")
+
+
+def _local_parts(grads: Gradients, dtensor: type[DTensor]) -> Gradients:
+    if grads.kinds == {dtensor}:
+        parts = list(map(_local, grads.tensors))
+    else:
+        parts = [_local(grad) if isinstance(grad, dtensor) else grad for grad in grads.tensors]
+    kinds = set(map(type, parts))
+    if kinds != {Tensor}:  # one may be the result of a collective that is under way: `to_local` waits for it
         parts = [grad.to_local() if isinstance(grad, dtensor) else grad for grad in grads.tensors]
-    return grads._replace(tensors=parts, kinds=set(map(type, parts)))
+        kinds = set(map(type, parts))
+    return grads._replace(tensors=parts, kinds=kinds)
 
 
 def present(grads: Gradients) -> Sequence[int]:
@@ -86,31 +97,25 @@ def as_plain(number: Any) -> Any:
 
 def on_mesh(norm: Tensor, prepared: Prepared | Sharded) -> Tensor:
     """Return the norm as callers of torch's functions look for it: on one mesh a DTensor, replicated over it."""
-    mesh = prepared.mesh if isinstance(prepared, Sharded) else None
-    if mesh is None:
+    spec = prepared.layout.spec(norm) if isinstance(prepared, Sharded) else None
+    dtensor = dtensor_type()
+    if spec is None or dtensor is None:
         return norm
-    from torch.distributed.tensor import DTensor, Replicate
-    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-
-    meta = TensorMeta(norm.shape, norm.stride(), norm.dtype)
-    spec = DTensorSpec(mesh, (Replicate(),) * mesh.ndim, meta)
     # `DTensor.from_local` takes 70 µs, 25 times as long.
-    return DTensor(norm, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return dtensor(norm, spec, requires_grad=False)
 
 
 class _Part(NamedTuple):
     """What one mesh has a share of.
 
     Attributes:
-        first: The position of an owner on this mesh.
-        dims: The dimensions over which parts are added up.
+        share: The mesh, and those of its dimensions over which is added up.
         members: The positions of all its owners, and in the first part those of owners that are no DTensors.
         counted: The gradients that this process counts, by their positions among the gradients.
         places: The positions of their owners among the members.
     """
 
-    first: int
-    dims: tuple[int, ...]
+    share: Share
     members: tuple[int, ...]
     counted: tuple[int, ...]
     places: tuple[int, ...]
@@ -120,17 +125,17 @@ class _Addends(NamedTuple):
     """Gradients that are sums yet to be made, over the same processes and of one dtype.
 
     Attributes:
-        members: Their positions among the gradients.
-        dims: The mesh's dimensions over which they are summed.
+        share: The mesh, and those of its dimensions over which they are summed.
         divisor: By what the sum is divided: 1, or, where it is an average, the number of processes.
+        members: Their positions among the gradients.
     """
 
-    members: tuple[int, ...]
-    dims: tuple[int, ...]
+    share: Share
     divisor: int
+    members: tuple[int, ...]
 
 
-class _Layout(NamedTuple):
+class _Layout:
     """How gradients lie on their meshes, seen from this process.
 
     Attributes:
@@ -140,10 +145,24 @@ class _Layout(NamedTuple):
         is_narrow: Whether none of them is fp64.
     """
 
-    parts: tuple[_Part, ...]
-    addends: tuple[_Addends, ...]
-    dtype: torch.dtype
-    is_narrow: bool
+    def __init__(self, parts: Sequence[_Part], addends: Sequence[_Addends], dtypes: set[torch.dtype]) -> None:
+        self.parts = parts
+        self.addends = addends
+        self.dtype = promoted({dtype.to_real() for dtype in dtypes})
+        self.is_narrow = dtypes.isdisjoint({torch.float64, torch.complex128})
+        self.shares = [part.share for part in parts]
+        self._specs: dict[torch.dtype, DTensorSpec] = {}
+
+    def spec(self, norm: Tensor) -> DTensorSpec | None:
+        """What makes a DTensor of a norm that is replicated over the mesh, where there is only one."""
+        if len(self.parts) == 1 and norm.dtype not in self._specs:
+            from torch.distributed.tensor import Replicate
+            from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+            mesh = self.shares[0].mesh
+            meta = TensorMeta(norm.shape, norm.stride(), norm.dtype)
+            self._specs[norm.dtype] = DTensorSpec(mesh, (Replicate(),) * mesh.ndim, meta)
+        return self._specs.get(norm.dtype)
 
 
 class Sharded:
@@ -152,6 +171,7 @@ class Sharded:
     Every process has to make the same calls, for the same parameters.
 
     Attributes:
+        layout: How the gradients lie.
         device: The first gradient's; the first owner's where this process has no gradient.
         dtype: The gradients' own, real and promoted where they differ: that of torch's norm.
     """
@@ -159,9 +179,12 @@ class Sharded:
     def __init__(self, grads: Gradients, *, in_place: bool) -> None:
         self._grads = grads
         self._parts = local_parts(grads)
-        self._layout = _layout(_kinds(grads.owners.tensors), _kinds(grads.tensors), tuple(grads.positions))
+        owners = _kinds(grads.owners.tensors)
+        # Equal meshes may be those of process groups that have ended: what is kept must be of this very mesh.
+        mesh = next(kind.mesh for kind in owners if not isinstance(kind, torch.dtype))
+        self.layout = _layout(owners, _kinds(grads.tensors), tuple(grads.positions), id(mesh))
         self.device = (grads.tensors or grads.owners.tensors)[0].device
-        self.dtype = self._layout.dtype
+        self.dtype = self.layout.dtype
         # Ahead of the first collective: what is refused here is most likely refused by all processes.
         self._all = plans.prepare(self._parts, in_place=in_place) if grads.tensors else None
 
@@ -178,26 +201,30 @@ class Sharded:
         if p == 0:
             total = self.norms().count_nonzero().to(wide_dtype(self.device))
         else:
-            code = code_of(p, narrow=self._layout.is_narrow)
-            norms = [on(self.device, _norm(counted, p, code.neutral)).reshape(1) for counted in self._counted]
-            sums = all_reduce([code.encode(norm) for norm in norms], self._shares, code.operation)
-            wholes = [code.decode(whole).squeeze(0) for whole in sums]
+            code = code_of(p, narrow=self.layout.is_narrow)
+            norms = [_norm(counted, p, code.neutral) for counted in self._counted()]
+            vectors = [on(self.device, norm).reshape(1) for norm in norms]
+            sums = all_reduce([code.encode(vector) for vector in vectors], self.layout.shares, code.operation)
+            wholes = [code.decode(whole).reshape(()) for whole in sums]
             total = wholes[0] if len(wholes) == 1 else combine(wholes, p)
+        if self.device.type == "cpu":  # where numbers are faster than tensors
+            number = total.item()
+            return Reduction(total.to(dtype), number, clip_coefficient(number, max_norm))
         return reduction(total, max_norm, dtype)
 
     def norms(self) -> Tensor:
         """Return the 2-norm of each owner's gradient, [owners], 0 where no process has one."""
-        code = code_of(2.0, narrow=self._layout.is_narrow)
+        code = code_of(2.0, narrow=self.layout.is_narrow)
         vectors = []
-        for part, counted in zip(self._layout.parts, self._counted, strict=True):
+        for part, counted in zip(self.layout.parts, self._counted(), strict=True):
             norms = torch.zeros(len(part.members), dtype=wide_dtype(self.device), device=self.device)
             if counted is not None:
                 norms.index_copy_(0, index_of(part.places, self.device), on(self.device, counted.norms()))
             vectors.append(code.encode(norms))
-        wholes = [code.decode(sums) for sums in all_reduce(vectors, self._shares, code.operation)]
+        wholes = [code.decode(sums) for sums in all_reduce(vectors, self.layout.shares, code.operation)]
         if len(wholes) == 1:
             return wholes[0]
-        order = [position for part in self._layout.parts for position in part.members]
+        order = [position for part in self.layout.parts for position in part.members]
         norms = torch.cat(wholes)
         return torch.empty_like(norms).index_copy(0, index_of(order, self.device), norms)
 
@@ -213,8 +240,8 @@ class Sharded:
         Raises:
             RuntimeError: A gradient is a sum yet to be made.
         """
-        if self._layout.addends:
-            label = grads.label(self._layout.addends[0].members[0])
+        if self.layout.addends:
+            label = grads.label(self.layout.addends[0].members[0])
             raise RuntimeError(
                 f"{label} is a sum yet to be made (a DTensor with a Partial placement), and to clamp its addends would "
                 "not clamp it: put its sum in its place before, parameter.grad = parameter.grad.redistribute(...)"
@@ -228,42 +255,29 @@ class Sharded:
         changed = torch.zeros(1, dtype=torch.int64, device=self.device)
         for flag in flags:
             changed |= flag.any().to(self.device)
-        return [whole > 0 for whole in all_reduce([changed] * len(self._shares), self._shares, dist.ReduceOp.MAX)]
+        return [
+            whole > 0
+            for whole in all_reduce([changed] * len(self.layout.shares), self.layout.shares, dist.ReduceOp.MAX)
+        ]
 
-    @property
-    def mesh(self) -> DeviceMesh | None:
-        """The mesh of all DTensors, where there is only one."""
-        return self._shares[0].mesh if len(self._shares) == 1 else None
-
-    @cached_property
-    def _shares(self) -> list[Share]:
-        """Over what each part of the layout is reduced."""
-        # The meshes of this call: the layout may be kept from equal ones, whose process groups are gone.
-        owners = self._grads.owners.tensors
-        return [Share(_spec(owners[part.first]).mesh, part.dims) for part in self._layout.parts]
-
-    @cached_property
     def _counted(self) -> list[Prepared | None]:
         """What this process counts of each part of the layout; None where that is nothing."""
-        parts = self._summed
+        parts = self._summed if self.layout.addends else self._parts
         return [
             self._all
             if parts is self._parts and len(part.counted) == len(parts.tensors)
             else _prepare_some(parts, part.counted)
-            for part in self._layout.parts
+            for part in self.layout.parts
         ]
 
     @cached_property
     def _summed(self) -> Gradients:
         """The parts, with sums in the place of addends. They have to stay: plans know but their addresses."""
-        if not self._layout.addends:
-            return self._parts
         tensors = list(self._parts.tensors)
-        for addends in self._layout.addends:
+        for addends in self.layout.addends:
             mine = [tensors[i] for i in addends.members]
-            mesh = _spec(self._grads.tensors[addends.members[0]]).mesh
-            sums = torch.cat([tensor.reshape(-1) for tensor in mine]).to(mesh.device_type)
-            for group in groups_of(Share(mesh, addends.dims)):
+            sums = torch.cat([tensor.reshape(-1) for tensor in mine]).to(addends.share.mesh.device_type)
+            for group in groups_of(addends.share):
                 dist.all_reduce(sums, dist.ReduceOp.SUM, group)
             sums = sums.div_(addends.divisor).to(mine[0].device)
             for i, whole in zip(addends.members, torch.split(sums, [tensor.numel() for tensor in mine]), strict=True):
@@ -296,7 +310,12 @@ def _kinds(tensors: Sequence[Tensor]) -> tuple[_Kind, ...]:
 
 
 @lru_cache(maxsize=64)  # to work it out takes 10 µs a gradient, to find it again 0.2
-def _layout(owners: tuple[_Kind, ...], grads: tuple[_Kind, ...], positions: tuple[int, ...]) -> _Layout:
+def _layout(
+    owners: tuple[_Kind, ...],
+    grads: tuple[_Kind, ...],
+    positions: tuple[int, ...],
+    mesh_id: int,  # noqa: ARG001 - of the first mesh, which stays as long as what is kept
+) -> _Layout:
     """Work out how gradients lie, from what owners and gradients are and which owners the gradients belong to."""
     members: dict[DeviceMesh, list[int]] = {}
     plain = []
@@ -308,18 +327,16 @@ def _layout(owners: tuple[_Kind, ...], grads: tuple[_Kind, ...], positions: tupl
     mine = {mesh: own for mesh, own in members.items() if mesh.get_coordinate() is not None}
     mine = mine or {mesh: [] for mesh in list(members)[:1]}
     parts = [
-        _part(mesh, members[mesh][0], own if i else sorted(own + plain), owners, grads, positions)
+        _part(mesh, own if i else sorted(own + plain), owners, grads, positions)
         for i, (mesh, own) in enumerate(mine.items())
     ]
     here = dict(zip(positions, grads, strict=True))
     dtypes = {_dtype(here.get(position, kind)) for position, kind in enumerate(owners)}
-    is_narrow = dtypes.isdisjoint({torch.float64, torch.complex128})
-    return _Layout(tuple(parts), _addends(grads, positions), promoted({dtype.to_real() for dtype in dtypes}), is_narrow)
+    return _Layout(parts, _addends(grads, positions), dtypes)
 
 
 def _part(
     mesh: DeviceMesh,
-    first: int,
     members: Sequence[int],
     owners: Sequence[_Kind],
     grads: Sequence[_Kind],
@@ -334,7 +351,8 @@ def _part(
         for i, position in enumerate(positions)
         if position in place and not_first.issubset(_sharded_dims(grads[i], mesh))
     ]
-    return _Part(first, tuple(dims), tuple(members), tuple(counted), tuple(place[positions[i]] for i in counted))
+    places = tuple(place[positions[i]] for i in counted)
+    return _Part(Share(mesh, tuple(dims)), tuple(members), tuple(counted), places)
 
 
 def _dtype(kind: _Kind) -> torch.dtype:
@@ -355,7 +373,7 @@ def _sharded_dims(kind: _Kind, mesh: DeviceMesh) -> list[int]:
     ]
 
 
-def _addends(grads: Sequence[_Kind], positions: Sequence[int]) -> tuple[_Addends, ...]:
+def _addends(grads: Sequence[_Kind], positions: Sequence[int]) -> list[_Addends]:
     """Find the gradients that are sums yet to be made.
 
     Raises:
@@ -380,4 +398,4 @@ def _addends(grads: Sequence[_Kind], positions: Sequence[int]) -> tuple[_Addends
             divisor *= kind.mesh.size(dim) if placement.reduce_op == "avg" else 1
         if dims:
             alike.setdefault((kind.mesh, tuple(dims), divisor, _dtype(kind)), []).append(i)
-    return tuple(_Addends(tuple(members), dims, divisor) for (_, dims, divisor, _), members in alike.items())
+    return [_Addends(Share(mesh, dims), divisor, tuple(own)) for (mesh, dims, divisor, _), own in alike.items()]

@@ -97,15 +97,21 @@ class Pool:
         self.folder.cleanup()
 
 
+def join(store: str, rank: int, size: int) -> None:
+    """Form a process group with those that call this with the same file that is not there yet."""
+    import torch.distributed as dist
+
+    rendezvous = dist.FileStore(store, size)  # type: ignore[attr-defined]  # which torch does not list
+    dist.init_process_group("gloo", store=rendezvous, rank=rank, world_size=size, timeout=_COLLECTIVE_LIMIT)
+
+
 def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
     """Be a rank: call what is asked for, and send what it returns or raises."""
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=_COLLECTIVE_LIMIT
-    )
+    join(store, rank, size)
     connection.send((None, None))
     while True:
         try:

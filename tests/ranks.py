@@ -15,6 +15,7 @@ from typing import Any
 import oracle
 import torch
 import torch.distributed as dist
+from processes import join
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
@@ -333,7 +334,7 @@ def restarted(store: str) -> Bits:
     rank, size = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
     mesh_of.cache_clear()
-    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
+    join(store, rank, size)
     after = clip((2, 2), [((8, 6), ("S0", "S1")), ((5,), ("S0", "R"))], 2.0)
     assert before == after
     return after
