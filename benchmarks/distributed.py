@@ -1,19 +1,27 @@
 """What clipping DTensors costs beside torch: collectives, their bytes, and the host's time, without a network.
 
-    python -m benchmarks.distributed
+    python -m benchmarks.distributed [triton | numpy]
 
 One process plays a rank of eight, in a process group that torch calls fake: its collectives return at once and move
 nothing. So what is measured is what the host does, and what is counted is what would go over the wire. The gradients'
-parts have 8 elements each, so that next to none of the time is arithmetic.
+parts have 8 elements each. Plain tensors of the same sizes come first: what lies between is what it costs that
+gradients are DTensors.
+
+As in `benchmarks.counts`, fastclip's kernels are launched through a stand-in driver that returns at once, and torch
+works on the CPU, arithmetic on tiny tensors included; what both do to single numbers, around ten operations, is done on
+the CPU. With ``numpy``, fastclip clips on the CPU instead, as torch does.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +37,7 @@ import fastclip
 WORLD = 8
 COUNTS = (20, 200, 2000)
 ROUNDS = 15
+SECONDS = 0.02  # of calls at least: Python takes a few hundred to be at its speed
 PART = (2, 4)  # the shape of a rank's part
 
 
@@ -98,9 +107,9 @@ def make(model: Model, count: int) -> list[nn.Parameter]:
 
 def measure(function: Callable[..., Any], parameters: Sequence[nn.Parameter], *, moves: bool) -> float:
     """Return the median time of a call, in seconds, with gradients that stay or, if `moves`, are new each time."""
-    times = []
+    times: list[float] = []
     give_gradients(parameters)
-    for _ in range(ROUNDS + 2):
+    while len(times) < ROUNDS + 2 or sum(times) < SECONDS:
         if moves:
             give_gradients(parameters)
         start = time.perf_counter()
@@ -109,12 +118,21 @@ def measure(function: Callable[..., Any], parameters: Sequence[nn.Parameter], *,
     return statistics.median(times[2:])
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
     """Print the table."""
+    backend = arguments[0] if arguments else "triton"
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)  # that torch's all-reduces go one after another
     torch.set_num_threads(1)
+    os.environ["FASTCLIP_BACKEND"] = backend
+    if backend == "triton":
+        sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+        import ptxlab
+
+        ptxlab.activate(90, execute=False)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)
-    print(f"torch {torch.__version__}; times in ms, in brackets with new gradients in each call; bytes of one rank")
+    gc.collect()
+    gc.disable()
+    print(f"torch {torch.__version__}, {backend}; ms, in brackets with new gradients in each call; bytes of one rank")
     columns = "".join(f"{name:>12} {'bytes':>6} {'host time':>16}" for name in FUNCTIONS)
     print(f"{'model':24} {'DTensors':>8}{columns} {'ratio':>13}")
     for name, model in MODELS.items():
@@ -128,10 +146,11 @@ def main() -> int:
                 times.append((stays, moves))
                 cells += f"{traffic.collectives:12} {traffic.bytes:6} {stays * 1e3:7.2f} ({moves * 1e3:6.2f})"
             theirs, ours = times
-            print(f"{name:24} {count:8}{cells} {theirs[0] / ours[0]:5.1f} ({theirs[1] / ours[1]:5.1f})")
+            ratios = f"{theirs[0] / ours[0]:5.1f} ({theirs[1] / ours[1]:5.1f})"
+            print(f"{name:24} {count:8}{cells} {ratios}", flush=True)
     dist.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -61,8 +61,14 @@ def collect(parameters: Parameters) -> Gradients:
     """Collect the gradients of a tensor, of tensors, of (name, tensor) pairs, of a module or of parameter groups.
 
     Raises:
-        TypeError: `parameters` is not iterable, or holds something that is none of these.
+        TypeError: `parameters` is not iterable, or holds something that is none of these; or it is a model of FSDP1.
     """
+    fsdp1 = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    if isinstance(parameters, fsdp1):
+        raise TypeError(
+            "`parameters` is a model sharded by FSDP1, whose parameters do not tell of which whole they are parts: "
+            "use its own method, model.clip_grad_norm_(max_norm)"
+        )
     return gradients_of(listed(parameters, "parameters"))
 
 

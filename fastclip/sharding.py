@@ -38,7 +38,6 @@ from fastclip.plans import Prepared, promoted
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 _Kind: TypeAlias = "DTensorSpec | torch.dtype"
@@ -61,14 +60,14 @@ def prepare(grads: Gradients, *, in_place: bool) -> Prepared | Sharded:
 
 def local_parts(grads: Gradients) -> Gradients:
     """Return the gradients with this process's part of each DTensor in its place."""
-    dtensor = dtensor_type()
-    return grads if dtensor is None or not has_dtensors(grads) else _local_parts(grads, dtensor)
+    return _local_parts(grads) if has_dtensors(grads) else grads
 
 
 _local = attrgetter("_local_tensor")
 
 
-def _local_parts(grads: Gradients, dtensor: type[DTensor]) -> Gradients:
+def _local_parts(grads: Gradients) -> Gradients:
+    dtensor: Any = dtensor_type()
     if grads.kinds == {dtensor}:
         parts = list(map(_local, grads.tensors))
     else:
@@ -178,7 +177,7 @@ class Sharded:
 
     def __init__(self, grads: Gradients, *, in_place: bool) -> None:
         self._grads = grads
-        self._parts = local_parts(grads)
+        self._parts = _local_parts(grads)
         owners = _kinds(grads.owners.tensors)
         # Equal meshes may be those of process groups that have ended: what is kept must be of this very mesh.
         mesh = next(kind.mesh for kind in owners if not isinstance(kind, torch.dtype))
@@ -202,9 +201,10 @@ class Sharded:
             total = self.norms().count_nonzero().to(wide_dtype(self.device))
         else:
             code = code_of(p, narrow=self.layout.is_narrow)
-            norms = [_norm(counted, p, code.neutral) for counted in self._counted()]
-            vectors = [on(self.device, norm).reshape(1) for norm in norms]
-            sums = all_reduce([code.encode(vector) for vector in vectors], self.layout.shares, code.operation)
+            encoded = [
+                code.encode(on(self.device, _norm(counted, p, code.neutral)).reshape(1)) for counted in self._counted()
+            ]
+            sums = all_reduce(encoded, self.layout.shares, code.operation)
             wholes = [code.decode(whole).reshape(()) for whole in sums]
             total = wholes[0] if len(wholes) == 1 else combine(wholes, p)
         if self.device.type == "cpu":  # where numbers are faster than tensors

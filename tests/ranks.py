@@ -328,6 +328,23 @@ def untouched() -> bool:
     return local_bits(parameters) == before
 
 
+def under_way() -> bool:
+    """Gradients that are the results of collectives nobody has waited for yet are waited for."""
+    mesh = mesh_of(4)
+    parameters = made(mesh, [((64, 64), ("P",)), ((64, 64), ("P",))])
+    for parameter, placement_ in zip(parameters, (Replicate(), Shard(0)), strict=True):
+        grad = parameter.grad
+        assert isinstance(grad, DTensor)
+        parameter.grad = grad.redistribute(placements=[placement_], async_op=True)
+    kinds = [type(grad._local_tensor).__name__ for grad in grads_of(parameters)]  # type: ignore[attr-defined]
+    exact = oracle.norm([values((64, 64), i) for i in range(2)], 2.0)
+    norm = fastclip.clip_grad_norm_(parameters, 1.0)
+    assert math.isclose(whole(norm).item(), exact, rel_tol=2.0**-20)
+    after = oracle.norm([whole(grad) for grad in grads_of(parameters)], 2.0)
+    assert math.isclose(after, 1.0, rel_tol=2.0**-18)
+    return "AsyncCollectiveTensor" in kinds
+
+
 def restarted(store: str) -> Bits:
     """A process group that ended takes its meshes along: an equal mesh of the next one has groups of its own."""
     before = clip((2, 2), [((8, 6), ("S0", "S1")), ((5,), ("S0", "R"))], 2.0)

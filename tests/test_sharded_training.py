@@ -76,6 +76,11 @@ def test_fsdp1_clips_itself(four: Pool, kind: str) -> None:
         assert replaced.losses == pytest.approx(trainings.single("torch").losses, rel=LIKE_FP64)
 
 
+def test_fsdp1_is_pointed_at(four: Pool) -> None:
+    for message in four.run(trainings.refused, "fsdp1"):
+        assert message.endswith("use its own method, model.clip_grad_norm_(max_norm)")
+
+
 @pytest.mark.parametrize("name", ["pipeline", "experts"])
 def test_example(four: Pool, name: str) -> None:
     """Stages of a pipeline, and experts on a mesh of their own, are clipped as one model."""

@@ -232,6 +232,10 @@ def test_number_of_collectives(four: Pool, shape: tuple[int, ...], items: list[I
     assert four.run(ranks.counted, shape, items, p) == [count] * 4
 
 
+def test_gradients_under_way(four: Pool) -> None:
+    assert all(four.run(ranks.under_way))
+
+
 def test_process_groups_that_ended(four: Pool, tmp_path: Path) -> None:
     assert same(four.run(ranks.restarted, str(tmp_path / "store")))
 

@@ -240,6 +240,18 @@ def patched(kind: str) -> tuple[Run, Run]:
     return replaced, train(kind, "its own")
 
 
+def refused(kind: str) -> str:
+    """What passing a model of FSDP1 itself comes to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = KINDS[kind].make(_net())
+    try:
+        fastclip.clip_grad_norm_(net, BOUND)
+    except TypeError as error:
+        return str(error)
+    return "nothing"
+
+
 def example(name: str, steps: int) -> tuple[Run, Run]:
     """Train as an example does, on all ranks, and in this process."""
     folder = str(Path(__file__).parents[1] / "examples")
