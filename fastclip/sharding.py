@@ -74,7 +74,8 @@ def _local_parts(grads: Gradients) -> Gradients:
         parts = [_local(grad) if isinstance(grad, dtensor) else grad for grad in grads.tensors]
     kinds = set(map(type, parts))
     if kinds != {Tensor}:  # one may be the result of a collective that is under way: `to_local` waits for it
-        parts = [grad.to_local() if isinstance(grad, dtensor) else grad for grad in grads.tensors]
+        with torch.no_grad():
+            parts = [grad.to_local() if isinstance(grad, dtensor) else grad for grad in grads.tensors]
         kinds = set(map(type, parts))
     return grads._replace(tensors=parts, kinds=kinds)
 
