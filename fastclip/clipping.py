@@ -56,6 +56,7 @@ def clip_grad_norm_(
 
     Returns:
         The norm before clipping: 0-dim, on the first gradient's device; ``tensor(0.)`` where there are no gradients.
+        Of DTensors on one mesh it is a DTensor, whose ``full_tensor()`` is the norm of the whole gradients.
 
     Raises:
         RuntimeError: The norm is non-finite and `error_if_nonfinite`; or a gradient cannot be written in place.
@@ -107,7 +108,8 @@ def get_total_norm(
         norm_dtype: The dtype of the result; by default torch's.
 
     Returns:
-        The norm: 0-dim, on the first tensor's device; ``tensor(0.)`` where there are no tensors.
+        The norm: 0-dim, on the first tensor's device; ``tensor(0.)`` where there are no tensors. Of DTensors on one
+        mesh it is a DTensor.
 
     Raises:
         RuntimeError: The norm is non-finite and `error_if_nonfinite`.
@@ -144,7 +146,7 @@ def clip_grads_with_norm_(
     Args:
         parameters: As in :func:`clip_grad_norm_`.
         max_norm: The largest norm allowed.
-        total_norm: The norm, a tensor of one element on any device.
+        total_norm: The norm, a tensor of one element on any device, or a DTensor.
         foreach: Accepted for torch's sake.
 
     Raises:
@@ -184,7 +186,8 @@ def clip_grad_value_(
 
     Raises:
         NotImplementedError: A gradient is complex.
-        RuntimeError: `clip_value` is beyond a gradient's dtype, or a gradient cannot be written in place.
+        RuntimeError: `clip_value` is beyond a gradient's dtype, or a gradient cannot be written in place; or it is a
+            DTensor whose sum is pending.
         TypeError: `parameters` holds something other than tensors, or `clip_value` is not a number.
         ValueError: `clip_value` is a string that is not a number.
     """

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
+from itertools import chain
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -179,10 +180,10 @@ class Sharded:
     def __init__(self, grads: Gradients, *, in_place: bool) -> None:
         self._grads = grads
         self._parts = _local_parts(grads)
-        owners = _kinds(grads.owners.tensors)
+        owners, kinds = _kinds(grads.owners.tensors), _kinds(grads.tensors)
         # Equal meshes may be those of process groups that have ended: what is kept must be of this very mesh.
-        mesh = next(kind.mesh for kind in owners if not isinstance(kind, torch.dtype))
-        self.layout = _layout(owners, _kinds(grads.tensors), tuple(grads.positions), id(mesh))
+        mesh = next(kind.mesh for kind in chain(owners, kinds) if not isinstance(kind, torch.dtype))
+        self.layout = _layout(owners, kinds, tuple(grads.positions), id(mesh))
         self.device = (grads.tensors or grads.owners.tensors)[0].device
         self.dtype = self.layout.dtype
         # Ahead of the first collective: what is refused here is most likely refused by all processes.
@@ -318,9 +319,11 @@ def _layout(
     mesh_id: int,  # noqa: ARG001 - of the first mesh, which stays as long as what is kept
 ) -> _Layout:
     """Work out how gradients lie, from what owners and gradients are and which owners the gradients belong to."""
+    here = dict(zip(positions, grads, strict=True))
     members: dict[DeviceMesh, list[int]] = {}
     plain = []
-    for position, kind in enumerate(owners):
+    for position, owner in enumerate(owners):
+        kind = here.get(position, owner) if isinstance(owner, torch.dtype) else owner
         if isinstance(kind, torch.dtype):
             plain.append(position)
         else:
@@ -331,7 +334,6 @@ def _layout(
         _part(mesh, own if i else sorted(own + plain), owners, grads, positions)
         for i, (mesh, own) in enumerate(mine.items())
     ]
-    here = dict(zip(positions, grads, strict=True))
     dtypes = {_dtype(here.get(position, kind)) for position, kind in enumerate(owners)}
     return _Layout(parts, _addends(grads, positions), dtypes)
 

@@ -328,6 +328,19 @@ def untouched() -> bool:
     return local_bits(parameters) == before
 
 
+def of_plain_parameters() -> Bits:
+    """A gradient that is a DTensor where its parameter is none, which torch allows, lies where it says."""
+    grad = distributed(values((8, 2), 0), mesh_of(4), ("S0",))
+    parameter = nn.Parameter(torch.zeros(8, 2))
+    parameter.grad = grad
+    exact = oracle.norm([values((8, 2), 0)], 2.0)
+    norm = fastclip.clip_grad_norm_([parameter], 1.0)
+    assert isinstance(norm, DTensor)
+    assert math.isclose(whole(norm).item(), exact, rel_tol=2.0**-20)
+    oracle.assert_close(whole(grad), oracle.as_numpy(values((8, 2), 0)) * oracle.coefficient(exact, 1.0), 2.0**-20)
+    return bits(norm)
+
+
 def under_way() -> bool:
     """Gradients that are the results of collectives nobody has waited for yet are waited for."""
     mesh = mesh_of(4)

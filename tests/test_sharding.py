@@ -232,6 +232,10 @@ def test_number_of_collectives(four: Pool, shape: tuple[int, ...], items: list[I
     assert four.run(ranks.counted, shape, items, p) == [count] * 4
 
 
+def test_parameters_that_are_no_dtensors(four: Pool) -> None:
+    assert same(four.run(ranks.of_plain_parameters))
+
+
 def test_gradients_under_way(four: Pool) -> None:
     assert all(four.run(ranks.under_way))
 
