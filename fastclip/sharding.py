@@ -74,9 +74,8 @@ def _local_parts(grads: Gradients) -> Gradients:
     else:
         parts = [_local(grad) if isinstance(grad, dtensor) else grad for grad in grads.tensors]
     kinds = set(map(type, parts))
-    if kinds != {Tensor}:  # one may be the result of a collective that is under way: `to_local` waits for it
-        with torch.no_grad():
-            parts = [grad.to_local() if isinstance(grad, dtensor) else grad for grad in grads.tensors]
+    if kinds != {Tensor}:  # one may be the result of a collective that is under way, and has a method to wait for it
+        parts = [part.wait() if hasattr(part, "wait") else part for part in parts]
         kinds = set(map(type, parts))
     return grads._replace(tensors=parts, kinds=kinds)
 
