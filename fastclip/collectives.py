@@ -129,7 +129,8 @@ def all_reduce(parts: Sequence[Tensor], shares: Sequence[Share], operation: dist
         on_mesh = [piece.to(mesh.device_type) for piece in pieces]
         buffer = on_mesh[0] if len(pieces) == 1 else torch.cat(on_mesh)
         dist.all_reduce(buffer, operation, group)
-        for i, piece, whole in zip(members, pieces, torch.split(buffer, [len(piece) for piece in pieces]), strict=True):
+        wholes = [buffer] if len(pieces) == 1 else torch.split(buffer, [len(piece) for piece in pieces])
+        for i, piece, whole in zip(members, pieces, wholes, strict=True):
             reduced[i] = whole.to(piece.device)
     return reduced
 
