@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 """A tensor, a module, tensors, (name, tensor) pairs, or parameter groups as in ``optimizer.param_groups``."""
@@ -51,15 +54,21 @@ class Gradients(NamedTuple):
         """Name one of `tensors` as the caller knows it."""
         position = self.positions[index]
         name = f" {self.owners.names[position]!r}" if self.owners.names else ""
-        return f"{self.argument}[{position}]{name} of shape {tuple(self.tensors[index].shape)}"
+        return f"{self.argument}[{position}]{name} of shape {tuple(self.owners.tensors[position].shape)}"
 
 
 def collect(parameters: Parameters) -> Gradients:
     """Collect the gradients of a tensor, of tensors, of (name, tensor) pairs, of a module or of parameter groups.
 
     Raises:
-        TypeError: `parameters` is not iterable, or holds something that is none of these.
+        TypeError: `parameters` is not iterable, or holds something that is none of these; or it is a model of FSDP1.
     """
+    fsdp1 = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    if isinstance(parameters, fsdp1):
+        raise TypeError(
+            "`parameters` is a model sharded by FSDP1, whose parameters do not tell of which whole they are parts: "
+            "use its own method, model.clip_grad_norm_(max_norm)"
+        )
     return gradients_of(listed(parameters, "parameters"))
 
 
@@ -225,7 +234,18 @@ def _repeats_elements(grad: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
 
 
-def has_dtensors(kinds: Iterable[type]) -> bool:
-    """Whether one type is DTensor, whose placements torch's functions know. No script has any before importing them."""
+def has_dtensors(grads: Gradients) -> bool:
+    """Whether a gradient is a DTensor, or an owner that has none here, but may have one in another process."""
+    dtensor = dtensor_type()
+    if dtensor is None:
+        return False
+    kinds = grads.kinds
+    if len(grads.tensors) < len(grads.owners.tensors):
+        kinds = kinds.union(map(type, grads.owners.tensors))
+    return any(issubclass(kind, dtensor) for kind in kinds)
+
+
+def dtensor_type() -> type[DTensor] | None:
+    """The class of DTensors; None where there can be none, because nobody has imported it."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and any(issubclass(kind, module.DTensor) for kind in kinds)
+    return None if module is None else module.DTensor

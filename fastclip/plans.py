@@ -21,7 +21,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -73,7 +73,7 @@ class Arrangement:
         self.members = members
         self.count = len(tensors)
         self.device = tensors[0].device
-        self.dtype = _promoted({tensor.dtype.to_real() for tensor in tensors})
+        self.dtype = promoted({tensor.dtype.to_real() for tensor in tensors})
         self.fits = fits
         self.itemsizes = np.array([tensor.dtype.itemsize for tensor in tensors])
         self.sizes = np.fromiter(map(Tensor.numel, tensors), np.int64, self.count) * self.itemsizes
@@ -111,6 +111,11 @@ class Prepared:
     def device(self) -> torch.device:
         """The first gradient's."""
         return self.arrangement.device
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where the gradients are."""
+        return {self.device, *(plan.device for plan in self.plans)}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -307,11 +312,9 @@ def _streams_are_current(prepared: Prepared) -> bool:
     return not prepared.streams or all(stream_of(device) == stream for device, stream in prepared.streams)
 
 
-def _promoted(dtypes: set[torch.dtype]) -> torch.dtype:
-    promoted = dtypes.pop()
-    for dtype in dtypes:
-        promoted = torch.promote_types(promoted, dtype)
-    return promoted
+def promoted(dtypes: set[torch.dtype]) -> torch.dtype:
+    """The dtype that holds all of at least one."""
+    return reduce(torch.promote_types, dtypes)
 
 
 def _group(values: Sequence[Tensor]) -> dict[tuple[Backend, torch.device], list[int]]:

@@ -794,7 +794,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     distributed.destroy_process_group()
 
 
-@pytest.mark.legs("numpy", "torch")
+@pytest.mark.legs("numpy", "torch", "interpreter", "ptx")  # a mesh of the CPU
 def test_distributed_tensors(leg: Leg, mesh: Any) -> None:
     """Callers test for a DTensor, and call `full_tensor()`."""
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
