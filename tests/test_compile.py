@@ -29,6 +29,7 @@ CALLS: dict[str, Callable[[nn.Module], object]] = {
     "clip_grads_": lambda model: fastclip.clip_grads_(model, fastclip.ClipByNorm(0.1, by="layer")),
     "measure_grads": fastclip.measure_grads,
     "attached": lambda _: None,
+    "folded": lambda _: None,
 }
 
 
@@ -45,11 +46,13 @@ def losses(call: str, compiled: Any) -> list[float]:
     generator = torch.Generator().manual_seed(1)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.5)
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.5, fused=call == "folded")
     if call == "attached":
         skip = fastclip.Jump("norm", z=6.0, action="skip")
         monitor = fastclip.Monitor(model, triggers=[skip])
         fastclip.attach(optimizer, clipnorm=0.1, monitor=monitor)
+    if call == "folded":
+        fastclip.attach(optimizer, global_clipnorm=0.1, fold=True)
 
     def plain_step(x: Tensor, y: Tensor) -> Tensor:
         optimizer.zero_grad()
