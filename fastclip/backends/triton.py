@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import Bounds, Int64s, Reduction, Scalar, on, one_each, stream_of, upload
+from fastclip.backends.interface import Bounds, Int64s, Reduction, Scalar, Unscaling, on, one_each, stream_of, upload
 
 SEGMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 """The position of each dtype in `fastclip.kernels.table.ELEMENT_SIZES`."""
@@ -77,14 +77,14 @@ class TritonPlan:
         plan.tables = self.tables.with_memory_of_its_own()
         return plan
 
-    def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
+    def reduce(self, p: float, max_norm: float, dtype: torch.dtype, unscaling: Unscaling | None = None) -> Reduction:
         tables = self.tables
         norm = torch.empty((), dtype=dtype, device=self.device)
         kind = _kind(p)
         partials = tables.counts if p == 0 else tables.partials
         scratch = (partials, tables.ticket, tables.state, norm)
-        arguments = (tables.chunks, self.rows, *scratch, *tables.ends, p, max_norm, kind)
-        self._launch("reduce_kernel", (kind, dtype), tables.programs, arguments)
+        arguments = (tables.chunks, self.rows, *scratch, *tables.ends, p, max_norm, kind, *(unscaling or (None, None)))
+        self._launch("reduce_kernel", (kind, dtype, unscaling is None), tables.programs, arguments)
         return Reduction(norm, tables.total, tables.coefficient)
 
     def norms(self) -> Tensor:
