@@ -65,6 +65,9 @@ def attach(
     To skip a step, as a monitor may ask, takes no sync with fused optimizers, which look at ``found_inf`` on the device
     (fused SGD once it has its momentum). With any other the host waits for the device in each step.
 
+    An optimizer that steps inside of backward, in a hook on the accumulation of a gradient, can clip by parameter or by
+    value. A rule by the global norm is an error then.
+
     With `fold` the optimizer itself does the scaling. That costs a read of the gradients for the norm, and the write
     that torch's fused kernels make of what they divide; clipping ahead of the step costs a read, and a second read and
     a write where there is something to clip. So folding pays where most steps are clipped. The optimizer divides by
@@ -89,6 +92,8 @@ def attach(
         The attachment: ``norm`` and ``clipped`` tell of the last step, ``detach()`` ends it.
 
     Raises:
+        RuntimeError: In a step: it is inside of backward, and the rule is by the global norm; or no gradient is left,
+            because other optimizers have stepped there; or values are clipped, and carry the scale of a GradScaler.
         TypeError: `optimizer` is no `torch.optim.Optimizer`, `rule` no rule, or `monitor` no monitor.
         ValueError: Not exactly one rule is given, its bounds do not fit, the optimizer has an attachment already,
             `names` or the monitor has not its parameters, or the optimizer or the rule is none for `fold`.
@@ -205,6 +210,13 @@ class Attachment:
         if not self.is_attached:
             return
         owners, groups = self._find_members(optimizer)
+        rule = None if isinstance(self.rule, ClipByValue) else self.rule
+        if rule is not None and rule.by == "global" and torch._C._current_graph_task_id() >= 0:
+            raise RuntimeError(
+                f"{rule} is attached to an optimizer that steps inside of backward, where the other gradients are "
+                "not there yet: attach a rule by parameter (clipnorm=1.0) or by value (clipvalue=1.0), or step after "
+                "backward"
+            )
         scale = getattr(optimizer, "grad_scale", None)  # as GradScaler sets it for fused optimizers
         if scale is not None and isinstance(self.rule, ClipByValue):
             raise RuntimeError(
