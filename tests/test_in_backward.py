@@ -10,9 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from training import Training
 
 import fastclip
+
+
+def on_accumulation(parameter: Tensor, hook: Callable[[Tensor], object]) -> RemovableHandle:
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    return handle
 
 
 def step_in_backward(
@@ -30,7 +36,7 @@ def step_in_backward(
             optimizer.step()
             optimizer.zero_grad()
 
-        parameter.register_post_accumulate_grad_hook(hook)
+        on_accumulation(parameter, hook)
 
 
 def after_backward() -> Training:
@@ -56,7 +62,7 @@ CLIPPING: dict[str, Callable[[nn.Module], object]] = {
 def test_clipping_afterwards_is_an_error(call: str, by_torch: bool) -> None:
     training = Training()
     if by_torch:
-        from torch.distributed.optim import _apply_optimizer_in_backward
+        from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
 
         _apply_optimizer_in_backward(torch.optim.SGD, training.model.parameters(), {"lr": 0.5})
     else:
@@ -80,7 +86,7 @@ def test_a_rule_attached_to_an_optimizer_that_steps_afterwards_is_an_error() -> 
 def test_where_some_step_it_warns_and_clips_the_rest() -> None:
     training = Training()
     hooked, *others = training.model.parameters()
-    hooked.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    on_accumulation(hooked, lambda parameter: setattr(parameter, "grad", None))
     training.backward(0)
     exact = oracle.norm([p.grad for p in others if p.grad is not None], 2)
     with pytest.warns(UserWarning, match="1 of 4 parameters have no gradient, but a hook") as caught:
@@ -92,8 +98,8 @@ def test_where_some_step_it_warns_and_clips_the_rest() -> None:
 def test_hooks_that_leave_the_gradient_and_parameters_without_one_are_nothing_to_warn_of() -> None:
     training = Training()
     first, second, *_ = training.model.parameters()
-    first.register_post_accumulate_grad_hook(lambda _: None)
-    handle = second.register_post_accumulate_grad_hook(lambda _: None)
+    on_accumulation(first, lambda _: None)
+    handle = on_accumulation(second, lambda _: None)
     training.backward(0)
     handle.remove()
     second.grad = None

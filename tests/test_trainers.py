@@ -187,7 +187,8 @@ def test_lightning(by: str, tmp_path: Path) -> None:
     class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]  # a package that may not be there
         def __init__(self) -> None:
             super().__init__()
-            self.net, self.losses = model(), []
+            self.net = model()
+            self.losses: list[float] = []
 
         def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
             loss = functional.mse_loss(self.net(batch[0]), batch[1])
