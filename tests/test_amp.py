@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from gradients import embedded, parameters, random_values
+from gradients import embedded, parameters, random_values, twin
 from legs import CPU, Leg
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
@@ -62,9 +62,13 @@ def drawn(rng: np.random.Generator, leg: Leg, sizes: Sequence[int] = (5000, 1, 3
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e6], ids=["clips", "does not clip"])
 @pytest.mark.parametrize("p", [2.0, 1.0, 3.0, math.inf])
-def test_same_as_unscale_and_clip(leg: Leg, rng: np.random.Generator, p: float, max_norm: float) -> None:
-    scaled = drawn(rng, leg)
-    ours, theirs = (optimizer_of([grad.clone() for grad in scaled]) for _ in range(2))
+@pytest.mark.parametrize("one_plan", [True, False], ids=["plain", "with a strided one"])
+def test_same_as_unscale_and_clip(
+    leg: Leg, rng: np.random.Generator, one_plan: bool, p: float, max_norm: float
+) -> None:
+    strided = embedded(random_values(rng, (50,), torch.float32) * SCALE, strides=(3,), device=leg.device)
+    scaled = drawn(rng, leg) if one_plan else [*drawn(rng, leg), strided]
+    ours, theirs = (optimizer_of([twin(grad) for grad in scaled]) for _ in range(2))
     scaler, stock = scaler_for(leg), scaler_for(leg)
     norm = fastclip.unscale_and_clip_grad_norm_(scaler, ours, max_norm, p)
     stock.unscale_(theirs)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +41,16 @@ def test_a_compiled_step(call: str) -> None:
 
     torch._dynamo.reset()
     assert losses(call, torch.compile(backend="eager")) == losses(call, lambda step: step)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's default backend compiles with g++")
+def test_a_step_compiled_by_torch_s_default_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._dynamo
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    plain = losses("clip_grad_norm_", lambda step: step)
+    assert losses("clip_grad_norm_", torch.compile()) == pytest.approx(plain, rel=1e-5)  # sums in another order
 
 
 def losses(call: str, compiled: Any) -> list[float]:
