@@ -136,7 +136,9 @@ def clip_scaled_grad_norm_(
     check_norm_dtype(norm_dtype)
     if not isinstance(found_inf, Tensor) or found_inf.dtype != torch.float32:
         raise TypeError(f"`found_inf` must be a tensor of torch.float32, not {found_inf!r}")
-    inverse = inv_scale if isinstance(inv_scale, Tensor) else torch.tensor(as_float("inv_scale", inv_scale))
+    inverse = inv_scale
+    if not isinstance(inverse, Tensor):
+        inverse = torch.tensor(as_float("inv_scale", inv_scale), dtype=torch.float32, device="cpu")
     for name, tensor in (("inv_scale", inverse), ("found_inf", found_inf)):
         if tensor.numel() != 1:
             raise ValueError(f"`{name}` must be one number, not a tensor of shape {tuple(tensor.shape)}")

@@ -72,8 +72,8 @@ def attach(
     that torch's fused kernels make of what they divide; clipping ahead of the step costs a read, and a second read and
     a write where there is something to clip. So folding pays where most steps are clipped. The optimizer divides by
     ``1 / coefficient`` in fp32: gradients differ from those clipped ahead of the step by rounding, at most 4 * 2**-24
-    of their size before they are rounded to a narrower dtype, and not at all where the coefficient is 1. A coefficient
-    below 2**-128 counts as 0.
+    of their size before they are rounded to a narrower dtype, and not at all where the coefficient is 1. Where the
+    divisor is beyond fp32 (a norm of 2**128 times the bound), gradients become 0.
 
     Args:
         optimizer: Any `torch.optim.Optimizer`.
