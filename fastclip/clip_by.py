@@ -198,7 +198,13 @@ def measure_grads(parameters: Parameters, by: By = "parameter") -> ClipResult:
 
 @torch.no_grad()
 def apply_rule(
-    grads: Gradients, rule: AnyRule | None, groups: Groups, *, each: bool = True, scale: Tensor | None = None
+    grads: Gradients,
+    rule: AnyRule | None,
+    groups: Groups,
+    *,
+    each: bool = True,
+    scale: Tensor | None = None,
+    write: bool = True,
 ) -> ClipResult:
     """Reduce, ask the rule, scale.
 
@@ -208,13 +214,14 @@ def apply_rule(
         groups: The groups of the gradients' owners.
         each: Whether the norm of each parameter is wanted, though the rule may do without.
         scale: What the gradients were multiplied by (a loss scale, one element): norms are those without it.
+        write: Whether to multiply by the coefficients, or to leave that to the caller.
     """
     if rule is not None:
         rule = rule.for_groups(groups.labels)
     if not grads.tensors and not has_dtensors(grads):
         return _of_nothing(grads, groups)
     limits = _limits(rule, grads, groups) if isinstance(rule, ClipByValue) else None
-    prepared = _prepared(grads, limits, in_place=rule is not None)
+    prepared = _prepared(grads, limits, in_place=rule is not None and write)
     norms = None
     if each or not groups.is_one:
         norms = _scattered(_unscaled(prepared.norms(), scale), grads)
@@ -228,7 +235,8 @@ def apply_rule(
         changed = _any(prepared.clamp_(grads, *limits, watch=True), prepared.device)
     elif rule is not None and not isinstance(rule, ClipByValue):
         coefficients = _coefficients(rule, group_norms)
-        prepared.scale_(grads, _gathered(coefficients, grads, groups))
+        if write:
+            prepared.scale_(grads, _gathered(coefficients, grads, groups))
     return ClipResult(norm, norms, present(grads), groups, group_norms, coefficients, changed)
 
 

@@ -68,9 +68,9 @@ def clip_grad_norm_(
         >>> norm = fastclip.clip_grad_norm_(model.parameters(), max_norm=1.0)
         >>> optimizer.step()
     """
-    limit = _as_float("max_norm", max_norm)
-    p = _as_float("norm_type", norm_type)
-    _check_norm_dtype(norm_dtype)
+    limit = as_float("max_norm", max_norm)
+    p = as_float("norm_type", norm_type)
+    check_norm_dtype(norm_dtype)
     grads = collect(parameters)
     _warn_if_used_up(parameters, grads)
     if not grads.tensors and not has_dtensors(grads):
@@ -116,8 +116,8 @@ def get_total_norm(
         TypeError: `tensors` holds something other than tensors.
         ValueError: `norm_type` is a string that is not a number.
     """
-    p = _as_float("norm_type", norm_type)
-    _check_norm_dtype(norm_dtype)
+    p = as_float("norm_type", norm_type)
+    check_norm_dtype(norm_dtype)
     grads = as_gradients(tensors)
     if not grads.tensors:
         return torch.zeros((), dtype=norm_dtype)
@@ -154,7 +154,7 @@ def clip_grads_with_norm_(
         TypeError: `parameters` holds something other than tensors, or a number is not one.
         ValueError: `total_norm` has more than one element.
     """
-    limit = _as_float("max_norm", max_norm)
+    limit = as_float("max_norm", max_norm)
     grads = collect(parameters)
     if not grads.tensors:
         return
@@ -191,7 +191,7 @@ def clip_grad_value_(
         TypeError: `parameters` holds something other than tensors, or `clip_value` is not a number.
         ValueError: `clip_value` is a string that is not a number.
     """
-    bound = _as_float("clip_value", clip_value)
+    bound = as_float("clip_value", clip_value)
     grads = collect(parameters)
     if not grads.tensors:
         return
@@ -234,14 +234,25 @@ def _stored(grad: Tensor) -> Tensor:
     return grad.coalesce().values() if grad.layout is torch.sparse_coo else grad
 
 
-def _as_float(name: str, value: object) -> float:
+def as_float(name: str, value: object) -> float:
+    """Return a number that the caller passed by this name, as torch takes it.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is a string that is not a number, or a tensor of several.
+    """
     try:
         return float(value.detach() if isinstance(value, Tensor) else value)  # type: ignore[arg-type]  # as torch does
     except (TypeError, ValueError) as error:
         raise type(error)(f"`{name}` must be a real number, not {value!r}") from None
 
 
-def _check_norm_dtype(norm_dtype: torch.dtype | None) -> None:
+def check_norm_dtype(norm_dtype: torch.dtype | None) -> None:
+    """Refuse what a norm cannot be of.
+
+    Raises:
+        TypeError: It is no floating-point dtype.
+    """
     if norm_dtype is not None and not (isinstance(norm_dtype, torch.dtype) and norm_dtype.is_floating_point):
         raise TypeError(f"`norm_dtype` must be a floating-point dtype such as torch.float32, not {norm_dtype!r}")
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fastclip.caller import warn_caller
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -61,6 +63,7 @@ def collect(parameters: Parameters) -> Gradients:
     """Collect the gradients of a tensor, of tensors, of (name, tensor) pairs, of a module or of parameter groups.
 
     Raises:
+        RuntimeError: No gradient is left, because optimizers have stepped inside of backward.
         TypeError: `parameters` is not iterable, or holds something that is none of these; or it is a model of FSDP1.
     """
     fsdp1 = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
@@ -79,6 +82,7 @@ def gradients_of(owners: Owners) -> Gradients:
     """Collect the gradients that the owners have now.
 
     Raises:
+        RuntimeError: No gradient is left, because optimizers have stepped inside of backward.
         TypeError: An owner is not a tensor.
     """
     try:
@@ -89,7 +93,34 @@ def gradients_of(owners: Owners) -> Gradients:
     if type(None) not in kinds:
         return Gradients(grads, owners, range(len(grads)), kinds, "parameters")
     positions = [position for position, grad in enumerate(grads) if grad is not None]
+    _refuse_used_up(owners.tensors, grads)
     return Gradients([grads[i] for i in positions], owners, positions, kinds - {type(None)}, "parameters")
+
+
+def _refuse_used_up(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Say so where an optimizer used gradients up inside of backward, rather than clip what is left of them.
+
+    It steps in a hook that runs when a parameter's gradient is accumulated, and frees the gradient. Other hooks of that
+    kind leave the gradient, and parameters without hooks merely have none.
+    """
+    used_up = sum(grad is None and _steps_in_backward(tensor) for tensor, grad in zip(tensors, grads, strict=True))
+    if not used_up:
+        return
+    message = (
+        f"{used_up} of {len(tensors)} parameters have no gradient, but a hook on its accumulation, as where an "
+        "optimizer steps inside of backward and frees it: of those nothing is left to clip. Clip each gradient in its "
+        "hook, ahead of the step (fastclip.clip_grad_norm_(parameter, 1.0)), or attach a rule by parameter or by value "
+        "to each optimizer (fastclip.attach(optimizer, clipnorm=1.0)). For a norm of all gradients, step after backward"
+    )
+    if used_up == len(tensors):
+        raise RuntimeError(message)
+    warn_caller(message)
+
+
+def _steps_in_backward(parameter: Tensor) -> bool:
+    """Whether a hook may step: one of torch's own kind, or one by `torch.distributed.optim`."""
+    hooks: object = getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return bool(hooks) or hasattr(parameter, "_in_backward_optimizers")
 
 
 def as_gradients(tensors: Parameters) -> Gradients:

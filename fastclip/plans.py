@@ -35,6 +35,7 @@ from fastclip.backends.interface import (
     Plan,
     Reduction,
     Scalar,
+    Unscaling,
     combine,
     is_capturing,
     on,
@@ -122,12 +123,12 @@ class Prepared:
         """The gradients' own, real and promoted where they differ: that of torch's norm."""
         return self.arrangement.dtype
 
-    def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
+    def reduce(self, p: float, max_norm: float, dtype: torch.dtype, unscaling: Unscaling | None = None) -> Reduction:
         """Reduce all plans to one norm, on the first gradient's device."""
         if len(self.plans) == 1 and self.plans[0].device == self.device:
-            return self.plans[0].reduce(p, max_norm, dtype)
+            return self.plans[0].reduce(p, max_norm, dtype, unscaling)
         totals = [on(self.device, plan.reduce(p, max_norm, dtype).total) for plan in self.plans]
-        return reduction(combine(totals or [on(self.device, 0.0)], p), max_norm, dtype)
+        return reduction(combine(totals or [on(self.device, 0.0)], p), max_norm, dtype, unscaling)
 
     def norms(self) -> Tensor:
         """Return the 2-norm of each gradient, [gradients], on the first gradient's device."""
