@@ -89,6 +89,8 @@ POINTERS = {
     "state": "*fp64",
     "norms": "*fp64",
     "norm": "*fp32",
+    "inv_scale": "*fp32",
+    "found_inf": "*fp32",
     "ticket": "*i32",
     "coefficients": "*fp64",
     "bounds": "*fp64",
@@ -100,9 +102,12 @@ DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8, "partials": 8}
 _IN_ORDER = ("fp32", "bf16", "fp16", "fp64")
 VARIANTS = {
     **{
-        f"reduce, {kind}": Variant(reduce_kernel, {"KIND": kind}, (*_IN_ORDER, "partials"))
+        f"reduce, {kind}": Variant(
+            reduce_kernel, {"KIND": kind, "inv_scale": None, "found_inf": None}, (*_IN_ORDER, "partials")
+        )
         for kind in ("two", "one", "zero", "max", "min", "power")
     },
+    "reduce, two, unscaling": Variant(reduce_kernel, {"KIND": "two"}, (*_IN_ORDER, "partials")),
     "tensor norms": Variant(tensor_norms_kernel, {}, ("partials",)),
     "apply": Variant(apply_kernel, {}, _IN_ORDER[::-1]),
     "clamp": Variant(clamp_kernel, {"bounds": None, "flags": None}, _IN_ORDER),

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastclip.amp import clip_scaled_grad_norm_, unscale_and_clip_grad_norm_
     from fastclip.attachment import Attachment, attach
     from fastclip.clip_by import (
         ClipResult,
@@ -58,12 +59,14 @@ _HOMES = {
     "clip_grad_value_": "fastclip.clipping",
     "clip_grads_": "fastclip.clip_by",
     "clip_grads_with_norm_": "fastclip.clipping",
+    "clip_scaled_grad_norm_": "fastclip.amp",
     "get_total_norm": "fastclip.clipping",
     "info": "fastclip.environment",
     "measure_grads": "fastclip.clip_by",
     "patch": "fastclip.patching",
     "patched": "fastclip.patching",
     "unpatch": "fastclip.patching",
+    "unscale_and_clip_grad_norm_": "fastclip.amp",
     "warm_up": "fastclip.environment",
 }
 
@@ -95,12 +98,14 @@ __all__ = [
     "clip_grad_value_",
     "clip_grads_",
     "clip_grads_with_norm_",
+    "clip_scaled_grad_norm_",
     "get_total_norm",
     "info",
     "measure_grads",
     "patch",
     "patched",
     "unpatch",
+    "unscale_and_clip_grad_norm_",
     "warm_up",
 ]
 

@@ -4,6 +4,9 @@ The clipping happens where the gradients are final: when `step` is called, or, f
 each time the closure returns. So gradients that are accumulated over several backward passes are clipped once. A step
 that `torch.amp.GradScaler` leaves out is not clipped at all, but for fused optimizers, which it has leave it out
 themselves.
+
+torch's fused optimizers divide each gradient by their attribute ``grad_scale`` where they read it anyway, and write the
+quotient back. Folded into them, clipping is no more than a norm, and that number.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastclip.backends.interface import on
 from fastclip.clip_by import ClipResult, apply_rule
 from fastclip.dynamo import untraced
 from fastclip.gradients import Owners, gradients_of, listed
@@ -23,6 +27,9 @@ from fastclip.rules import AnyRule, ClipByGlobalNorm, ClipByNorm, ClipByValue, a
 
 if TYPE_CHECKING:
     from fastclip.monitor import Monitor
+
+_DIVIDING = frozenset({"torch.optim.adam", "torch.optim.sgd", "torch.optim.adagrad"})
+"""Where the steps are defined that divide gradients by ``grad_scale``, as long as they are fused; AdamW's is Adam's."""
 
 _STATE = "fastclip"  # the key in the optimizer's state dict, which torch's `load_state_dict` passes over
 
@@ -36,6 +43,7 @@ def attach(
     global_clipnorm: float | None = None,
     monitor: Monitor | None = None,
     names: nn.Module | Iterable[tuple[str, Tensor]] | None = None,
+    fold: bool = False,
 ) -> Attachment:
     r"""Clip the gradients of an optimizer at each of its steps, by a rule that is given once.
 
@@ -57,6 +65,16 @@ def attach(
     To skip a step, as a monitor may ask, takes no sync with fused optimizers, which look at ``found_inf`` on the device
     (fused SGD once it has its momentum). With any other the host waits for the device in each step.
 
+    An optimizer that steps inside of backward, in a hook on the accumulation of a gradient, can clip by parameter or by
+    value. A rule by the global norm is an error then.
+
+    With `fold` the optimizer itself does the scaling. That costs a read of the gradients for the norm, and the write
+    that torch's fused kernels make of what they divide; clipping ahead of the step costs a read, and a second read and
+    a write where there is something to clip. So folding pays where most steps are clipped. The optimizer divides by
+    ``1 / coefficient`` in fp32: gradients differ from those clipped ahead of the step by rounding, at most 4 * 2**-24
+    of their size before they are rounded to a narrower dtype, and not at all where the coefficient is 1. Where the
+    divisor is beyond fp32 (a norm of 2**128 times the bound), gradients become 0.
+
     Args:
         optimizer: Any `torch.optim.Optimizer`.
         rule: What to clip by; None, where a monitor is given, watches only.
@@ -67,14 +85,18 @@ def attach(
         names: The model, or its ``named_parameters()``, for rules and messages that go by names; all of the optimizer's
             parameters must be there. The optimizer knows them itself if it was made from ``model.named_parameters()``,
             and so does a monitor made from a model.
+        fold: Have the optimizer apply the coefficient: torch's Adam, AdamW, SGD or Adagrad with ``fused=True``, and a
+            rule that has one coefficient for all gradients.
 
     Returns:
         The attachment: ``norm`` and ``clipped`` tell of the last step, ``detach()`` ends it.
 
     Raises:
+        RuntimeError: In a step: it is inside of backward, and the rule is by the global norm; or no gradient is left,
+            because other optimizers have stepped there; or values are clipped, and carry the scale of a GradScaler.
         TypeError: `optimizer` is no `torch.optim.Optimizer`, `rule` no rule, or `monitor` no monitor.
-        ValueError: Not exactly one rule is given, its bounds do not fit, the optimizer has an attachment already, or
-            `names` or the monitor has not its parameters.
+        ValueError: Not exactly one rule is given, its bounds do not fit, the optimizer has an attachment already,
+            `names` or the monitor has not its parameters, or the optimizer or the rule is none for `fold`.
 
     Example:
         >>> optimizer = torch.optim.Adam(model.parameters())
@@ -93,7 +115,7 @@ def attach(
     chosen = _one_of(rule, clipnorm, clipvalue, global_clipnorm)
     if chosen is None and monitor is None:
         raise ValueError("nothing to attach: give a rule, one of clipnorm, clipvalue, global_clipnorm, or a monitor")
-    return Attachment(optimizer, chosen, monitor, names)
+    return Attachment(optimizer, chosen, monitor, names, fold=fold)
 
 
 class Attachment:
@@ -114,6 +136,8 @@ class Attachment:
         rule: AnyRule | None,
         monitor: Monitor | None,
         names: nn.Module | Iterable[tuple[str, Tensor]] | None,
+        *,
+        fold: bool,
     ) -> None:
         self.rule = rule
         self.monitor = monitor
@@ -121,13 +145,16 @@ class Attachment:
         self.result: ClipResult | None = None
         self._kind = type(optimizer).__name__
         self._names = _names_by_id(names)
+        self._folds = fold
         self._members: tuple[list[list[int]], Owners, Groups] | None = None
         self._clipped: Tensor | None = None  # as it was restored
-        self._undo: Callable[[], None] | None = None
+        self._undo: list[Callable[[], None]] = []
         self._restored: dict[str, Any] | None = None
         self._is_stepping = False
         self.is_attached = True
-        self._find_members(optimizer)  # what does not fit is refused here rather than at the first step
+        _, groups = self._find_members(optimizer)  # what does not fit is refused here rather than at the first step
+        if fold:
+            _check_fold(optimizer, rule, groups)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -183,26 +210,38 @@ class Attachment:
         if not self.is_attached:
             return
         owners, groups = self._find_members(optimizer)
+        rule = None if isinstance(self.rule, ClipByValue) else self.rule
+        if rule is not None and rule.by == "global" and torch._C._current_graph_task_id() >= 0:
+            raise RuntimeError(
+                f"{rule} is attached to an optimizer that steps inside of backward, where the other gradients are "
+                "not there yet: attach a rule by parameter (clipnorm=1.0) or by value (clipvalue=1.0), or step after "
+                "backward"
+            )
         scale = getattr(optimizer, "grad_scale", None)  # as GradScaler sets it for fused optimizers
         if scale is not None and isinstance(self.rule, ClipByValue):
             raise RuntimeError(
                 f"{self.rule} is attached, but the gradients still carry the scale of GradScaler: call "
                 "scaler.unscale_(optimizer) before scaler.step(optimizer)"
             )
+        if self._folds:
+            _check_fold(optimizer, self.rule, groups)  # once more: a state dict may bring groups that are not fused
         grads = gradients_of(owners)
-        result = apply_rule(grads, self.rule, groups, each=self.monitor is not None, scale=scale)
+        each = self.monitor is not None
+        result = apply_rule(grads, self.rule, groups, each=each, scale=scale, write=not self._folds)
         self.result, self.norm = result, result.norm
+        if self._folds and result.coefficients is not None:
+            divisor = (1.0 if scale is None else on(result.norm.device, scale)) / result.coefficients[0]
+            self._undo.append(_lend(optimizer, "grad_scale", divisor.float()))
         if self.monitor is not None:
             skip = self.monitor.update(result)
             if self.monitor.skips:
-                self._undo = _skip_step(optimizer, owners, skip)
+                self._undo += _skip_step(optimizer, owners, skip)
 
     def _after_step(self, *_: object) -> None:
-        """Put back what `_skip_step` changed."""
+        """Put back what was changed for the step."""
         self._is_stepping = False
-        if self._undo is not None:
-            self._undo()
-            self._undo = None
+        while self._undo:
+            self._undo.pop()()
 
     def _find_members(self, optimizer: Optimizer) -> tuple[Owners, Groups]:
         """The optimizer's parameters and their groups; found anew only where the optimizer has other parameters."""
@@ -237,7 +276,9 @@ class Attachment:
         owners, groups = self._find_members(optimizer)
         if self.rule is not None and "rule" in state:
             rule = from_state(self.rule, groups.labels, state["rule"])
-            _grouped(owners, rule)  # raises where it does not fit
+            groups = _grouped(owners, rule)  # raises where it does not fit
+            if self._folds:
+                _check_fold(optimizer, rule, groups)
             self.rule = rule
         if self.monitor is not None and "monitor" in state:
             self.monitor.load_state_dict(state["monitor"])
@@ -316,7 +357,44 @@ def _in_order_of(watched: Owners, owners: Owners) -> Owners:
     return Owners(watched.tensors, names, groups, owners.group_count)
 
 
-def _skip_step(optimizer: Optimizer, owners: Owners, skip: Tensor) -> Callable[[], None] | None:
+def _check_fold(optimizer: Optimizer, rule: AnyRule | None, groups: Groups) -> None:
+    """Refuse to fold a rule into an optimizer that would not divide by ``grad_scale``, or one that is no number.
+
+    Raises:
+        ValueError: It is so. Of torch's optimizers those that are not fused fail with ``grad_scale`` set, or, like
+            RMSprop, take no notice of it; and so may a subclass with a step of its own.
+    """
+    kind = type(optimizer)
+    if kind.step.__module__ not in _DIVIDING or not all(group_.get("fused") for group_ in optimizer.param_groups):
+        raise ValueError(
+            "fold=True takes torch's own Adam, AdamW, SGD or Adagrad, made with fused=True: their steps divide the "
+            f"gradients by `grad_scale`, and that of this {kind.__name__} does not. Without fold=True, fastclip scales "
+            "them ahead of the step"
+        )
+    if rule is None or isinstance(rule, ClipByValue) or not groups.is_one:
+        raise ValueError(
+            f"fold=True hands the optimizer one coefficient for all gradients, which {rule} does not have: give a rule "
+            "by the global norm, such as global_clipnorm=1.0, or leave fold=True out"
+        )
+
+
+def _lend(optimizer: Optimizer, name: str, value: Tensor) -> Callable[[], None]:
+    """Give an optimizer an attribute for the step that follows; return what puts back what GradScaler had there."""
+    before = vars(optimizer).get(name, _lend)  # which it never is
+    setattr(optimizer, name, value)
+
+    def put_back() -> None:
+        if getattr(optimizer, name, None) is not value:
+            return  # GradScaler has been here since, after a step that raised
+        if before is _lend:
+            delattr(optimizer, name)
+        else:
+            setattr(optimizer, name, before)
+
+    return put_back
+
+
+def _skip_step(optimizer: Optimizer, owners: Owners, skip: Tensor) -> list[Callable[[], None]]:
     """Have the step that follows change nothing where `skip` is set; return what puts things back after it.
 
     Fused optimizers look at ``found_inf`` on the device. Any other has to be kept from stepping by the host, which
@@ -325,20 +403,9 @@ def _skip_step(optimizer: Optimizer, owners: Owners, skip: Tensor) -> Callable[[
     if _takes_found_inf(optimizer):
         found = getattr(optimizer, "found_inf", None)  # GradScaler's
         flag = skip.to(torch.float32)
-        ours = flag if found is None else torch.maximum(found, flag.to(found.device))
-        optimizer.found_inf = ours  # type: ignore[attr-defined]
-
-        def put_back() -> None:
-            if getattr(optimizer, "found_inf", None) is not ours:
-                return  # GradScaler has been here since, after a step that raised
-            if found is None:
-                del optimizer.found_inf  # type: ignore[attr-defined]
-            else:
-                optimizer.found_inf = found  # type: ignore[attr-defined]
-
-        return put_back
+        return [_lend(optimizer, "found_inf", flag if found is None else torch.maximum(found, flag.to(found.device)))]
     if not skip:
-        return None
+        return []
     grads = [parameter.grad for parameter in owners.tensors]
     for parameter in owners.tensors:
         parameter.grad = None
@@ -348,7 +415,7 @@ def _skip_step(optimizer: Optimizer, owners: Owners, skip: Tensor) -> Callable[[
             if parameter.grad is None:
                 parameter.grad = grad
 
-    return give_back
+    return [give_back]
 
 
 def _takes_found_inf(optimizer: Optimizer) -> bool:

@@ -18,8 +18,9 @@ from fastclip.backends.interface import Bounds, norm_of_norms, on, wide_dtype
 from fastclip.dynamo import untraced
 from fastclip.gradients import Gradients, Parameters, check_bounds, collect, has_dtensors
 from fastclip.groups import By, Groups, group, index_of
-from fastclip.plans import Prepared, prepare
+from fastclip.plans import Prepared
 from fastclip.rules import AnyRule, Bound, ClipByGlobalNorm, ClipByNorm, ClipByValue, as_rule
+from fastclip.sharding import Sharded, as_plain, prepare, present
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def clip_grads_(parameters: Parameters, rule: AnyRule | Callable[[Tensor], Tenso
         RuntimeError: A gradient cannot be written in place, or a bound is beyond its dtype.
         TypeError: `parameters` holds something other than tensors, or `rule` is no rule.
         ValueError: The rule's bounds or coefficients do not fit the groups.
-        NotImplementedError: A gradient is a DTensor; or it is complex, and the rule clips by value.
+        NotImplementedError: A gradient is complex, and the rule clips by value.
 
     Example:
         >>> fastclip.clip_grads_(model, fastclip.ClipByNorm({"encoder": 1.0, "head": 0.1}, by="layer"))
@@ -96,7 +97,7 @@ def clip_by_value_(parameters: Parameters, clip_value_min: Bound, clip_value_max
         by: What a group is.
 
     Raises:
-        NotImplementedError: A gradient is complex, or a DTensor.
+        NotImplementedError: A gradient is complex.
         RuntimeError: A bound is beyond a gradient's dtype, or a gradient cannot be written in place.
         TypeError: `parameters` holds something other than tensors, or a bound is not a number.
         ValueError: A bound is NaN, or clip_value_min is above clip_value_max.
@@ -161,7 +162,7 @@ def clip_by_global_norm_(parameters: Parameters, clip_norm: float, use_norm: Ten
     if use_norm is None:
         return apply_rule(grads, rule, group(grads.owners, "global"), each=False).norm
     try:
-        norm = torch.as_tensor(use_norm).detach()
+        norm = torch.as_tensor(as_plain(use_norm)).detach()
     except (TypeError, ValueError, RuntimeError):  # all of which torch raises for what is no number
         raise TypeError(f"`use_norm` must be one number, not {use_norm!r}") from None
     if norm.numel() != 1:
@@ -197,7 +198,13 @@ def measure_grads(parameters: Parameters, by: By = "parameter") -> ClipResult:
 
 @torch.no_grad()
 def apply_rule(
-    grads: Gradients, rule: AnyRule | None, groups: Groups, *, each: bool = True, scale: Tensor | None = None
+    grads: Gradients,
+    rule: AnyRule | None,
+    groups: Groups,
+    *,
+    each: bool = True,
+    scale: Tensor | None = None,
+    write: bool = True,
 ) -> ClipResult:
     """Reduce, ask the rule, scale.
 
@@ -207,13 +214,14 @@ def apply_rule(
         groups: The groups of the gradients' owners.
         each: Whether the norm of each parameter is wanted, though the rule may do without.
         scale: What the gradients were multiplied by (a loss scale, one element): norms are those without it.
+        write: Whether to multiply by the coefficients, or to leave that to the caller.
     """
     if rule is not None:
         rule = rule.for_groups(groups.labels)
-    if not grads.tensors:
+    if not grads.tensors and not has_dtensors(grads):
         return _of_nothing(grads, groups)
     limits = _limits(rule, grads, groups) if isinstance(rule, ClipByValue) else None
-    prepared = _prepared(grads, limits, in_place=rule is not None)
+    prepared = _prepared(grads, limits, in_place=rule is not None and write)
     norms = None
     if each or not groups.is_one:
         norms = _scattered(_unscaled(prepared.norms(), scale), grads)
@@ -227,8 +235,9 @@ def apply_rule(
         changed = _any(prepared.clamp_(grads, *limits, watch=True), prepared.device)
     elif rule is not None and not isinstance(rule, ClipByValue):
         coefficients = _coefficients(rule, group_norms)
-        prepared.scale_(grads, _gathered(coefficients, grads, groups))
-    return ClipResult(norm, norms, grads.positions, groups, group_norms, coefficients, changed)
+        if write:
+            prepared.scale_(grads, _gathered(coefficients, grads, groups))
+    return ClipResult(norm, norms, present(grads), groups, group_norms, coefficients, changed)
 
 
 def _of_nothing(grads: Gradients, groups: Groups) -> ClipResult:
@@ -237,12 +246,10 @@ def _of_nothing(grads: Gradients, groups: Groups) -> ClipResult:
     return ClipResult(norms.sum(), norms, [], groups, group_norms)
 
 
-def _prepared(grads: Gradients, limits: tuple[Bounds, Bounds] | None = None, *, in_place: bool = True) -> Prepared:
+def _prepared(
+    grads: Gradients, limits: tuple[Bounds, Bounds] | None = None, *, in_place: bool = True
+) -> Prepared | Sharded:
     """Prepare gradients to be changed, by values to these limits, once it is certain that nothing will be refused."""
-    if has_dtensors(grads.kinds):
-        raise NotImplementedError(
-            "rules do not take DTensor gradients yet: clip with fastclip.clip_grad_norm_ or fastclip.clip_grad_value_"
-        )
     if limits is not None:
         check_bounds(grads, *limits)
     return prepare(grads, in_place=in_place)

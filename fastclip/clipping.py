@@ -18,7 +18,8 @@ from fastclip.backends.interface import Scalar, clip_coefficient, is_capturing, 
 from fastclip.caller import warn_caller
 from fastclip.dynamo import untraced
 from fastclip.gradients import Gradients, Parameters, as_gradients, check_bounds, collect, has_dtensors
-from fastclip.plans import Prepared, prepare
+from fastclip.plans import Prepared
+from fastclip.sharding import Sharded, as_plain, local_parts, on_mesh, prepare
 
 _MOST_NAMED = 10  # culprits listed in an error message
 
@@ -55,6 +56,7 @@ def clip_grad_norm_(
 
     Returns:
         The norm before clipping: 0-dim, on the first gradient's device; ``tensor(0.)`` where there are no gradients.
+        Of DTensors on one mesh it is a DTensor, whose ``full_tensor()`` is the norm of the whole gradients.
 
     Raises:
         RuntimeError: The norm is non-finite and `error_if_nonfinite`; or a gradient cannot be written in place.
@@ -66,24 +68,20 @@ def clip_grad_norm_(
         >>> norm = fastclip.clip_grad_norm_(model.parameters(), max_norm=1.0)
         >>> optimizer.step()
     """
-    limit = _as_float("max_norm", max_norm)
-    p = _as_float("norm_type", norm_type)
-    _check_norm_dtype(norm_dtype)
+    limit = as_float("max_norm", max_norm)
+    p = as_float("norm_type", norm_type)
+    check_norm_dtype(norm_dtype)
     grads = collect(parameters)
     _warn_if_used_up(parameters, grads)
-    if not grads.tensors:
+    if not grads.tensors and not has_dtensors(grads):
         return torch.zeros((), dtype=norm_dtype)
-    if has_dtensors(grads.kinds):
-        return _in_dtype(
-            originals.clip_grad_norm_(grads.owners.tensors, limit, p, error_if_nonfinite, foreach), norm_dtype
-        )
     prepared = prepare(grads, in_place=True)
     _check_foreach(foreach, prepared)
     reduced = prepared.reduce(p, limit, norm_dtype or prepared.dtype)
     if error_if_nonfinite:
         _raise_if_nonfinite(grads, p, reduced.total)
     prepared.scale_(grads, reduced.coefficient)
-    return reduced.norm
+    return on_mesh(reduced.norm, prepared)
 
 
 @untraced
@@ -110,26 +108,25 @@ def get_total_norm(
         norm_dtype: The dtype of the result; by default torch's.
 
     Returns:
-        The norm: 0-dim, on the first tensor's device; ``tensor(0.)`` where there are no tensors.
+        The norm: 0-dim, on the first tensor's device; ``tensor(0.)`` where there are no tensors. Of DTensors on one
+        mesh it is a DTensor.
 
     Raises:
         RuntimeError: The norm is non-finite and `error_if_nonfinite`.
         TypeError: `tensors` holds something other than tensors.
         ValueError: `norm_type` is a string that is not a number.
     """
-    p = _as_float("norm_type", norm_type)
-    _check_norm_dtype(norm_dtype)
+    p = as_float("norm_type", norm_type)
+    check_norm_dtype(norm_dtype)
     grads = as_gradients(tensors)
     if not grads.tensors:
         return torch.zeros((), dtype=norm_dtype)
-    if has_dtensors(grads.kinds):
-        return _in_dtype(originals.get_total_norm(grads.tensors, p, error_if_nonfinite, foreach), norm_dtype)
     prepared = prepare(grads, in_place=False)
     _check_foreach(foreach, prepared)
     reduced = prepared.reduce(p, float("inf"), norm_dtype or prepared.dtype)
     if error_if_nonfinite:
         _raise_if_nonfinite(grads, p, reduced.total)
-    return reduced.norm
+    return on_mesh(reduced.norm, prepared)
 
 
 @untraced
@@ -149,7 +146,7 @@ def clip_grads_with_norm_(
     Args:
         parameters: As in :func:`clip_grad_norm_`.
         max_norm: The largest norm allowed.
-        total_norm: The norm, a tensor of one element on any device.
+        total_norm: The norm, a tensor of one element on any device, or a DTensor.
         foreach: Accepted for torch's sake.
 
     Raises:
@@ -157,14 +154,11 @@ def clip_grads_with_norm_(
         TypeError: `parameters` holds something other than tensors, or a number is not one.
         ValueError: `total_norm` has more than one element.
     """
-    limit = _as_float("max_norm", max_norm)
+    limit = as_float("max_norm", max_norm)
     grads = collect(parameters)
     if not grads.tensors:
         return
-    if has_dtensors([*grads.kinds, type(total_norm)]):
-        originals.clip_grads_with_norm_(grads.owners.tensors, limit, total_norm, foreach)
-        return
-    total = total_norm if isinstance(total_norm, Tensor) else torch.tensor(total_norm, device="cpu")
+    total = as_plain(total_norm) if isinstance(total_norm, Tensor) else torch.tensor(total_norm, device="cpu")
     if total.numel() != 1:
         raise ValueError(f"`total_norm` must be one number, not a tensor of shape {tuple(total.shape)}")
     prepared = prepare(grads, in_place=True)
@@ -192,16 +186,14 @@ def clip_grad_value_(
 
     Raises:
         NotImplementedError: A gradient is complex.
-        RuntimeError: `clip_value` is beyond a gradient's dtype, or a gradient cannot be written in place.
+        RuntimeError: `clip_value` is beyond a gradient's dtype, or a gradient cannot be written in place; or it is a
+            DTensor whose sum is pending.
         TypeError: `parameters` holds something other than tensors, or `clip_value` is not a number.
         ValueError: `clip_value` is a string that is not a number.
     """
-    bound = _as_float("clip_value", clip_value)
+    bound = as_float("clip_value", clip_value)
     grads = collect(parameters)
     if not grads.tensors:
-        return
-    if has_dtensors(grads.kinds):
-        originals.clip_grad_value_(grads.owners.tensors, bound, foreach)
         return
     check_bounds(grads, bound)
     prepared = prepare(grads, in_place=True)
@@ -216,10 +208,16 @@ def _raise_if_nonfinite(grads: Gradients, p: float, total: Scalar) -> None:
         )
     if math.isfinite(total):
         return
-    culprits = [i for i, grad in enumerate(grads.tensors) if not bool(_stored(grad).isfinite().all())]
-    named = "; ".join(_describe(grads, index) for index in culprits[:_MOST_NAMED])
+    parts = local_parts(grads)  # a look at DTensors themselves would be a collective
+    culprits = [i for i, part in enumerate(parts.tensors) if not bool(_stored(part).isfinite().all())]
+    named = "; ".join(_describe(parts, index) for index in culprits[:_MOST_NAMED])
     more = f"; and {len(culprits) - _MOST_NAMED} more" if len(culprits) > _MOST_NAMED else ""
-    reason = f"Non-finite: {named}{more}" if culprits else "Every gradient is finite, but their norm is beyond fp64"
+    if culprits:
+        reason = f"Non-finite: {named}{more}"
+    elif parts is grads:
+        reason = "Every gradient is finite, but their norm is beyond fp64"
+    else:
+        reason = "What this process has of them is finite: another one names the culprits, or the norm is beyond fp64"
     raise RuntimeError(
         f"The total norm of order {p} for gradients from `{grads.argument}` is non-finite, so it cannot be clipped. "
         "To disable this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`. "
@@ -236,14 +234,25 @@ def _stored(grad: Tensor) -> Tensor:
     return grad.coalesce().values() if grad.layout is torch.sparse_coo else grad
 
 
-def _as_float(name: str, value: object) -> float:
+def as_float(name: str, value: object) -> float:
+    """Return a number that the caller passed by this name, as torch takes it.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is a string that is not a number, or a tensor of several.
+    """
     try:
         return float(value.detach() if isinstance(value, Tensor) else value)  # type: ignore[arg-type]  # as torch does
     except (TypeError, ValueError) as error:
         raise type(error)(f"`{name}` must be a real number, not {value!r}") from None
 
 
-def _check_norm_dtype(norm_dtype: torch.dtype | None) -> None:
+def check_norm_dtype(norm_dtype: torch.dtype | None) -> None:
+    """Refuse what a norm cannot be of.
+
+    Raises:
+        TypeError: It is no floating-point dtype.
+    """
     if norm_dtype is not None and not (isinstance(norm_dtype, torch.dtype) and norm_dtype.is_floating_point):
         raise TypeError(f"`norm_dtype` must be a floating-point dtype such as torch.float32, not {norm_dtype!r}")
 
@@ -254,13 +263,8 @@ def _warn_if_used_up(parameters: object, grads: Gradients) -> None:
         warn_caller(message)
 
 
-def _check_foreach(foreach: bool | None, prepared: Prepared) -> None:
+def _check_foreach(foreach: bool | None, prepared: Prepared | Sharded) -> None:
     """Let torch itself raise where it has no foreach operations for a device, as it does for foreach=True."""
     if foreach:
-        devices = {prepared.device, *(plan.device for plan in prepared.plans)}
-        for device in (device for device in devices if device.type not in ("cpu", "cuda")):
+        for device in (device for device in prepared.devices if device.type not in ("cpu", "cuda")):
             originals.get_total_norm([torch.empty(1, device=device)], foreach=True)
-
-
-def _in_dtype(norm: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return norm if dtype is None else norm.to(dtype)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from fastclip.caller import warn_caller
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 """A tensor, a module, tensors, (name, tensor) pairs, or parameter groups as in ``optimizer.param_groups``."""
@@ -51,15 +56,22 @@ class Gradients(NamedTuple):
         """Name one of `tensors` as the caller knows it."""
         position = self.positions[index]
         name = f" {self.owners.names[position]!r}" if self.owners.names else ""
-        return f"{self.argument}[{position}]{name} of shape {tuple(self.tensors[index].shape)}"
+        return f"{self.argument}[{position}]{name} of shape {tuple(self.owners.tensors[position].shape)}"
 
 
 def collect(parameters: Parameters) -> Gradients:
     """Collect the gradients of a tensor, of tensors, of (name, tensor) pairs, of a module or of parameter groups.
 
     Raises:
-        TypeError: `parameters` is not iterable, or holds something that is none of these.
+        RuntimeError: No gradient is left, because optimizers have stepped inside of backward.
+        TypeError: `parameters` is not iterable, or holds something that is none of these; or it is a model of FSDP1.
     """
+    fsdp1 = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    if isinstance(parameters, fsdp1):
+        raise TypeError(
+            "`parameters` is a model sharded by FSDP1, whose parameters do not tell of which whole they are parts: "
+            "use its own method, model.clip_grad_norm_(max_norm)"
+        )
     return gradients_of(listed(parameters, "parameters"))
 
 
@@ -70,6 +82,7 @@ def gradients_of(owners: Owners) -> Gradients:
     """Collect the gradients that the owners have now.
 
     Raises:
+        RuntimeError: No gradient is left, because optimizers have stepped inside of backward.
         TypeError: An owner is not a tensor.
     """
     try:
@@ -80,7 +93,34 @@ def gradients_of(owners: Owners) -> Gradients:
     if type(None) not in kinds:
         return Gradients(grads, owners, range(len(grads)), kinds, "parameters")
     positions = [position for position, grad in enumerate(grads) if grad is not None]
+    _refuse_used_up(owners.tensors, grads)
     return Gradients([grads[i] for i in positions], owners, positions, kinds - {type(None)}, "parameters")
+
+
+def _refuse_used_up(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Say so where an optimizer used gradients up inside of backward, rather than clip what is left of them.
+
+    It steps in a hook that runs when a parameter's gradient is accumulated, and frees the gradient. Other hooks of that
+    kind leave the gradient, and parameters without hooks merely have none.
+    """
+    used_up = sum(grad is None and _steps_in_backward(tensor) for tensor, grad in zip(tensors, grads, strict=True))
+    if not used_up:
+        return
+    message = (
+        f"{used_up} of {len(tensors)} parameters have no gradient, but a hook on its accumulation, as where an "
+        "optimizer steps inside of backward and frees it: of those nothing is left to clip. Clip each gradient in its "
+        "hook, ahead of the step (fastclip.clip_grad_norm_(parameter, 1.0)), or attach a rule by parameter or by value "
+        "to each optimizer (fastclip.attach(optimizer, clipnorm=1.0)). For a norm of all gradients, step after backward"
+    )
+    if used_up == len(tensors):
+        raise RuntimeError(message)
+    warn_caller(message)
+
+
+def _steps_in_backward(parameter: Tensor) -> bool:
+    """Whether a hook may step: one of torch's own kind, or one by `torch.distributed.optim`."""
+    hooks: object = getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return bool(hooks) or hasattr(parameter, "_in_backward_optimizers")
 
 
 def as_gradients(tensors: Parameters) -> Gradients:
@@ -225,7 +265,18 @@ def _repeats_elements(grad: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
 
 
-def has_dtensors(kinds: Iterable[type]) -> bool:
-    """Whether one type is DTensor, whose placements torch's functions know. No script has any before importing them."""
+def has_dtensors(grads: Gradients) -> bool:
+    """Whether a gradient is a DTensor, or an owner that has none here, but may have one in another process."""
+    dtensor = dtensor_type()
+    if dtensor is None:
+        return False
+    kinds = grads.kinds
+    if len(grads.tensors) < len(grads.owners.tensors):
+        kinds = kinds.union(map(type, grads.owners.tensors))
+    return any(issubclass(kind, dtensor) for kind in kinds)
+
+
+def dtensor_type() -> type[DTensor] | None:
+    """The class of DTensors; None where there can be none, because nobody has imported it."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and any(issubclass(kind, module.DTensor) for kind in kinds)
+    return None if module is None else module.DTensor

@@ -28,7 +28,7 @@ from fastclip.dynamo import untraced
 from fastclip.gradients import Parameters, as_gradients
 from fastclip.groups import By, group
 from fastclip.history import History, Row
-from fastclip.plans import prepare
+from fastclip.sharding import prepare
 from fastclip.sinks import Sink, as_sink
 from fastclip.triggers import SERIES, Moment, Report, Trigger, TriggerError, check_count, check_real
 

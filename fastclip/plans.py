@@ -21,7 +21,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -35,6 +35,7 @@ from fastclip.backends.interface import (
     Plan,
     Reduction,
     Scalar,
+    Unscaling,
     combine,
     is_capturing,
     on,
@@ -73,7 +74,7 @@ class Arrangement:
         self.members = members
         self.count = len(tensors)
         self.device = tensors[0].device
-        self.dtype = _promoted({tensor.dtype.to_real() for tensor in tensors})
+        self.dtype = promoted({tensor.dtype.to_real() for tensor in tensors})
         self.fits = fits
         self.itemsizes = np.array([tensor.dtype.itemsize for tensor in tensors])
         self.sizes = np.fromiter(map(Tensor.numel, tensors), np.int64, self.count) * self.itemsizes
@@ -113,16 +114,21 @@ class Prepared:
         return self.arrangement.device
 
     @property
+    def devices(self) -> set[torch.device]:
+        """Where the gradients are."""
+        return {self.device, *(plan.device for plan in self.plans)}
+
+    @property
     def dtype(self) -> torch.dtype:
         """The gradients' own, real and promoted where they differ: that of torch's norm."""
         return self.arrangement.dtype
 
-    def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
+    def reduce(self, p: float, max_norm: float, dtype: torch.dtype, unscaling: Unscaling | None = None) -> Reduction:
         """Reduce all plans to one norm, on the first gradient's device."""
         if len(self.plans) == 1 and self.plans[0].device == self.device:
-            return self.plans[0].reduce(p, max_norm, dtype)
+            return self.plans[0].reduce(p, max_norm, dtype, unscaling)
         totals = [on(self.device, plan.reduce(p, max_norm, dtype).total) for plan in self.plans]
-        return reduction(combine(totals or [on(self.device, 0.0)], p), max_norm, dtype)
+        return reduction(combine(totals or [on(self.device, 0.0)], p), max_norm, dtype, unscaling)
 
     def norms(self) -> Tensor:
         """Return the 2-norm of each gradient, [gradients], on the first gradient's device."""
@@ -307,11 +313,9 @@ def _streams_are_current(prepared: Prepared) -> bool:
     return not prepared.streams or all(stream_of(device) == stream for device, stream in prepared.streams)
 
 
-def _promoted(dtypes: set[torch.dtype]) -> torch.dtype:
-    promoted = dtypes.pop()
-    for dtype in dtypes:
-        promoted = torch.promote_types(promoted, dtype)
-    return promoted
+def promoted(dtypes: set[torch.dtype]) -> torch.dtype:
+    """The dtype that holds all of at least one."""
+    return reduce(torch.promote_types, dtypes)
 
 
 def _group(values: Sequence[Tensor]) -> dict[tuple[Backend, torch.device], list[int]]:

@@ -4,8 +4,8 @@ r"""The norm of all gradients in one launch: every gradient is read once, and no
 
 Each chunk's norm goes to a slot of its own in ``partials`` (fp64). The last program to finish, known by an integer
 ticket, combines them in a fixed order and applies the rule of the global norm,
-``coefficient = min(max_norm / (norm + 1e-6), 1)``. So the result is the same to the bit however many programs run and
-in whatever order they finish.
+``coefficient = min(max_norm / (norm + 1e-6), 1)``; from gradients that carry a loss scale it takes that off. So the
+result is the same to the bit however many programs run and in whatever order they finish.
 
 Powers are summed in fp32 within a chunk (fp64 for fp64 gradients and for powers that need exp2 and log2), and chunks
 are combined in fp64. A sum that left the range in which fp32 is right to rounding is done again, by the same loop, on
@@ -169,7 +169,7 @@ def _reduce_segment(chunks, rows, partials, begin, end, p, KIND: tl.constexpr, T
             tl.store(partials + index, norm)
 
 
-@triton.jit(do_not_specialize=["fp32_end", "bf16_end", "fp16_end", "fp64_end"])
+@triton.jit(do_not_specialize=["fp32_end", "bf16_end", "fp16_end", "fp64_end", "inv_scale", "found_inf"])
 def reduce_kernel(
     chunks,
     rows,
@@ -184,10 +184,13 @@ def reduce_kernel(
     p: tl.float64,
     max_norm: tl.float64,
     KIND: tl.constexpr,
+    inv_scale=None,
+    found_inf=None,
 ):
     """Leave each chunk's norm in `partials`, (norm, coefficient) in `state`, and the norm once more in `norm`.
 
-    For the 0-norm `partials` is all 0 before and after.
+    For the 0-norm `partials` is all 0 before and after. Unless `inv_scale` (fp32) is None, the norm is that of the
+    gradients times it, the coefficient multiplies by it, and `found_inf` (fp32) becomes 1 where one is not finite.
     """
     begin = fp32_end * 0
     _reduce_segment(chunks, rows, partials, begin, fp32_end, p, KIND, tl.float32)
@@ -197,8 +200,13 @@ def reduce_kernel(
     # acq_rel: each program's partials happen before its ticket, and every ticket before the last program's loads.
     if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         total = _norm(partials.to(tl.int64), fp64_end, begin, p, KIND, tl.float64, UNCUT)
+        if inv_scale is not None:
+            tl.store(found_inf, 1.0, mask=(total < float("inf")) == 0)
+            total *= tl.load(inv_scale).to(tl.float64)
         coefficient = max_norm / (total + EPS)
         coefficient = tl.where(coefficient > 1, 1.0, coefficient)  # a NaN stays one
+        if inv_scale is not None:
+            coefficient *= tl.load(inv_scale).to(tl.float64)
         tl.store(state, total)
         tl.store(state + 1, coefficient)
         if norm.dtype.element_ty == tl.float64:

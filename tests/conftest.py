@@ -16,6 +16,7 @@ pytest.register_assert_rewrite("oracle", "gradients")
 
 import legs  # noqa: E402 - found by the path above
 from legs import Leg  # noqa: E402
+from processes import Pool  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,3 +52,27 @@ def leg(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Random numbers that are the test's own, and the same in every run."""
     return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+def _pool(size: int) -> Iterator[Pool]:
+    pool = Pool(size)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def two() -> Iterator[Pool]:
+    """Two processes in a process group; started by the first test that runs something there."""
+    yield from _pool(2)
+
+
+@pytest.fixture(scope="session")
+def four() -> Iterator[Pool]:
+    """Four processes."""
+    yield from _pool(4)
+
+
+@pytest.fixture(scope="session")
+def eight() -> Iterator[Pool]:
+    """Eight processes."""
+    yield from _pool(8)

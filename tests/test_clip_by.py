@@ -559,32 +559,6 @@ def test_gradients_that_cannot_be_written_are_refused_before_any_changes(call: C
         call([*parameters([good]), 3])
 
 
-@pytest.fixture
-def mesh() -> Iterator[Any]:
-    """A mesh of one process."""
-    distributed = pytest.importorskip("torch.distributed")
-    if not distributed.is_available():
-        pytest.skip("this torch is built without distributed")
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    from torch.distributed.device_mesh import init_device_mesh
-
-    yield init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
-
-
-def test_distributed_tensors_are_refused(mesh: Any) -> None:
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    plain = torch.tensor([30.0, 40.0])
-    parameter = nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
-    parameter.grad = distribute_tensor(torch.full((4,), 50.0), mesh, [Shard(0)])
-    for call in (*CALLS, fastclip.measure_grads):
-        with pytest.raises(NotImplementedError, match=r"DTensor gradients yet: .*fastclip\.clip_grad_norm_"):
-            call([*parameters([plain]), parameter])
-        assert plain.tolist() == [30.0, 40.0]
-        assert parameter.grad.full_tensor().tolist() == [50.0] * 4
-
-
 def test_a_result_is_telling() -> None:
     result = fastclip.measure_grads(parameters([torch.tensor([3.0, 4.0])]))
     assert isinstance(result, ClipResult)

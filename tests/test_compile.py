@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ CALLS: dict[str, Callable[[nn.Module], object]] = {
     "clip_grads_": lambda model: fastclip.clip_grads_(model, fastclip.ClipByNorm(0.1, by="layer")),
     "measure_grads": fastclip.measure_grads,
     "attached": lambda _: None,
+    "folded": lambda _: None,
 }
 
 
@@ -40,16 +43,28 @@ def test_a_compiled_step(call: str) -> None:
     assert losses(call, torch.compile(backend="eager")) == losses(call, lambda step: step)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's default backend compiles with g++")
+def test_a_step_compiled_by_torch_s_default_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._dynamo
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    plain = losses("clip_grad_norm_", lambda step: step)
+    assert losses("clip_grad_norm_", torch.compile()) == pytest.approx(plain, rel=1e-5)  # sums in another order
+
+
 def losses(call: str, compiled: Any) -> list[float]:
     """The losses of a few steps; from the third on, nothing may be compiled any more."""
     generator = torch.Generator().manual_seed(1)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.5)
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.5, fused=call == "folded")
     if call == "attached":
         skip = fastclip.Jump("norm", z=6.0, action="skip")
         monitor = fastclip.Monitor(model, triggers=[skip])
         fastclip.attach(optimizer, clipnorm=0.1, monitor=monitor)
+    if call == "folded":
+        fastclip.attach(optimizer, global_clipnorm=0.1, fold=True)
 
     def plain_step(x: Tensor, y: Tensor) -> Tensor:
         optimizer.zero_grad()

@@ -42,6 +42,18 @@ class Reduction(NamedTuple):
     coefficient: Scalar
 
 
+class Unscaling(NamedTuple):
+    """How gradients that carry a loss scale get rid of it, and who is to know that one of them is not finite.
+
+    Attributes:
+        inv_scale: What they are to be multiplied by: 0-dim, fp32, on the gradients' device.
+        found_inf: Becomes 1 where a gradient is not finite, and else stays as it is: 0-dim, fp32, on the same device.
+    """
+
+    inv_scale: Tensor
+    found_inf: Tensor
+
+
 class Plan(Protocol):
     """Gradients of one device, ready to be reduced, scaled and clamped together."""
 
@@ -53,8 +65,11 @@ class Plan(Protocol):
     def captured(self) -> Plan:
         """Return a plan for the same gradients that a CUDA graph may replay: nobody else works in its memory."""
 
-    def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
-        """Read every gradient once for the p-norm of all of them. For p = 0 that is the number of nonzero tensors."""
+    def reduce(self, p: float, max_norm: float, dtype: torch.dtype, unscaling: Unscaling | None = None) -> Reduction:
+        """Read every gradient once for the p-norm of all of them. For p = 0 that is the number of nonzero tensors.
+
+        With `unscaling`, for p at least 1, it is the norm without the loss scale, which the coefficient takes off, too.
+        """
 
     def norms(self) -> Tensor:
         """Read every gradient once for the 2-norm of each: fp64 where the device has it, in memory that stays as it is.
@@ -90,9 +105,14 @@ def on(device: torch.device, scalar: Scalar) -> Tensor:
     return torch.tensor(scalar, dtype=wide_dtype(device), device=device)
 
 
-def reduction(total: Tensor, max_norm: float, dtype: torch.dtype) -> Reduction:
+def reduction(total: Tensor, max_norm: float, dtype: torch.dtype, unscaling: Unscaling | None = None) -> Reduction:
     """Apply the rule of the global norm to a total, by torch operations and so without a sync."""
-    return Reduction(total.to(dtype), total, clip_coefficient(total, max_norm))
+    if unscaling is None:
+        return Reduction(total.to(dtype), total, clip_coefficient(total, max_norm))
+    # No norm of finite gradients overflows: it is not finite exactly where one of them is not.
+    unscaling.found_inf.masked_fill_(~total.isfinite(), 1.0)
+    total = total * unscaling.inv_scale
+    return Reduction(total.to(dtype), total, clip_coefficient(total, max_norm) * unscaling.inv_scale)
 
 
 def clip_coefficient(total: Scalar, max_norm: float) -> Scalar:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import Bounds, Reduction, Scalar, clip_coefficient
+from fastclip.backends.interface import Bounds, Reduction, Scalar, Unscaling, clip_coefficient, on, reduction
 
 Array: TypeAlias = npt.NDArray[Any]
 Factors: TypeAlias = tuple[float, ...]
@@ -76,12 +76,14 @@ class NumpyPlan:
     def captured(self) -> NumpyPlan:
         raise RuntimeError("a CUDA graph cannot clip gradients on the CPU: clip them outside of the graph")
 
-    def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
+    def reduce(self, p: float, max_norm: float, dtype: torch.dtype, unscaling: Unscaling | None = None) -> Reduction:
         norms = self._norms(p)
         # A piece's 0-norm counts its nonzero elements; the set's counts the tensors that have any.
         parts = np.bincount(self.owners, weights=norms) if p == 0 else np.array(norms)
         with _quiet():
             total = norms[0] if len(norms) == 1 and p else _norm(parts, p)
+        if unscaling is not None:
+            return reduction(on(self.device, total), max_norm, dtype, unscaling)
         # In two steps, because torch refuses to make a number of a dtype that it would overflow.
         norm = torch.scalar_tensor(total, dtype=torch.float64, device=self.device).to(dtype)
         return Reduction(norm, total, clip_coefficient(total, max_norm))

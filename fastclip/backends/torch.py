@@ -10,6 +10,7 @@ from fastclip.backends.interface import (
     Int64s,
     Reduction,
     Scalar,
+    Unscaling,
     combine,
     on,
     one_each,
@@ -47,10 +48,10 @@ class TorchPlan:
         raise NotImplementedError("a plan that holds tensors is never kept")
 
     @torch.no_grad()
-    def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
+    def reduce(self, p: float, max_norm: float, dtype: torch.dtype, unscaling: Unscaling | None = None) -> Reduction:
         norms = [_norm(tensor, p) for tensor in self.tensors]
         total = torch.stack(norms).count_nonzero().to(norms[0].dtype) if p == 0 else combine(norms, p)
-        return reduction(total, max_norm, dtype)
+        return reduction(total, max_norm, dtype, unscaling)
 
     @torch.no_grad()
     def norms(self) -> Tensor:

@@ -25,6 +25,7 @@ from fastclip.backends.interface import (
     Int64s,
     Reduction,
     Scalar,
+    Unscaling,
     for_graphs,
     on,
     one_each,
@@ -88,14 +89,14 @@ class TritonPlan:
         plan.tables = self.tables.with_memory_of_its_own()
         return plan
 
-    def reduce(self, p: float, max_norm: float, dtype: torch.dtype) -> Reduction:
+    def reduce(self, p: float, max_norm: float, dtype: torch.dtype, unscaling: Unscaling | None = None) -> Reduction:
         tables = self.tables
         norm = torch.empty((), dtype=dtype, device=self.device)
         kind = _kind(p)
         partials = tables.counts if p == 0 else tables.partials
         scratch = (partials, tables.ticket, tables.state, norm)
-        arguments = (tables.chunks, self.rows, *scratch, *tables.ends, p, max_norm, kind)
-        self._launch("reduce_kernel", (kind, dtype), len(tables.chunks), arguments)
+        arguments = (tables.chunks, self.rows, *scratch, *tables.ends, p, max_norm, kind, *(unscaling or (None, None)))
+        self._launch("reduce_kernel", (kind, dtype, unscaling is None), len(tables.chunks), arguments)
         return Reduction(norm, tables.total, tables.coefficient)
 
     def norms(self) -> Tensor:

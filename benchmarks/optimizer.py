@@ -1,0 +1,152 @@
+"""Clipping with the optimizer's step, and with a GradScaler's unscaling: apart from it, and in one with it.
+
+    python -m benchmarks.optimizer [--device cuda] [--rounds 21]
+
+The rows of an optimizer are a clip and a fused step: torch's clip, fastclip's ahead of the step, and fastclip's folded
+into it. Those of `unscale` are the unscaling and a clip: torch's two, torch's and fastclip's, and fastclip's one. Each
+candidate has parameters and gradients of its own, the same values for all, and they take turns. Times are medians; on a
+GPU the device is waited for. "Differs" is how far the gradients are, after the first of the calls that are timed, from
+those of fastclip's clip that stands apart, relative to the largest of the tensor: what rounding makes of the same norm,
+and in torch's column what its fp32 sum of squares adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import fastclip
+
+WORKLOADS = {
+    "150 x 1000": [1000] * 150,
+    "150 x 100,000": [100_000] * 150,
+    "40 x 1,000,000": [1_000_000] * 40,
+}
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, fused=True),
+    "Adam": lambda parameters: torch.optim.Adam(parameters, fused=True),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, fused=True),
+    "Adagrad": lambda parameters: torch.optim.Adagrad(parameters, fused=True),
+}
+SCALE = 2.0**16
+FAR = 1e9  # a bound that nothing reaches
+
+
+class Candidate:
+    """Parameters and their optimizer; `call` does what is timed, on gradients that are new each time."""
+
+    def __init__(self, sizes: Sequence[int], make: Callable[[Any], Optimizer], device: str) -> None:
+        self.parameters = [nn.Parameter(torch.zeros(size, device=device)) for size in sizes]
+        self.optimizer = make(self.parameters)
+        self.call: Callable[[], object] = self.optimizer.step
+        for parameter in self.parameters:
+            parameter.grad = torch.empty_like(parameter)
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """The parameters' gradients."""
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+    def refill(self, values: Sequence[Tensor]) -> None:
+        """Give the gradients these values, where they are."""
+        torch._foreach_copy_(self.grads, list(values))
+
+
+def steps(sizes: Sequence[int], optimizer: str, device: str, bound: float) -> dict[str, Candidate]:
+    """A clip and a step."""
+    torch_s, ahead, folded = (Candidate(sizes, OPTIMIZERS[optimizer], device) for _ in range(3))
+
+    def call_of(candidate: Candidate, clip: Callable[..., object]) -> Callable[[], object]:
+        return lambda: (clip(candidate.parameters, bound), candidate.optimizer.step())
+
+    torch_s.call = call_of(torch_s, torch.nn.utils.clip_grad_norm_)
+    ahead.call = call_of(ahead, fastclip.clip_grad_norm_)
+    fastclip.attach(folded.optimizer, fastclip.ClipGradNorm(bound), fold=True)
+    return {"torch": torch_s, "ahead": ahead, "folded": folded}
+
+
+def unscaling(sizes: Sequence[int], device: str, bound: float) -> dict[str, Candidate]:
+    """The unscaling and a clip."""
+    candidates = {name: Candidate(sizes, OPTIMIZERS["SGD"], device) for name in ("torch", "apart", "in one")}
+
+    def call_of(candidate: Candidate, name: str) -> Callable[[], object]:
+        scaler = torch.amp.GradScaler(device, init_scale=SCALE)
+        scaler.scale(torch.zeros((), device=device))
+        clip: Any = {"torch": torch.nn.utils.clip_grad_norm_, "apart": fastclip.clip_grad_norm_}.get(name)
+
+        def call() -> None:
+            scaler._per_optimizer_states.clear()  # as `update` leaves them, which is not what is timed
+            if clip is None:
+                fastclip.unscale_and_clip_grad_norm_(scaler, candidate.optimizer, bound)
+            else:
+                scaler.unscale_(candidate.optimizer)
+                clip(candidate.parameters, bound)
+
+        return call
+
+    for name, candidate in candidates.items():
+        candidate.call = call_of(candidate, name)
+    return candidates
+
+
+def compare(candidates: dict[str, Candidate], values: Sequence[Tensor], device: str, rounds: int) -> str:
+    """A row of the table: each candidate's time, and how far its gradients are from the second one's."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    far = dict.fromkeys(candidates, 0.0)
+    for number in range(rounds + 2):
+        for name, candidate in candidates.items():
+            candidate.refill(values)
+            _wait(device)
+            start = time.perf_counter()
+            candidate.call()
+            _wait(device)
+            times[name].append(time.perf_counter() - start)
+        if number == 2:
+            reference = list(candidates.values())[1].grads
+            far = {name: _distance(candidate.grads, reference) for name, candidate in candidates.items()}
+    shown = [f"{name} {median(times[name][2:]) * 1e3:8.2f} ms" for name in candidates]
+    return "  ".join(shown) + "   differs " + ", ".join(f"{value:.1e}" for value in far.values())
+
+
+def _distance(grads: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(grads, reference, strict=True))
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def main(arguments: list[str]) -> int:
+    """Measure and print the table.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.optimizer", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=21)
+    options = parser.parse_args(arguments)
+    device = options.device
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, medians of {options.rounds} rounds")
+    for workload, sizes in WORKLOADS.items():
+        values = [torch.randn(size, device=device) for size in sizes]
+        for case, bound in (("clips", 1.0), ("nothing to clip", FAR)):
+            for optimizer in OPTIMIZERS:
+                row = compare(steps(sizes, optimizer, device, bound), values, device, options.rounds)
+                print(f"{workload:14} {case:16} {optimizer:8} {row}", flush=True)
+            row = compare(unscaling(sizes, device, bound), [v * SCALE for v in values], device, options.rounds)
+            print(f"{workload:14} {case:16} unscale  {row}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

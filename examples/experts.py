@@ -1,0 +1,159 @@
+"""A mixture of experts whose experts lie on a mesh of their own, clipped together with the rest of the model.
+
+    python examples/experts.py
+
+Four processes share the model twice over. What every token passes is sharded over all four (FSDP2). The experts are
+first given out among two of them (expert parallelism), then each expert is sharded over the two that have it. So a list
+of all parameters has DTensors on two meshes, on which torch's `clip_grad_norm_` raises. fastclip's takes it as it is,
+with one all-reduce for each process group. The result is compared with the same model in one process, in fp64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from launch import PROCESSES, Run, compare
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+import fastclip
+
+EXPERTS = 4
+WIDTH = 24
+BATCH = 64
+LEARNING_RATE = 0.5
+MAX_NORM = 0.2
+
+
+class Experts(nn.Module):
+    """A linear map for each expert; on a mesh, every process of it has some of the experts."""
+
+    def __init__(self) -> None:
+        """Make the experts, all of them."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH) / WIDTH**0.5)
+        self.mesh: DeviceMesh | None = None
+
+    def give_out(self, mesh: DeviceMesh) -> None:
+        """Leave each process of a mesh of one dimension its share of the experts."""
+        self.mesh = mesh
+        self.weight = nn.Parameter(distribute_tensor(self.weight.detach(), mesh, [Shard(0)]))
+
+    def forward(self, x: Tensor, shares: Tensor) -> Tensor:
+        """Map tokens, [tokens, width], by the experts, in these shares, [tokens, experts]."""
+        if self.mesh is None:
+            return _mapped(x, shares, self.weight)
+        # The mesh's processes have different tokens: all of these are gathered, each process has its own experts map
+        # them, and adds up with the others what belongs to its tokens.
+        everything = torch.cat([x, shares], dim=1)
+        gathered = DTensor.from_local(everything, self.mesh, [Shard(0)], run_check=False).redistribute(
+            placements=[Replicate()]
+        )
+        x, shares = torch.split(gathered.to_local(grad_placements=[Partial()]), [WIDTH, EXPERTS], dim=1)
+        weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
+        mine = shares.chunk(self.mesh.size(), dim=1)[self.mesh.get_local_rank()]
+        added = DTensor.from_local(_mapped(x, mine, weight), self.mesh, [Partial()], run_check=False)
+        return added.redistribute(placements=[Shard(0)]).to_local().clone()  # FSDP2 warns of what is a view
+
+
+def _mapped(x: Tensor, shares: Tensor, weight: Tensor) -> Tensor:
+    mapped: Tensor = torch.einsum("td,te,edf->tf", x, shares, weight)
+    return mapped
+
+
+class Model(nn.Module):
+    """An input layer, a router that picks an expert for each token, the experts, and an output layer."""
+
+    def __init__(self) -> None:
+        """Make the layers."""
+        super().__init__()
+        self.into = nn.Linear(3, WIDTH)
+        self.router = nn.Linear(WIDTH, EXPERTS)
+        self.experts = Experts()
+        self.out = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens, [tokens, 3], to a number each."""
+        hidden = torch.tanh(self.into(x))
+        probabilities = self.router(hidden).softmax(1)
+        best = probabilities == probabilities.amax(1, keepdim=True)
+        y: Tensor = self.out(torch.tanh(hidden + self.experts(hidden, probabilities * best)))
+        return y
+
+
+def make_model(dtype: torch.dtype = torch.float32) -> Model:
+    """Make the model; the same one in every process."""
+    torch.manual_seed(0)
+    return Model().to(dtype)
+
+
+def data(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Tokens, and what the model is to say of them."""
+    x = torch.randn(BATCH, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return x.to(dtype), x.prod(1, keepdim=True).to(dtype)
+
+
+def distribute(model: Model) -> None:
+    """Shard the experts over two meshes' dimensions, and all else over a mesh of one."""
+    everyone = init_device_mesh("cpu", (PROCESSES,), mesh_dim_names=("data",))
+    grid = init_device_mesh("cpu", (PROCESSES // 2, 2), mesh_dim_names=("shards", "experts"))
+    model.experts.give_out(grid["experts"])
+    fully_shard(model.experts, mesh=grid["shards"], shard_placement_fn=lambda _: Shard(1))
+    # An expert has the tokens of all processes, but its gradient would be divided by the number of its shards.
+    model.experts.set_gradient_divide_factor(PROCESSES)  # type: ignore[operator]  # `fully_shard` makes it an FSDPModule
+    model.experts.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]  # gloo has no scaled sum
+    fully_shard(model, mesh=everyone)
+
+
+def train(steps: int) -> Run:
+    """Train on four processes, each with a quarter of the tokens."""
+    model = make_model()
+    distribute(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    x, target = (part.chunk(PROCESSES)[dist.get_rank()] for part in data())
+    run = Run([], [])
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), target)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = fastclip.clip_grad_norm_(model.parameters(), MAX_NORM)
+        optimizer.step()
+        total = loss.detach() / PROCESSES
+        dist.all_reduce(total)
+        run.losses.append(total.item())
+        run.norms.append(norm.item())
+    return run
+
+
+def alone(steps: int) -> Run:
+    """Train in this process, in fp64, by torch's own clipping."""
+    model = make_model(torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    x, target = data(torch.float64)
+    run = Run([], [])
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), target)
+        loss.backward()  # type: ignore[no-untyped-call]
+        run.norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
+        optimizer.step()
+        run.losses.append(loss.item())
+    return run
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train both ways, and compare."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=20)
+    compare(train, alone, parser.parse_args(arguments).steps)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

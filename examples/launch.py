@@ -1,0 +1,64 @@
+"""What the examples on several processes share: starting them, on this machine's CPU, and comparing what they find."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+PROCESSES = 4
+
+
+class Run(NamedTuple):
+    """What training was like.
+
+    Attributes:
+        losses: The mean loss over all data, before each step.
+        norms: The norm of all gradients, before clipping.
+    """
+
+    losses: list[float]
+    norms: list[float]
+
+
+def compare(train: Callable[[int], Run], alone: Callable[[int], Run], steps: int) -> None:
+    """Train on four processes, and in this one; print losses and norms side by side.
+
+    Args:
+        train: Takes the number of steps; is called by every process, in a process group of gloo.
+        alone: The same, in fp64, in one process.
+        steps: The number of steps.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "found"
+        arguments = (train, steps, str(Path(folder) / "store"), str(found))
+        multiprocessing.spawn(_be, arguments, PROCESSES)  # type: ignore[attr-defined, no-untyped-call]
+        losses, norms = torch.load(found)
+    expected = alone(steps)
+    print(f"step   loss on {PROCESSES}   alone, fp64   norm on {PROCESSES}   alone, fp64")
+    for step, (loss, other, norm, other_norm) in enumerate(
+        zip(losses, expected.losses, norms, expected.norms, strict=True), start=1
+    ):
+        print(f"{step:4} {loss:11.6f} {other:13.6f} {norm:11.6f} {other_norm:13.6f}")
+    print(f"The losses differ by at most {_difference(losses, expected.losses):.1e} of their size,")
+    print(f"the norms by {_difference(norms, expected.norms):.1e}.")
+
+
+def _be(rank: int, train: Callable[[int], Run], steps: int, store: str, found: str) -> None:
+    """Be one of the processes; the first one leaves what it found in a file."""
+    torch.set_num_threads(1)
+    rendezvous = dist.FileStore(store, PROCESSES)  # type: ignore[attr-defined]  # which torch does not list
+    dist.init_process_group("gloo", store=rendezvous, rank=rank, world_size=PROCESSES)
+    run = train(steps)
+    if rank == 0:
+        torch.save(tuple(run), found)
+    dist.destroy_process_group()
+
+
+def _difference(found: Sequence[float], expected: Sequence[float]) -> float:
+    return max(abs(own - other) / abs(other) for own, other in zip(found, expected, strict=True))

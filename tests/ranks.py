@@ -1,0 +1,488 @@
+"""What each process does in the tests of sharded gradients: functions that `processes.Pool` runs on every rank.
+
+Placements are written as in torch's own short form: R, S0, S1, P (a sum), A (an average), and S0/2 for a strided shard
+with a split factor of 2; one for each dimension of the mesh.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import oracle
+import torch
+import torch.distributed as dist
+from processes import join
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.placement_types import _StridedShard
+
+import fastclip
+from fastclip.gradients import collect
+from fastclip.sharding import local_parts
+
+Item = tuple[tuple[int, ...], tuple[str, ...]]
+"""A gradient: its shape, and its placements on the mesh; without placements it is no DTensor."""
+
+Bits = list[int]
+
+NAMES = ("a", "b", "c")
+
+
+@cache
+def mesh_of(*shape: int) -> DeviceMesh:
+    """A mesh of this shape over the first ranks."""
+    ranks = torch.arange(math.prod(shape)).reshape(shape)
+    if ranks.numel() == dist.get_world_size():
+        return init_device_mesh("cpu", shape, mesh_dim_names=NAMES[: len(shape)])
+    return DeviceMesh("cpu", ranks, mesh_dim_names=NAMES[: len(shape)])
+
+
+def placement(text: str) -> Placement:
+    """A placement from its short form."""
+    if text[0] == "S":
+        dim, _, factor = text[1:].partition("/")
+        return _StridedShard(int(dim), split_factor=int(factor)) if factor else Shard(int(dim))
+    return {"R": Replicate(), "P": Partial(), "A": Partial("avg"), "M": Partial("max")}[text]
+
+
+def distributed(full: Tensor, mesh: DeviceMesh, short: Sequence[str]) -> DTensor:
+    """A DTensor that stands for `full`, of which every rank has all; what is pending is spread unevenly."""
+    placements = [placement(text) for text in short]
+    settled = [Replicate() if p.is_partial() else p for p in placements]
+    local = distribute_tensor(full, mesh, settled).to_local()
+    for dim, text in enumerate(short):
+        if text in ("P", "A"):
+            size, rank = mesh.size(dim), mesh.get_local_rank(dim)
+            weights = torch.arange(1.0, size + 1, dtype=torch.float64) / (size * (size + 1) / 2)
+            local = (local * weights[rank] * (size if text == "A" else 1)).to(full.dtype)
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=full.shape, stride=full.contiguous().stride()
+    )
+
+
+def parameter_of(full: Tensor, mesh: DeviceMesh, short: Sequence[str]) -> nn.Parameter:
+    """A parameter with this gradient; where a sum is pending, it is replicated, as tensor parallelism leaves it."""
+    if not short:
+        made = nn.Parameter(torch.zeros_like(full))
+        made.grad = full.clone()
+        return made
+    own = ["R" if placement(text).is_partial() else text for text in short]
+    made = nn.Parameter(distributed(torch.zeros_like(full), mesh, own))
+    made.grad = distributed(full, mesh, short)
+    return made
+
+
+def values(shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    """The same random values on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(tuple(shape), generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def made(
+    mesh: DeviceMesh, items: Sequence[Item], dtype: torch.dtype = torch.float32, scale: float = 1.0
+) -> list[nn.Parameter]:
+    """A parameter for each item."""
+    return [parameter_of(values(shape, i, dtype, scale), mesh, short) for i, (shape, short) in enumerate(items)]
+
+
+def grads_of(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients that are there."""
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """What a tensor stands for, by torch's own functions."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def bits(tensor: Tensor) -> Bits:
+    """A tensor's bits, to be compared between ranks."""
+    result: Bits = oracle.bits(whole(tensor)).tolist()
+    return result
+
+
+def local_bits(parameters: Sequence[Tensor]) -> list[Bits]:
+    """The bits of this rank's part of each gradient."""
+    return [oracle.bits(g.to_local() if isinstance(g, DTensor) else g).tolist() for g in grads_of(parameters)]
+
+
+def clip(
+    shape: tuple[int, ...], items: Sequence[Item], p: float, dtype: torch.dtype = torch.float32, scale: float = 1.0
+) -> Bits:
+    """Clip to a tenth of the norm, compare with fp64 on whole gradients, and return the norm's bits."""
+    mesh = mesh_of(*shape)
+    parameters = made(mesh, items, dtype, scale)
+    before = [whole(grad) for grad in grads_of(parameters)]
+    exact = oracle.norm(before, p)
+    bound = exact / 10
+    norm = fastclip.clip_grad_norm_(parameters, bound, p, norm_dtype=torch.float64)
+    assert isinstance(norm, DTensor)
+    assert norm.placements == (Replicate(),) * mesh.ndim
+    got = norm.full_tensor().item()
+    # A pending sum of narrow values is rounded on its way, in another order by torch than by us.
+    tolerance = oracle.NORM_TOLERANCE[dtype] + oracle.half_ulp(dtype) * 4 * any("P" in s or "A" in s for _, s in items)
+    assert math.isclose(got, exact, rel_tol=tolerance), (got, exact)
+    coefficient = oracle.coefficient(exact, bound)
+    for grad, full in zip(grads_of(parameters), before, strict=True):
+        expected = oracle.as_numpy(full) * coefficient
+        oracle.assert_close(whole(grad), expected, tolerance + 4 * oracle.half_ulp(dtype))
+    return bits(norm)
+
+
+def like_torch(shape: tuple[int, ...], items: Sequence[Item], p: float, dtype: torch.dtype) -> None:
+    """All four functions do what torch's do, where torch can; results have its types, dtypes and devices."""
+    mesh = mesh_of(*shape)
+    ours, theirs = made(mesh, items, dtype), made(mesh, items, dtype)
+    tolerance = oracle.TORCH_NORM_ERROR[dtype] * 4
+
+    def compare(result: Tensor | None, expected: Tensor | None) -> None:
+        if isinstance(expected, Tensor):
+            assert isinstance(result, Tensor)
+            assert type(result) is type(expected)
+            assert (result.dtype, result.device, result.shape) == (expected.dtype, expected.device, expected.shape)
+            torch.testing.assert_close(whole(result), whole(expected), rtol=tolerance, atol=0.0)
+        for own, other in zip(grads_of(ours), grads_of(theirs), strict=True):
+            assert type(own) is type(other)
+            assert getattr(own, "placements", None) == getattr(other, "placements", None)
+            torch.testing.assert_close(whole(own), whole(other), rtol=tolerance, atol=1e-6)
+
+    torchs = torch.nn.utils
+    compare(fastclip.clip_grad_norm_(ours, 2.0, p), torchs.clip_grad_norm_(theirs, 2.0, p))
+    totals = fastclip.get_total_norm(grads_of(ours), p), torchs.get_total_norm(grads_of(theirs), p)
+    compare(*totals)
+    fastclip.clip_grads_with_norm_(ours, 0.5, totals[0])
+    torchs.clip_grads_with_norm_(theirs, 0.5, totals[1])
+    compare(None, None)
+    fastclip.clip_grad_value_(ours, 0.01)
+    torchs.clip_grad_value_(theirs, 0.01)
+    compare(None, None)
+
+
+def collectives(function: Callable[[], Any]) -> int:
+    """How many collectives a call takes."""
+    with CommDebugMode() as counts:  # type: ignore[no-untyped-call]
+        function()
+    return int(counts.get_total_counts())
+
+
+def counted(shape: tuple[int, ...], items: Sequence[Item], p: float = 2.0, dtype: torch.dtype = torch.float32) -> int:
+    """How many collectives a norm takes; each is of one small buffer."""
+    parameters = made(mesh_of(*shape), items, dtype)
+    return collectives(lambda: fastclip.clip_grad_norm_(parameters, 1.0, p))
+
+
+def mixed(p: float) -> tuple[Bits, list[Bits], str, int]:
+    """DTensors on three meshes and tensors that are none: one norm, a plain tensor, and one all-reduce a group."""
+    grid = mesh_of(2, 2)
+    meshes = [mesh_of(4), grid, grid["a"]]
+    on_meshes: list[list[Item]] = [
+        [((5, 3), ("S0",)), ((2,), ("S0",))],
+        [((4, 6), ("S0", "S1")), ((3,), ("R", "S0"))],
+        [((6,), ("S0",)), ((2, 2), ("R",))],
+    ]
+    parameters = [parameter_of(values((3, 3), 9), grid, ())]
+    for offset, (mesh, items) in enumerate(zip(meshes, on_meshes, strict=True)):
+        parameters += [
+            parameter_of(values(shape, 10 * offset + i), mesh, short) for i, (shape, short) in enumerate(items)
+        ]
+    before = [whole(grad) for grad in grads_of(parameters)]
+    exact = oracle.norm(before, p)
+    count = collectives(lambda: fastclip.get_total_norm(grads_of(parameters), p))
+    norm = fastclip.clip_grad_norm_(parameters, exact / 4, p, norm_dtype=torch.float64)
+    assert math.isclose(whole(norm).item(), exact, rel_tol=oracle.NORM_TOLERANCE[torch.float32])
+    for grad, full in zip(grads_of(parameters), before, strict=True):
+        oracle.assert_close(whole(grad), oracle.as_numpy(full) * oracle.coefficient(exact, exact / 4), 2.0**-20)
+    return bits(norm), [bits(grad) for grad in grads_of(parameters)], type(norm).__name__, count
+
+
+def beside_plain(p: float) -> tuple[Bits, str]:
+    """A tensor that is no DTensor is counted once, and as the first process has it, so that all find the same."""
+    mesh = mesh_of(4)
+    parameters = made(mesh, [((8, 3), ("S0",)), ((5,), ()), ((4,), ("R",))])
+    before = [whole(grad) for grad in grads_of(parameters)]
+    norm = fastclip.clip_grad_norm_(parameters, 0.5, p)
+    exact = oracle.norm(before, p)
+    assert math.isclose(whole(norm).item(), exact, rel_tol=2.0**-20)
+    for grad, full in zip(grads_of(parameters), before, strict=True):
+        oracle.assert_close(whole(grad), oracle.as_numpy(full) * oracle.coefficient(exact, 0.5), 2.0**-20)
+    diverged = parameters[1].grad
+    assert diverged is not None
+    diverged.fill_(math.nan if dist.get_rank() == 3 else 2.0)
+    return bits(fastclip.clip_grad_norm_(parameters, 0.5, p, error_if_nonfinite=True)), type(norm).__name__
+
+
+def missing(absent: dict[int, tuple[int, ...]], p: float) -> tuple[Bits, list[bool]]:
+    """Some ranks have no gradient of some parameters, or of any: the others' parts are what is clipped."""
+    parameters = made(mesh_of(2, 2), [((8, 6), ("S0", "S1")), ((5, 3), ("S1", "S0")), ((7,), ("S0", "S0"))])
+    gone = absent.get(dist.get_rank(), ())
+    for i in gone:  # the norm does not mind whether zeros are there or missing
+        grad = parameters[i].grad
+        assert isinstance(grad, DTensor)
+        grad.to_local().zero_()
+    before = [whole(grad) for grad in grads_of(parameters)]
+    for i in gone:
+        parameters[i].grad = None
+    exact = oracle.norm(before, p)
+    norm = fastclip.clip_grad_norm_(parameters, exact / 3, p)
+    assert isinstance(norm, DTensor)
+    assert norm.dtype == torch.float32
+    assert math.isclose(norm.full_tensor().item(), exact, rel_tol=2.0**-20)
+    fastclip.clip_grad_value_(parameters, 0.1)
+    result = fastclip.measure_grads(parameters)
+    assert result.norms is not None
+    assert len(result.norms) == len(parameters)
+    assert result.present == list(range(len(parameters)))
+    return bits(norm) + bits(result.norms), [parameter.grad is None for parameter in parameters]
+
+
+def nonfinite(p: float, value: float, rank: int) -> str:
+    """One rank's part has a value that is not finite: all raise, and none has changed anything."""
+    parameters = made(mesh_of(4), ROWS_OF_FOUR)
+    if dist.get_rank() == rank:
+        grad = parameters[1].grad
+        assert isinstance(grad, DTensor)
+        grad.to_local().view(-1)[0] = value
+    before = local_bits(parameters)
+    named = [(f"layer.{i}", parameter) for i, parameter in enumerate(parameters)]
+    try:
+        fastclip.clip_grad_norm_(named, 1.0, p, error_if_nonfinite=True)
+    except RuntimeError as error:
+        assert local_bits(parameters) == before
+        return str(error)
+    return "nothing"
+
+
+ROWS_OF_FOUR: list[Item] = [((8, 2), ("S0",)), ((12,), ("S0",)), ((3, 3), ("R",))]
+
+
+def poisoned(p: float, value: float) -> tuple[float, list[bool]]:
+    """What torch makes of a value that is not finite, everywhere: the norm, and which gradients become NaN."""
+    parameters = made(mesh_of(4), ROWS_OF_FOUR)
+    if dist.get_rank() == 2:
+        grad = parameters[1].grad
+        assert isinstance(grad, DTensor)
+        grad.to_local()[0] = value
+    norm = fastclip.clip_grad_norm_(parameters, 1.0, p)
+    return whole(norm).item(), [bool(whole(grad).isnan().all()) for grad in grads_of(parameters)]
+
+
+def of_narrow_replicas() -> list[Bits]:
+    """Replicas that came apart do not lead to different norms: over whatever is added up, the first one counts."""
+    mesh = mesh_of(2, 2)
+    parameters = made(mesh, [((4, 4), ("S0", "S1")), ((3,), ("R", "S0")), ((2,), ("R", "R"))])
+    for grad in grads_of(parameters):
+        assert isinstance(grad, DTensor)
+        grad.to_local().mul_(1 + 2.0**-20 * dist.get_rank())
+    return [bits(fastclip.clip_grad_norm_(parameters, 1.0, p)) for p in (2.0, math.inf, 0.0)]
+
+
+def outsiders() -> float:
+    """Ranks that are not in a mesh do not wait for those that are, who do not wait for them."""
+    parameters = [*made(mesh_of(2), [((4,), ("S0",))]), parameter_of(torch.full((4,), 1.5), mesh_of(2), ())]
+    grad = parameters[0].grad
+    assert isinstance(grad, DTensor)
+    grad.to_local().fill_(2.0)
+    return whole(fastclip.clip_grad_norm_(parameters, 100.0)).item()
+
+
+def apart() -> tuple[float, list[float]]:
+    """Each half of the ranks clips parameters of its own, as the stages of a pipeline do."""
+    stage = dist.get_rank() // 2
+    meshes = [DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [2, 3])]
+    parameters = [nn.Parameter(distribute_tensor(torch.zeros(4), meshes[stage], [Shard(0)]))]
+    parameters[0].grad = DTensor.from_local(torch.full((2,), 1.0 + stage), meshes[stage], [Shard(0)], run_check=False)
+    norm = fastclip.clip_grad_norm_(parameters, 1.0)
+    return whole(norm).item(), whole(grads_of(parameters)[0]).tolist()
+
+
+def refused() -> list[str]:
+    """What cannot be clipped is refused before anything is changed."""
+    mesh = mesh_of(2, 2)
+    messages = []
+    calls: list[tuple[str, Callable[[list[nn.Parameter]], object]]] = [
+        ("M", lambda parameters: fastclip.clip_grad_norm_(parameters, 1.0)),
+        ("P", lambda parameters: fastclip.clip_grad_value_(parameters, 0.1)),
+        ("P", lambda parameters: fastclip.clip_grads_(parameters, fastclip.ClipByValue(-0.1, 0.1))),
+    ]
+    for short, call in calls:
+        parameters = made(mesh, [((4, 4), ("S0", "R")), ((4, 4), (short, "R"))])
+        before = local_bits(parameters)
+        try:
+            call(parameters)
+        except RuntimeError as error:
+            messages.append(str(error))
+        assert local_bits(parameters) == before
+    return messages
+
+
+def untouched() -> bool:
+    """Where nothing is clipped, nothing is written; the versions by which autograd knows of changes go up."""
+    parameters = made(mesh_of(2, 2), [((4, 4), ("S0", "S1")), ((4, 4), ("P", "R")), ((3,), ("R", "R"))])
+    before, versions = local_bits(parameters), [grad._version for grad in grads_of(parameters)]
+    fastclip.clip_grad_norm_(parameters, 1e6)
+    assert [grad._version for grad in grads_of(parameters)] == [version + 1 for version in versions]
+    return local_bits(parameters) == before
+
+
+def of_plain_parameters() -> Bits:
+    """A gradient that is a DTensor where its parameter is none, which torch allows, lies where it says."""
+    grad = distributed(values((8, 2), 0), mesh_of(4), ("S0",))
+    parameter = nn.Parameter(torch.zeros(8, 2))
+    parameter.grad = grad
+    exact = oracle.norm([values((8, 2), 0)], 2.0)
+    norm = fastclip.clip_grad_norm_([parameter], 1.0)
+    assert isinstance(norm, DTensor)
+    assert math.isclose(whole(norm).item(), exact, rel_tol=2.0**-20)
+    oracle.assert_close(whole(grad), oracle.as_numpy(values((8, 2), 0)) * oracle.coefficient(exact, 1.0), 2.0**-20)
+    return bits(norm)
+
+
+def under_way() -> bool:
+    """Gradients that are the results of collectives nobody has waited for yet are waited for."""
+    mesh = mesh_of(4)
+    parameters = made(mesh, [((64, 64), ("P",)), ((64, 64), ("P",))])
+    for parameter, placement_ in zip(parameters, (Replicate(), Shard(0)), strict=True):
+        grad = parameter.grad
+        assert isinstance(grad, DTensor)
+        parameter.grad = grad.redistribute(placements=[placement_], async_op=True)
+    kinds = [type(grad._local_tensor).__name__ for grad in grads_of(parameters)]  # type: ignore[attr-defined]
+    assert local_parts(collect(parameters)).kinds == {Tensor}  # which the faster backends serve
+    exact = oracle.norm([values((64, 64), i) for i in range(2)], 2.0)
+    norm = fastclip.clip_grad_norm_(parameters, 1.0)
+    assert math.isclose(whole(norm).item(), exact, rel_tol=2.0**-20)
+    after = oracle.norm([whole(grad) for grad in grads_of(parameters)], 2.0)
+    assert math.isclose(after, 1.0, rel_tol=2.0**-18)
+    return "AsyncCollectiveTensor" in kinds
+
+
+def restarted(store: str) -> Bits:
+    """A process group that ended takes its meshes along: an equal mesh of the next one has groups of its own."""
+    before = clip((2, 2), [((8, 6), ("S0", "S1")), ((5,), ("S0", "R"))], 2.0)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    mesh_of.cache_clear()
+    join(store, rank, size)
+    after = clip((2, 2), [((8, 6), ("S0", "S1")), ((5,), ("S0", "R"))], 2.0)
+    assert before == after
+    return after
+
+
+def flattened(p: float) -> tuple[int, int, Bits]:
+    """How many all-reduces a norm takes on half of a mesh, before and after its dimensions were flattened to one."""
+    cube = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pipe", "data", "tensor"))
+    mesh = cube["data", "tensor"]
+    parameters = made(mesh, [((4, 6), ("S0", "S1")), ((5,), ("S0", "R")), ((3,), ("P", "S0"))])
+    exact = oracle.norm([whole(grad) for grad in grads_of(parameters)], p)
+    counts, norms = [], []
+    for _ in range(2):
+        counts.append(collectives(lambda: norms.append(fastclip.get_total_norm(grads_of(parameters), p))))
+        mesh._flatten("data_tensor")
+    for norm in norms:
+        assert math.isclose(whole(norm).item(), exact, rel_tol=2.0**-20)
+    return counts[0], counts[1], bits(norms[0]) + bits(norms[1])
+
+
+Pair = tuple[str, nn.Parameter]
+
+
+def named_pairs(mesh: DeviceMesh, items: Sequence[Item], scale: float = 1.0) -> tuple[list[Pair], list[Pair]]:
+    """Parameters with these gradients, and parameters with the same ones in one piece."""
+    sharded, single = made(mesh, items, scale=scale), []
+    for parameter in sharded:
+        single.append(nn.Parameter(whole(parameter)))
+        if parameter.grad is not None:
+            single[-1].grad = whole(parameter.grad)
+    names = [f"layer{i // 2}.{i % 2}" for i in range(len(items))]
+    return list(zip(names, sharded, strict=True)), list(zip(names, single, strict=True))
+
+
+def halve_the_largest(norms: Tensor) -> Tensor:
+    """A rule of one's own."""
+    return torch.where(norms == norms.max(), 0.5, 1.0)
+
+
+def by_rule(shape: tuple[int, ...], items: Sequence[Item], rule: Any) -> Bits:
+    """A rule does on sharded gradients what it does on whole ones; results are plain tensors, the same everywhere."""
+    sharded, single = named_pairs(mesh_of(*shape), items)
+    result, expected = fastclip.clip_grads_(sharded, rule), fastclip.clip_grads_(single, rule)
+    compared = [
+        (result.norm, expected.norm),
+        (result.norms, expected.norms),
+        (result.group_norms, expected.group_norms),
+        (result.coefficients, expected.coefficients),
+        (result.clipped, expected.clipped),
+    ]
+    for own, other in compared:
+        assert type(own) is type(other)
+        if own is not None:
+            torch.testing.assert_close(own, other, rtol=2.0**-18, atol=0.0)
+    for (_, own), (_, other) in zip(sharded, single, strict=True):
+        torch.testing.assert_close(
+            whole(grads_of([own])[0]), grads_of([other])[0], rtol=2.0**-18, atol=2.0**-24, equal_nan=True
+        )
+    return [bit for own, _ in compared if own is not None for bit in bits(own)]
+
+
+def tensorflows(items: Sequence[Item]) -> Bits:
+    """TensorFlow's functions, with the norm taken before or given as torch's functions return it."""
+    sharded, single = named_pairs(mesh_of(2, 2), items)
+    norms = fastclip.clip_by_norm_(sharded, 0.5)
+    torch.testing.assert_close(norms, fastclip.clip_by_norm_(single, 0.5), rtol=2.0**-18, atol=0.0)
+    norm = fastclip.clip_by_global_norm_(sharded, 0.4)
+    torch.testing.assert_close(norm, fastclip.clip_by_global_norm_(single, 0.4), rtol=2.0**-18, atol=0.0)
+    known = fastclip.get_total_norm(grads_of([parameter for _, parameter in sharded]))
+    assert isinstance(known, DTensor)
+    used = fastclip.clip_by_global_norm_(sharded, 0.3, use_norm=known)
+    assert not isinstance(used, DTensor)
+    fastclip.clip_by_global_norm_(single, 0.3)
+    fastclip.clip_by_value_(sharded, -0.01, 0.02)
+    fastclip.clip_by_value_(single, -0.01, 0.02)
+    measured = fastclip.measure_grads(sharded, by="layer")
+    for (_, own), (_, other) in zip(sharded, single, strict=True):
+        torch.testing.assert_close(whole(grads_of([own])[0]), grads_of([other])[0], rtol=2.0**-18, atol=2.0**-24)
+    return bits(norms) + bits(norm) + bits(used) + bits(measured.group_norms)
+
+
+def monitored(items: Sequence[Item]) -> tuple[list[bool], list[dict[str, Any]]]:
+    """A monitor sees of sharded gradients what it sees of whole ones, and every rank skips the same steps."""
+    sharded, single = named_pairs(mesh_of(2, 2), items)
+    monitors, answers = [], []
+    for parameters in (sharded, single):
+        triggers = [
+            fastclip.Jump("norm", ratio=10.0, action="skip"),
+            fastclip.NonFinite("gradients", action="skip"),
+        ]
+        monitors.append(fastclip.Monitor(parameters, triggers=triggers, weights=True, warmup=3))
+    for step in range(8):
+        scale = {5: 1e4, 6: math.nan}.get(step, 1.0 + 0.1 * step)
+        skip = []
+        for monitor, parameters in zip(monitors, (sharded, single), strict=True):
+            for i, (_, parameter) in enumerate(parameters):
+                full = values(items[i][0], 10 * step + i) * (scale if i == 1 else 1.0)
+                grad = distributed(full, mesh_of(2, 2), items[i][1]) if isinstance(parameter, DTensor) else full
+                # Ranks 1 and 2 have an empty part of parameter 2, and nothing is missing without it.
+                parameter.grad = None if i == 2 and dist.get_rank() in (1, 2) and parameters is sharded else grad
+            skip.append(bool(monitor.update(fastclip.measure_grads(parameters), loss=1.0)))
+        assert skip[0] == skip[1]
+        answers.append(skip[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that steps were skipped
+        rows, expected = (list(monitor.read().rows()) for monitor in monitors)
+    for own, other in zip(rows, expected, strict=True):
+        assert own == {key: _if_close(own[key], value) for key, value in other.items()}
+    return answers, rows
+
+
+def _if_close(value: float | None, expected: float | None) -> float | None:
+    """`value`, if it is close to what is expected, else that; NaNs are the same object."""
+    if value is None or expected is None:
+        return expected
+    if math.isnan(expected) and math.isnan(value):
+        return value
+    return value if math.isclose(value, expected, rel_tol=2.0**-16, abs_tol=2.0**-16) else expected

@@ -1,0 +1,376 @@
+"""A rule folded into a fused optimizer: the step of clipping ahead of it, without a pass that writes the gradients."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from legs import Leg
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from training import Training
+
+import fastclip
+
+FUSED: dict[str, Callable[[Any], Optimizer]] = {
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, fused=True),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, amsgrad=True, fused=True),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.5, fused=True),
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.5, momentum=0.9, fused=True),
+    "adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=0.1, fused=True),
+}
+
+RULES: dict[str, Callable[[], Any]] = {
+    "clip_grad_norm": lambda: fastclip.ClipGradNorm(0.02),
+    "clip_by_global_norm": lambda: fastclip.ClipByGlobalNorm(0.02),
+    "at_threshold": lambda: fastclip.ClipAtThreshold(0.02),
+    "function": lambda: fastclip.Rule(lambda norms: -0.01 / norms, by="global"),
+}
+
+# Clipping ahead rounds the coefficient and the product to fp32; folded, the divisor and the quotient are rounded.
+FOLDING = 4 * 2.0**-24
+
+
+def gradients(training: Training) -> list[Tensor]:
+    return [p.grad.detach().clone() for p in training.model.parameters() if p.grad is not None]
+
+
+def weights(training: Training) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in training.model.parameters()]
+
+
+def follow(ours: Training, theirs: Training) -> None:
+    """Give one training the weights of another, so that the gradients to come are the same to the bit."""
+    with torch.no_grad():
+        for own, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+            own.copy_(other)
+
+
+def assert_close(ours: list[Tensor], theirs: list[Tensor], dtype: torch.dtype = torch.float32) -> None:
+    tolerance = FOLDING + (0.0 if dtype.itemsize >= 4 else 2 * oracle.half_ulp(dtype))
+    for own, other in zip(ours, theirs, strict=True):
+        oracle.assert_close(own, oracle.as_numpy(other), tolerance)
+
+
+@pytest.mark.parametrize("to_none", [True, False], ids=["zero_grad to None", "zero_grad to 0"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("optimizer", FUSED)
+@pytest.mark.parametrize("rule", RULES)
+def test_same_as_clipping_ahead(rule: str, optimizer: str, dtype: torch.dtype, to_none: bool) -> None:
+    ours, theirs = Training(FUSED[optimizer], dtype=dtype), Training(FUSED[optimizer], dtype=dtype)
+    clipper = fastclip.attach(ours.optimizer, RULES[rule](), fold=True)
+    for batch in range(4):
+        for training in (ours, theirs):
+            training.optimizer.zero_grad(set_to_none=to_none)
+            training.backward(batch)
+        result = fastclip.clip_grads_(theirs.model, RULES[rule]())
+        for training in (ours, theirs):
+            training.optimizer.step()
+        assert clipper.norm is not None
+        assert clipper.norm.item() == pytest.approx(result.norm.item(), rel=1e-12)
+        assert clipper.clipped
+        assert_close(gradients(ours), gradients(theirs), dtype)
+        relative = max(4 * torch.finfo(dtype).eps, 1e-6)
+        for own, other in zip(weights(ours), weights(theirs), strict=True):
+            torch.testing.assert_close(own, other, rtol=relative, atol=0.1 * relative)  # a step is at most 0.1 long
+        follow(ours, theirs)
+    assert not hasattr(ours.optimizer, "grad_scale")
+
+
+def test_on_every_leg(leg: Leg) -> None:
+    ours, theirs = Training(FUSED["adamw"]), Training(FUSED["adamw"])
+    for training in (ours, theirs):
+        training.model.to(leg.device)
+        training.batches = [(x.to(leg.device), y.to(leg.device)) for x, y in training.batches]
+        training.backward(0)
+    fastclip.attach(ours.optimizer, fastclip.ClipGradNorm(0.02), fold=True)
+    ours.optimizer.step()
+    fastclip.clip_grad_norm_(theirs.model, 0.02)
+    theirs.optimizer.step()
+    # clip_grad_norm_ has its coefficient from the kernel, and the rule from torch: both in fp64.
+    assert_close(gradients(ours), gradients(theirs))
+
+
+@pytest.mark.parametrize("optimizer", FUSED)
+def test_nothing_to_clip_is_no_clipping_to_the_bit(optimizer: str) -> None:
+    ours, plain = Training(FUSED[optimizer]), Training(FUSED[optimizer])
+    clipper = fastclip.attach(ours.optimizer, fastclip.ClipGradNorm(1e6), fold=True)
+    for training in (ours, plain):
+        training.steps()
+    ours.assert_same_as(plain)
+    assert not clipper.clipped
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so
+    """Notes which of torch's operations write to gradients, and how often a number is fetched, which is a sync."""
+
+    def __init__(self, grads: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.addresses = {grad.data_ptr() for grad in grads}
+        self.writing: list[str] = []
+        self.syncs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.syncs += func is torch.ops.aten._local_scalar_dense.default
+        for argument, schema in zip(args, func._schema.arguments, strict=False):
+            tensors = argument if isinstance(argument, list) else [argument]
+            written = schema.alias_info is not None and schema.alias_info.is_write
+            if written and any(isinstance(t, Tensor) and t.data_ptr() in self.addresses for t in tensors):
+                self.writing.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_only_the_optimizer_writes_gradients_and_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTCLIP_BACKEND", "torch")  # whose operations can be seen
+    training = Training(FUSED["adamw"])
+    fastclip.attach(training.optimizer, fastclip.ClipGradNorm(0.02), fold=True)
+    training.steps()
+    training.backward(0)
+    with Operations([p.grad for p in training.model.parameters() if p.grad is not None]) as operations:
+        training.optimizer.step()
+    assert operations.writing == ["aten::_fused_adamw_"]
+    assert operations.syncs == 0
+
+
+def test_a_closure() -> None:
+    """The gradients exist only inside."""
+    ours, theirs = Training(FUSED["momentum"]), Training(FUSED["momentum"])
+    clipper = fastclip.attach(ours.optimizer, fastclip.ClipGradNorm(0.02), fold=True)
+    for training in (ours, theirs):
+
+        def closure(training: Training = training) -> Tensor:
+            training.optimizer.zero_grad()
+            loss = training.backward(0)
+            if training is theirs:
+                fastclip.clip_grad_norm_(training.model, 0.02)
+            return loss
+
+        loss: Any = training.optimizer.step(closure)  # type: ignore[arg-type]  # torch says it returns a float
+        assert loss.item() > 0
+    assert clipper.clipped
+    assert_close(gradients(ours), gradients(theirs))
+
+
+@pytest.mark.parametrize("culprit", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_spreads_as_it_does_ahead(culprit: float) -> None:
+    ours, theirs = Training(FUSED["sgd"]), Training(FUSED["sgd"])
+    fastclip.attach(ours.optimizer, fastclip.ClipGradNorm(0.02), fold=True)
+    for training in (ours, theirs):
+        training.backward(0)
+        first = next(training.model.parameters()).grad
+        assert first is not None
+        first[0, 0] = culprit
+    ours.optimizer.step()
+    fastclip.clip_grad_norm_(theirs.model, 0.02)
+    assert_close(gradients(ours), gradients(theirs))
+    assert gradients(ours)[0].isnan().any()
+
+
+@pytest.mark.parametrize("unscaled", [False, True], ids=["by step", "by unscale_"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "momentum", "adagrad"])
+def test_grad_scaler(optimizer: str, unscaled: bool) -> None:
+    """It multiplies a `grad_scale` that is there and deletes it afterwards; a step with an infinity is left out."""
+    ours, theirs = Training(FUSED[optimizer]), Training(FUSED[optimizer])
+    clipper = fastclip.attach(ours.optimizer, fastclip.ClipGradNorm(0.02), fold=True)
+    scalers = {training: torch.amp.GradScaler("cpu", init_scale=2.0**10) for training in (ours, theirs)}
+    for batch, expected in enumerate([1024.0, 1024.0, 512.0, 512.0]):
+        for training, scaler in scalers.items():
+            x, y = training.batches[batch]
+            training.optimizer.zero_grad()
+            scaler.scale((training.model(x) - y).square().mean()).backward()
+            if batch == 2:
+                first = next(training.model.parameters()).grad
+                assert first is not None
+                first[0] = math.inf
+            before = weights(training)
+            if training is theirs or unscaled:
+                scaler.unscale_(training.optimizer)
+            if training is theirs:
+                fastclip.clip_grad_norm_(training.model, 0.02)
+            scaler.step(training.optimizer)
+            scaler.update()
+            assert scaler.get_scale() == expected
+            assert not hasattr(training.optimizer, "grad_scale")
+            if batch == 2:
+                for own, old in zip(weights(training), before, strict=True):
+                    oracle.assert_same_bits(own, old)
+        if batch != 2:
+            assert clipper.clipped
+            assert_close(gradients(ours), gradients(theirs))
+            for own, other in zip(weights(ours), weights(theirs), strict=True):
+                torch.testing.assert_close(own, other, rtol=1e-6, atol=1e-7)
+        follow(ours, theirs)
+
+
+def test_a_grad_scale_of_the_user_s_own_stays() -> None:
+    ours, theirs = Training(FUSED["momentum"]), Training(FUSED["momentum"])
+    clipper = fastclip.attach(ours.optimizer, fastclip.ClipGradNorm(0.02), fold=True)
+    for training in (ours, theirs):
+        training.backward(0)
+    norm = fastclip.clip_grad_norm_(theirs.model, 0.02)
+    theirs.optimizer.step()
+    for parameter in ours.model.parameters():
+        assert parameter.grad is not None
+        parameter.grad *= 8.0
+    ours.optimizer.grad_scale = own = torch.tensor(8.0)  # type: ignore[attr-defined]
+    ours.optimizer.step()
+    assert ours.optimizer.grad_scale is own  # type: ignore[attr-defined]
+    assert clipper.norm is not None
+    assert clipper.norm.item() == pytest.approx(norm.item(), rel=1e-6)
+    assert_close(gradients(ours), gradients(theirs))
+
+
+def test_the_optimizer_s_own_state_is_that_of_clipping_ahead() -> None:
+    ours, theirs = Training(FUSED["adamw"]), Training(FUSED["adamw"])
+    fastclip.attach(ours.optimizer, fastclip.ClipGradNorm(0.02), fold=True)
+    fastclip.attach(theirs.optimizer, fastclip.ClipGradNorm(0.02))
+    for training in (ours, theirs):
+        training.steps()
+    folded, ahead = ours.optimizer.state_dict(), theirs.optimizer.state_dict()
+    assert folded.keys() == ahead.keys()
+    assert folded["param_groups"] == ahead["param_groups"]
+    assert folded["fastclip"].keys() == ahead["fastclip"].keys()
+    torch.testing.assert_close(folded["state"], ahead["state"], rtol=1e-4, atol=1e-7)
+    file = io.BytesIO()
+    torch.save(folded, file)
+    file.seek(0)
+    plain = Training(FUSED["adamw"])
+    plain.optimizer.load_state_dict(torch.load(file, weights_only=True))
+    assert plain.optimizer.state_dict().keys() == {"state", "param_groups"}
+    ours.optimizer.load_state_dict(plain.optimizer.state_dict())
+    ours.backward(0)
+    ours.optimizer.step()
+
+
+def test_detached() -> None:
+    ours, plain = Training(FUSED["momentum"]), Training(FUSED["momentum"])
+    fastclip.attach(ours.optimizer, fastclip.ClipGradNorm(0.02), fold=True).detach()
+    for training in (ours, plain):
+        training.steps()
+    ours.assert_same_as(plain)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "momentum"])
+def test_a_monitor_skips_a_folded_step(optimizer: str) -> None:
+    training = Training(FUSED[optimizer])
+    skip = fastclip.NonFinite("gradients", action="skip")
+    monitor = fastclip.Monitor(training.model, triggers=[skip])
+    fastclip.attach(training.optimizer, fastclip.ClipGradNorm(0.02), monitor=monitor, fold=True)
+    training.steps()
+    before = weights(training)
+    training.backward(0)
+    first = next(training.model.parameters()).grad
+    assert first is not None
+    first[0] = math.nan
+    training.optimizer.step()
+    for own, old in zip(weights(training), before, strict=True):
+        oracle.assert_same_bits(own, old)
+    assert not hasattr(training.optimizer, "grad_scale")
+    assert not hasattr(training.optimizer, "found_inf")
+
+
+def test_a_step_that_raises_leaves_no_scale_to_the_next() -> None:
+    ours, theirs = Training(FUSED["sgd"]), Training(FUSED["sgd"])
+    fastclip.attach(ours.optimizer, fastclip.ClipGradNorm(0.02), fold=True)
+    for training in (ours, theirs):
+        training.backward(0)
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    handle = ours.optimizer.register_step_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        ours.optimizer.step()
+    handle.remove()
+    ours.optimizer.step()
+    fastclip.clip_grad_norm_(theirs.model, 0.02)
+    assert_close(gradients(ours), gradients(theirs))
+
+
+class OwnStep(torch.optim.Adam):
+    """Fused by its settings only."""
+
+    def step(self, closure: Any = None) -> Any:
+        return closure
+
+
+def _parameter() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.optim.Adam(_parameter()),
+        lambda: torch.optim.AdamW(_parameter(), foreach=True),
+        lambda: torch.optim.SGD(_parameter(), lr=0.1),
+        lambda: torch.optim.Adagrad(_parameter()),
+        lambda: torch.optim.RMSprop(_parameter()),
+        lambda: torch.optim.Adafactor(_parameter()),
+        lambda: torch.optim.LBFGS(_parameter()),
+        lambda: OwnStep(_parameter(), fused=True),
+    ],
+    ids=["adam", "adamw", "sgd", "adagrad", "rmsprop", "adafactor", "lbfgs", "own step"],
+)
+def test_optimizers_that_do_not_divide_are_refused(make: Callable[[], Optimizer]) -> None:
+    optimizer = make()
+    message = rf"fused=True: .* that of this {type(optimizer).__name__} does not"
+    with pytest.raises(ValueError, match=message):
+        fastclip.attach(optimizer, fastclip.ClipGradNorm(1.0), fold=True)
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [{"clipnorm": 1.0}, {"clipvalue": 1.0}, {"rule": fastclip.ClipGradNorm([1.0, 2.0], by="parameter")}],
+    ids=["by parameter", "by value", "several bounds"],
+)
+def test_rules_of_several_coefficients_are_refused(rule: dict[str, Any]) -> None:
+    optimizer = torch.optim.Adam(_parameter(), fused=True)
+    with pytest.raises(ValueError, match="one coefficient for all gradients, which Clip"):
+        fastclip.attach(optimizer, **rule, fold=True)
+
+
+def test_a_monitor_alone_cannot_be_folded() -> None:
+    training = Training(FUSED["adam"])
+    with pytest.raises(ValueError, match="give a rule by the global norm"):
+        fastclip.attach(training.optimizer, monitor=fastclip.Monitor(training.model), fold=True)
+
+
+def test_a_state_that_is_not_fused_or_of_another_rule_is_refused() -> None:
+    """Whether a group is fused is in torch's state dict, and so is the rule that was attached."""
+    ours = Training(FUSED["adam"])
+    clipper = fastclip.attach(ours.optimizer, fastclip.ClipGradNorm(0.02), fold=True)
+    other = Training(FUSED["adam"])
+    fastclip.attach(other.optimizer, clipnorm=1.0)
+    with (
+        pytest.warns(UserWarning, match="takes the place"),
+        pytest.raises(ValueError, match="one coefficient for all gradients"),
+    ):
+        ours.optimizer.load_state_dict(other.optimizer.state_dict())
+    assert clipper.rule == fastclip.ClipGradNorm(0.02)
+    plain = Training(lambda parameters: torch.optim.Adam(parameters, lr=0.01))
+    ours.optimizer.load_state_dict(plain.optimizer.state_dict())
+    ours.backward(0)
+    before = gradients(ours), weights(ours)
+    with pytest.raises(ValueError, match="fused=True"):
+        ours.optimizer.step()
+    for own, old in zip([*gradients(ours), *weights(ours)], [*before[0], *before[1]], strict=True):
+        oracle.assert_same_bits(own, old)
+
+
+def test_a_step_without_gradients_does_nothing() -> None:
+    training = Training(FUSED["momentum"])
+    before = weights(training)
+    clipper = fastclip.attach(training.optimizer, fastclip.ClipGradNorm(0.02), fold=True)
+    training.optimizer.step()
+    assert clipper.norm is not None
+    assert clipper.norm.item() == 0.0
+    for own, old in zip(weights(training), before, strict=True):
+        oracle.assert_same_bits(own, old)

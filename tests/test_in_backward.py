@@ -1,0 +1,145 @@
+"""Optimizers that step inside of backward: clipped there, or an error, but never nothing without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from training import Training
+
+import fastclip
+
+
+def on_accumulation(parameter: Tensor, hook: Callable[[Tensor], object]) -> RemovableHandle:
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    return handle
+
+
+def step_in_backward(
+    training: Training,
+    clip: Callable[[Tensor], object] = lambda _: None,
+    attach: Callable[[Optimizer], object] = lambda _: None,
+) -> None:
+    """Give each parameter an optimizer, which steps when its gradient is there, and frees it."""
+    for parameter in training.model.parameters():
+        optimizer = torch.optim.SGD([parameter], lr=0.5)
+        attach(optimizer)
+
+        def hook(parameter: Tensor, optimizer: Optimizer = optimizer) -> None:
+            clip(parameter)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        on_accumulation(parameter, hook)
+
+
+def after_backward() -> Training:
+    """The same parameters, each clipped by itself, and then stepped."""
+    training = Training(lambda parameters: torch.optim.SGD(parameters, lr=0.5))
+    training.steps(lambda: [fastclip.clip_grad_norm_(p, 0.01) for p in training.model.parameters()])
+    return training
+
+
+CLIPPING: dict[str, Callable[[nn.Module], object]] = {
+    "clip_grad_norm_": lambda model: fastclip.clip_grad_norm_(model.parameters(), 1.0),
+    "clip_grad_norm_ of a module": lambda model: fastclip.clip_grad_norm_(model, 1.0),
+    "clip_grad_value_": lambda model: fastclip.clip_grad_value_(model.parameters(), 1.0),
+    "clip_grads_with_norm_": lambda model: fastclip.clip_grads_with_norm_(model.parameters(), 1.0, torch.ones(())),
+    "clip_by_norm_": lambda model: fastclip.clip_by_norm_(model, 1.0),
+    "measure_grads": fastclip.measure_grads,
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning")  # by torch's own import
+@pytest.mark.parametrize("call", CLIPPING)
+@pytest.mark.parametrize("by_torch", [False, True], ids=["by hand", "by torch.distributed"])
+def test_clipping_afterwards_is_an_error(call: str, by_torch: bool) -> None:
+    training = Training()
+    if by_torch:
+        from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
+
+        _apply_optimizer_in_backward(torch.optim.SGD, training.model.parameters(), {"lr": 0.5})
+    else:
+        step_in_backward(training)
+    training.backward(0)
+    with pytest.raises(
+        RuntimeError, match=r"4 of 4 parameters .* steps inside of backward .*Clip each gradient in its"
+    ):
+        CLIPPING[call](training.model)
+
+
+def test_a_rule_attached_to_an_optimizer_that_steps_afterwards_is_an_error() -> None:
+    training = Training()
+    step_in_backward(training)
+    fastclip.attach(training.optimizer, global_clipnorm=1.0)
+    training.backward(0)
+    with pytest.raises(RuntimeError, match="nothing is left to clip"):
+        training.optimizer.step()
+
+
+def test_where_some_step_it_warns_and_clips_the_rest() -> None:
+    training = Training()
+    hooked, *others = training.model.parameters()
+    on_accumulation(hooked, lambda parameter: setattr(parameter, "grad", None))
+    training.backward(0)
+    exact = oracle.norm([p.grad for p in others if p.grad is not None], 2)
+    with pytest.warns(UserWarning, match="1 of 4 parameters have no gradient, but a hook") as caught:
+        norm = fastclip.clip_grad_norm_(training.model.parameters(), 1.0)
+    assert caught[0].filename == __file__
+    assert norm.item() == pytest.approx(exact, rel=1e-5)
+
+
+def test_hooks_that_leave_the_gradient_and_parameters_without_one_are_nothing_to_warn_of() -> None:
+    training = Training()
+    first, second, *_ = training.model.parameters()
+    on_accumulation(first, lambda _: None)
+    handle = on_accumulation(second, lambda _: None)
+    training.backward(0)
+    handle.remove()
+    second.grad = None
+    assert fastclip.clip_grad_norm_(training.model.parameters(), 1.0).item() > 0
+    assert fastclip.clip_grad_norm_([second], 1.0).item() == 0.0
+
+
+def test_clipped_in_the_hook() -> None:
+    ours = Training()
+    step_in_backward(ours, lambda parameter: fastclip.clip_grad_norm_(parameter, 0.01))
+    for batch in range(len(ours.batches)):
+        ours.backward(batch)
+    ours.assert_same_as(after_backward())
+
+
+@pytest.mark.parametrize("rule", [fastclip.ClipGradNorm(0.01, by="parameter")], ids=str)
+def test_a_rule_by_parameter_attached_to_each_optimizer(rule: Any) -> None:
+    ours = Training()
+    step_in_backward(ours, attach=lambda optimizer: fastclip.attach(optimizer, rule))
+    for batch in range(len(ours.batches)):
+        ours.backward(batch)
+    reference = after_backward()
+    for own, other in zip(ours.model.parameters(), reference.model.parameters(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-6, atol=1e-8)
+
+
+def test_a_rule_by_value_attached_to_each_optimizer() -> None:
+    ours, theirs = Training(), Training(lambda parameters: torch.optim.SGD(parameters, lr=0.5))
+    step_in_backward(ours, attach=lambda optimizer: fastclip.attach(optimizer, clipvalue=0.001))
+    for batch in range(len(ours.batches)):
+        ours.backward(batch)
+    theirs.steps(lambda: fastclip.clip_grad_value_(theirs.model.parameters(), 0.001))
+    ours.assert_same_as(theirs)
+
+
+def test_a_rule_by_the_global_norm_is_an_error_there() -> None:
+    ours = Training()
+    before = [parameter.detach().clone() for parameter in ours.model.parameters()]
+    step_in_backward(ours, attach=lambda optimizer: fastclip.attach(optimizer, global_clipnorm=1.0))
+    with pytest.raises(RuntimeError, match=r"ClipByGlobalNorm.* steps inside of backward, where the other gradients"):
+        ours.backward(0)
+    for parameter, old in zip(ours.model.parameters(), before, strict=True):
+        oracle.assert_same_bits(parameter.detach(), old)

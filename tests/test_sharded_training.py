@@ -1,0 +1,98 @@
+"""Real training steps on several processes: losses are those that torch's clipping leads to, where torch can clip."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torch.distributed.tensor")
+if not torch.distributed.is_gloo_available():
+    pytest.skip("this torch has no gloo", allow_module_level=True)
+
+import trainings
+from processes import Pool
+from trainings import Run
+
+# fp32 against fp32: torch's norms are a few 1e-7 from ours, and steps amplify what is different.
+LIKE_TORCH = 1e-5
+# fp32 against fp64.
+LIKE_FP64 = 1e-4
+
+
+def check(runs: list[Run], expected: Run, tolerance: float, *, norms: bool = True) -> None:
+    """All ranks have the losses and norms that are expected, and the same norms to the bit."""
+    for run in runs:
+        assert run.losses == pytest.approx(expected.losses, rel=tolerance)
+        assert run.norms == runs[0].norms
+        if norms:
+            assert run.norms == pytest.approx(expected.norms, rel=tolerance)
+    assert min(expected.losses) < 0.9 * expected.losses[0]
+    assert all(norm > trainings.BOUND for norm in expected.norms)
+
+
+@pytest.mark.parametrize("clip", ["fastclip", "halves", "rule", "attached"])
+@pytest.mark.parametrize("kind", ["fsdp", "hsdp", "tensor", "fsdp + tensor", "offloaded"])
+def test_losses(four: Pool, kind: str, clip: str) -> None:
+    runs = four.run(trainings.train, kind, clip)
+    check(runs, four.run(trainings.train, kind, "torch")[0], LIKE_TORCH, norms=clip != "attached")
+    check(runs, trainings.single("torch"), LIKE_FP64, norms=clip != "attached")
+
+
+@pytest.mark.parametrize("kind", ["half", "ddp", "ddp, views"])
+def test_losses_of_other_kinds(four: Pool, kind: str) -> None:
+    check(four.run(trainings.train, kind, "fastclip"), four.run(trainings.train, kind, "torch")[0], LIKE_TORCH)
+
+
+def test_losses_on_three_dimensions(eight: Pool) -> None:
+    runs = eight.run(trainings.train, "hsdp + tensor", "fastclip")
+    check(runs, eight.run(trainings.train, "hsdp + tensor", "torch")[0], LIKE_TORCH)
+    check(runs, trainings.single("torch"), LIKE_FP64)
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "hsdp", "fsdp + tensor"])
+def test_losses_under_the_infinity_norm(four: Pool, kind: str) -> None:
+    """The head's one bias is on one rank, and empty on the others: with this norm, torch 2.13 hangs."""
+    check(four.run(trainings.train, kind, "fastclip", math.inf), trainings.single("torch", math.inf), LIKE_FP64)
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "fsdp + tensor", "ddp"])
+def test_losses_clipped_by_value(four: Pool, kind: str) -> None:
+    runs = four.run(trainings.train, kind, "fastclip, by value")
+    for run in runs:
+        assert run.losses == pytest.approx(trainings.single("torch, by value").losses, rel=LIKE_FP64)
+        assert run.losses == four.run(trainings.train, kind, "torch, by value")[0].losses
+
+
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp1, originals"])
+def test_fsdp1_clips_itself(four: Pool, kind: str) -> None:
+    """Its method is left alone by `patch()`, and works."""
+    for replaced, plain in four.run(trainings.patched, kind):
+        assert replaced == plain
+        assert replaced.losses == pytest.approx(trainings.single("torch").losses, rel=LIKE_FP64)
+
+
+def test_fsdp1_is_pointed_at(four: Pool) -> None:
+    for message in four.run(trainings.refused, "fsdp1"):
+        assert message.endswith("use its own method, model.clip_grad_norm_(max_norm)")
+
+
+@pytest.mark.parametrize("name", ["pipeline", "experts"])
+def test_example(four: Pool, name: str) -> None:
+    """Stages of a pipeline, and experts on a mesh of their own, are clipped as one model."""
+    for distributed, alone in four.run(trainings.example, name, 4):
+        assert distributed.losses == pytest.approx(alone.losses, rel=LIKE_FP64)
+        assert distributed.norms == pytest.approx(alone.norms, rel=LIKE_FP64)
+        assert alone.losses[-1] < 0.9 * alone.losses[0]
+
+
+def test_examples_start_their_processes() -> None:
+    script = Path(__file__).parents[1] / "examples" / "pipeline.py"
+    done = subprocess.run([sys.executable, script, "--steps", "2"], check=True, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["step", "1", "2"]
+    assert "The losses differ by at most" in lines[3]

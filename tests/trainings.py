@@ -1,0 +1,261 @@
+"""Real training steps on several processes, which the tests of sharded gradients run on every rank."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from ranks import grads_of
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+import fastclip
+
+STEPS = 6
+BOUND = 0.1  # of the norm; every step clips
+BATCH, LENGTH, WIDTH, HIDDEN = 8, 4, 10, 20  # four ranks share out HIDDEN evenly, as torch asks for, but not WIDTH
+
+
+class Block(nn.Module):
+    """A residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, HIDDEN)
+        self.down = nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform activations, [batch, length, width]."""
+        y: Tensor = self.down(torch.relu(self.up(self.norm(x))))
+        return y
+
+
+class Net(nn.Module):
+    """Two blocks and a head with one bias, which is on one rank only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(2)])
+        self.head = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform activations, [batch, length, width]."""
+        for block in self.blocks:
+            x = x + block(x)
+        y: Tensor = self.head(x)
+        return y
+
+
+def _fsdp(net: nn.Module, mesh: DeviceMesh, **policies: Any) -> nn.Module:
+    for block in net.blocks:  # type: ignore[union-attr]
+        fully_shard(block, mesh=mesh, **policies)
+    fully_shard(net, mesh=mesh, **policies)
+    return net
+
+
+_PLAN: dict[str, Any] = {
+    "norm": SequenceParallel(),  # which leaves the gradients' sums over ranks pending, where no FSDP makes them
+    "up": ColwiseParallel(input_layouts=Shard(1)),
+    "down": RowwiseParallel(output_layouts=Shard(1)),
+}
+
+
+def _tensor_parallel(net: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Activations are cut up along their length between the layers."""
+    for block in net.blocks:  # type: ignore[union-attr]
+        parallelize_module(block, mesh, dict(_PLAN))
+    parallelize_module(net, mesh, {"head": SequenceParallel(use_local_output=True)})
+    return net
+
+
+def _two_dimensional(net: nn.Module, data: str | tuple[str, str], mesh: DeviceMesh) -> nn.Module:
+    return _fsdp(_tensor_parallel(net, mesh["t"]), mesh[data])
+
+
+def _mesh(*shape: int, names: str) -> DeviceMesh:
+    return init_device_mesh("cpu", shape, mesh_dim_names=tuple(names))
+
+
+class Kind(NamedTuple):
+    """A way to distribute a model.
+
+    Attributes:
+        shape: Over how many ranks data are, and over how many the length of activations.
+        make: Distributes it.
+    """
+
+    shape: tuple[int, int]
+    make: Callable[[nn.Module], nn.Module]
+
+
+KINDS: dict[str, Kind] = {
+    "fsdp": Kind((4, 1), lambda net: _fsdp(net, _mesh(4, names="d"))),
+    "hsdp": Kind((4, 1), lambda net: _fsdp(net, _mesh(2, 2, names="rd"))),
+    "tensor": Kind((1, 4), lambda net: _tensor_parallel(net, _mesh(4, names="t"))),
+    "fsdp + tensor": Kind((2, 2), lambda net: _two_dimensional(net, "d", _mesh(2, 2, names="dt"))),
+    "hsdp + tensor": Kind((4, 2), lambda net: _two_dimensional(net, ("r", "d"), _mesh(2, 2, 2, names="rdt"))),
+    "offloaded": Kind(
+        (4, 1), lambda net: _fsdp(net, _mesh(4, names="d"), offload_policy=CPUOffloadPolicy(pin_memory=False))
+    ),
+    "half": Kind(
+        (4, 1),
+        lambda net: _fsdp(net, _mesh(4, names="d"), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)),
+    ),
+    "ddp": Kind((4, 1), DistributedDataParallel),
+    "ddp, views": Kind((4, 1), lambda net: DistributedDataParallel(net, gradient_as_bucket_view=True)),
+    "fsdp1": Kind((4, 1), lambda net: FullyShardedDataParallel(net, device_id=torch.device("cpu"))),
+    "fsdp1, originals": Kind(
+        (4, 1), lambda net: FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=True)
+    ),
+}
+
+
+def _by_halves(parameters: list[nn.Parameter], p: float) -> Tensor:
+    """As torchtitan clips."""
+    total = fastclip.get_total_norm(grads_of(parameters), p)
+    if isinstance(total, DTensor):
+        total = total.full_tensor()
+    fastclip.clip_grads_with_norm_(parameters, BOUND, total)
+    return total
+
+
+def _by_rule(parameters: list[nn.Parameter], _: float) -> Tensor:
+    return fastclip.clip_grads_(parameters, fastclip.ClipGradNorm(BOUND)).norm
+
+
+def _by_value(function: Callable[..., None]) -> Callable[[list[nn.Parameter], float], Tensor]:
+    def clip(parameters: list[nn.Parameter], _: float) -> Tensor:
+        function(parameters, BOUND / 10)
+        return torch.zeros(())
+
+    return clip
+
+
+CLIPS: dict[str, Callable[[list[nn.Parameter], float], Tensor]] = {
+    "torch": lambda parameters, p: torch.nn.utils.clip_grad_norm_(parameters, BOUND, p),
+    "fastclip": lambda parameters, p: fastclip.clip_grad_norm_(parameters, BOUND, p),
+    "halves": _by_halves,
+    "rule": _by_rule,
+    "torch, by value": _by_value(torch.nn.utils.clip_grad_value_),
+    "fastclip, by value": _by_value(fastclip.clip_grad_value_),
+    "attached": lambda parameters, p: torch.zeros(()),  # noqa: ARG005 - the optimizer does it
+}
+
+
+class Run(NamedTuple):
+    """What training was like.
+
+    Attributes:
+        losses: The loss of all ranks' data together, before each step.
+        norms: What clipping returned.
+    """
+
+    losses: list[float]
+    norms: list[float]
+
+
+def _data(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(BATCH, LENGTH, WIDTH, generator=generator)
+    return x.to(dtype), (3 * x.sum(-1, keepdim=True).sin()).to(dtype)
+
+
+def _net(dtype: torch.dtype = torch.float32) -> Net:
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def single(clip: str, p: float = 2.0) -> Run:
+    """Train in this process, in fp64, by torch."""
+    net = _net(torch.float64)
+    x, target = _data(torch.float64)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
+    losses, norms = [], []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = (net(x) - target).square().mean()
+        loss.backward()
+        norms.append(CLIPS[clip](list(net.parameters()), p).item())
+        optimizer.step()
+        losses.append(loss.item())
+    return Run(losses, norms)
+
+
+def train(kind: str, clip: str, p: float = 2.0) -> Run:
+    """Train on all ranks: each has its share of the batch, and of its length."""
+    (over_batch, over_length), make = KINDS[kind]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about itself
+        net = make(_net())
+    x, target = (
+        part.chunk(over_batch)[dist.get_rank() // over_length].chunk(over_length, dim=1)[dist.get_rank() % over_length]
+        for part in _data(torch.float32)
+    )
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
+    if clip == "attached":
+        fastclip.attach(optimizer, fastclip.ClipGradNorm(BOUND))
+    losses, norms = [], []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = (net(x) - target).square().mean() / over_length
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss.backward()
+            if isinstance(net, FullyShardedDataParallel):
+                norm = net.clip_grad_norm_(BOUND, p)
+            else:
+                norm = CLIPS[clip](list(net.parameters()), p)
+        optimizer.step()
+        losses.append(_over_all(loss.detach()) / over_batch)
+        norms.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
+    return Run(losses, norms)
+
+
+def _over_all(loss: Tensor) -> float:
+    total = loss.to(torch.float64)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def patched(kind: str) -> tuple[Run, Run]:
+    """FSDP1's own clipping, with torch's functions replaced and without."""
+    with fastclip.patched():
+        replaced = train(kind, "its own")
+    return replaced, train(kind, "its own")
+
+
+def refused(kind: str) -> str:
+    """What passing a model of FSDP1 itself comes to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = KINDS[kind].make(_net())
+    try:
+        fastclip.clip_grad_norm_(net, BOUND)
+    except TypeError as error:
+        return str(error)
+    return "nothing"
+
+
+def example(name: str, steps: int) -> tuple[Run, Run]:
+    """Train as an example does, on all ranks, and in this process."""
+    folder = str(Path(__file__).parents[1] / "examples")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    module = importlib.import_module(name)
+    return Run(*module.train(steps)), Run(*module.alone(steps))
