@@ -52,6 +52,7 @@ def unforced(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.delenv("FASTCLIP_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(plans, "_kept", plans._Kept())  # of other tests, for gradients that lay where these do
     return monkeypatch
 
 
