@@ -363,17 +363,20 @@ def test_the_same_memory_with_another_shape_or_dtype(leg: Leg) -> None:
 
 
 def test_what_is_kept_is_bounded(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients of ever new sizes do not pile up plans."""
-    monkeypatch.setattr(plans, "_KEPT", 8)
+    """Gradients of ever new sizes do not pile up plans, and a short list counts as what its memory has room for."""
+    monkeypatch.setattr(plans, "_KEPT", 8 * 32)
+    monkeypatch.setattr(plans, "_kept", plans._Kept())
     if leg.backend == "triton":
         monkeypatch.setattr("fastclip.backends.triton.TABLES_KEPT", 8)
     held = [torch.ones(size, device=leg.device) for size in range(1, 30)]
     for tensor in held:
         fastclip.get_total_norm([tensor])
+    many = [torch.ones(3, device=leg.device) for _ in range(100)]
+    fastclip.get_total_norm(many)
     if leg.backend != "torch":  # whose plans hold the gradients, and are not kept
         kept = plans._kept
-        assert 0 < len(kept.by_place) <= 8
-        assert kept.gradients == sum(prepared.arrangement.count for prepared in kept.by_place.values())
+        assert [prepared.arrangement.count for prepared in kept.by_place.values()] == [1] * 4 + [100]
+        assert kept.gradients == 4 * 32 + 100
         assert set(map(id, kept.by_sketch.values())) <= set(map(id, kept.by_place.values()))
     if leg.backend == "triton":
         from fastclip.backends import triton
