@@ -283,7 +283,7 @@ def test_two_streams_share_no_memory_that_is_written(
         current = stream
         for grads in lists:
             plans, _ = prepared(grads)
-            [plan]: list[Any] = plans.plans
+            plan: Any = plans.plans[0]
             assert plan.tables.stream == stream
             plans.reduce(p, 1.0, torch.float32)
             plans.clamp_(as_gradients(grads), -1e9, 1e9, watch=True)
