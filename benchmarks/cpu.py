@@ -2,80 +2,181 @@
 
     python -m benchmarks.cpu [-k "GPT-2"] [any other option of pytest]
 
-pytest-benchmark measures; the table on top gives medians and their ratio, torch's time over fastclip's.
+pytest-benchmark measures. The table on top gives medians and their ratio, torch's time over fastclip's, beside the
+ratio that is asked for; and how long the same threads take to read the same bytes and do nothing else. The picture,
+`out/cpu.png`, shows the ratios. The exit status says whether everything ran, not how fast: machines differ.
 """
 
 from __future__ import annotations
 
 import json
+import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import fastclip
 
 ROUNDS = 21
+PICTURE = Path("out/cpu.png")
+LARGE = 1 << 20  # elements; with fewer, a pure read is not what a call is held against
+READ = 1 << 20  # bytes that are read by one call
 
 
 def _gpt2(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """The 148 tensors of GPT-2, 124 M elements."""
     block = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,)]
     block += [(768,), (768,), (768, 3072), (3072,), (3072, 768), (768,)]
-    shapes = [(50257, 768), (1024, 768), *block * 12, (768,), (768,)]
+    return _normal([(50257, 768), (1024, 768), *block * 12, (768,), (768,)], dtype)
+
+
+def _resnet50() -> list[Tensor]:
+    """The 161 tensors of ResNet-50, 25.6 M elements: convolutions, each with a batch norm, and one linear layer."""
+    convolutions: list[tuple[int, ...]] = [(64, 3, 7, 7)]
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            convolutions += [(width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            convolutions += [(4 * width, inputs, 1, 1)] * (block == 0)
+            inputs = 4 * width
+    layers = [shape for convolution in convolutions for shape in (convolution, convolution[:1], convolution[:1])]
+    return _normal([*layers, (1000, 2048), (1000,)])
+
+
+def _demo() -> list[Tensor]:
+    """The 52 tensors of the demo's GPT, 1.06 M elements."""
+    layer = [(144,), (144,), (432, 144), (432,), (144, 144), (144,)]
+    layer += [(144,), (144,), (576, 144), (576,), (144, 576), (144,)]
+    return _normal([(256, 144), (64, 144), *layer * 4, (144,), (144,)])
+
+
+def _normal(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.randn(shape).to(dtype) for shape in shapes]
 
 
-WORKLOADS: dict[str, Callable[[], list[Tensor]]] = {
-    "GPT-2 124M, fp32": _gpt2,
-    "GPT-2 124M, bf16": lambda: _gpt2(torch.bfloat16),
-    "GPT-2 124M, fp16": lambda: _gpt2(torch.float16),
-    "the demo's model, 1M": lambda: [torch.randn(144, 576) for _ in range(12)] + [torch.randn(144) for _ in range(40)],
-    "2000 x 64": lambda: [torch.randn(64) for _ in range(2000)],
-    "10000 x 4": lambda: [torch.randn(4) for _ in range(10_000)],
-    "1 x 64": lambda: [torch.randn(64)],
+def _norm_bounds(p: float) -> Callable[[list[Tensor], bool], Iterator[float]]:
+    """Bounds that never clip, or that clip every time: each below the norm that the one before it left."""
+
+    def bounds(grads: list[Tensor], clips: bool) -> Iterator[float]:
+        norm = fastclip.get_total_norm(grads, p, norm_dtype=torch.float64).item()
+        return (norm * 0.95**i if clips else norm * 2 for i in count(1))
+
+    return bounds
+
+
+def _value_bounds(grads: list[Tensor], clips: bool) -> Iterator[float]:
+    """Bounds with nothing outside, or with 1 % of the values outside each time: each clamps a little more."""
+    magnitudes = torch.cat([grad.flatten() for grad in grads]).abs_()
+    bound = magnitudes.kthvalue(int(len(magnitudes) * 0.99)).values.item()
+    return (bound * (1 - 1e-4 * i) if clips else magnitudes.max().item() * 2 for i in count(1))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A row of the table.
+
+    Attributes:
+        gradients: Makes them.
+        idle: The ratio that is asked for where nothing is clipped, 0 for none.
+        clipping: The same where something is.
+        function: The name of the function to call.
+        more: What it takes after parameters and bound.
+        bounds: Makes a bound for each round.
+    """
+
+    gradients: Callable[[], list[Tensor]]
+    idle: float
+    clipping: float
+    function: str = "clip_grad_norm_"
+    more: tuple[float, ...] = ()
+    bounds: Callable[[list[Tensor], bool], Iterator[float]] = _norm_bounds(2.0)
+
+
+WORKLOADS = {
+    "GPT-2 124M, fp32": Workload(_gpt2, 2.4, 1.15),
+    "GPT-2 124M, fp32, inf norm": Workload(_gpt2, 4, 1.5, more=(np.inf,), bounds=_norm_bounds(np.inf)),
+    "GPT-2 124M, fp32, by value": Workload(_gpt2, 2, 1.2, "clip_grad_value_", bounds=_value_bounds),
+    "GPT-2 124M, bf16": Workload(lambda: _gpt2(torch.bfloat16), 1.2, 1),
+    "GPT-2 124M, fp16": Workload(lambda: _gpt2(torch.float16), 2, 1.2),
+    "ResNet-50 25.6M, fp32": Workload(_resnet50, 2.3, 1.1),
+    "the demo's model, 1M": Workload(_demo, 1, 1),
+    "2000 x 64": Workload(lambda: _normal([(64,)] * 2000), 4, 3),
+    "10000 x 4": Workload(lambda: _normal([(4,)] * 10_000), 4, 3),
+    "1 x 64": Workload(lambda: _normal([(64,)]), 3, 3),
 }
-FUNCTIONS = {"torch": torch.nn.utils.clip_grad_norm_, "fastclip": fastclip.clip_grad_norm_}
+
+
+def _read(parameters: list[Tensor]) -> Callable[..., object]:
+    """What reads the gradients' bytes by as many threads as torch has, and does nothing else worth mentioning."""
+    words = [grad.flatten().view(torch.uint8).numpy() for grad in _grads(parameters)]
+    words = [array[: array.nbytes // 8 * 8].view(np.uint64) for array in words]
+    pieces = [array[i : i + READ // 8] for array in words for i in range(0, len(array), READ // 8)]
+    ends = np.cumsum([len(piece) for piece in pieces])
+    threads = torch.get_num_threads()
+    cuts = [0, *(np.searchsorted(ends, [ends[-1] * (i + 1) // threads for i in range(threads)]) + 1).tolist()]
+    shares = [pieces[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+    pool = ThreadPoolExecutor(threads)
+
+    def share(own: list[Any]) -> None:
+        for piece in own:
+            np.bitwise_or.reduce(piece)
+
+    return lambda *_: list(pool.map(share, shares))
+
+
+def _grads(parameters: list[Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+CONTENDERS: dict[str, Callable[[Workload, list[Tensor]], Callable[..., object]]] = {
+    "torch": lambda workload, _: getattr(torch.nn.utils, workload.function),
+    "fastclip": lambda workload, _: getattr(fastclip, workload.function),
+    "read": lambda _, parameters: _read(parameters),
+}
 
 
 @cache
 def _parameters(workload: str) -> list[Tensor]:
     _parameters.cache_clear()  # one workload at a time: the largest takes half a gigabyte
+    torch.manual_seed(0)
     parameters = []
-    for gradient in WORKLOADS[workload]():
+    for gradient in WORKLOADS[workload].gradients():
         parameter = torch.empty_like(gradient)
         parameter.grad = gradient
         parameters.append(parameter)
     return parameters
 
 
-def _bounds(parameters: list[Tensor], clips: bool) -> Iterator[float]:
-    """Bounds that never clip, or that clip every time: each below the norm that the one before it left."""
-    norm = fastclip.get_total_norm([p.grad for p in parameters if p.grad is not None], norm_dtype=torch.float64).item()
-    return (norm * 0.95**i if clips else norm * 2 for i in count(1))
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("clips", [False, True], ids=["idle", "clipping"])
 @pytest.mark.parametrize("workload", WORKLOADS)
-def test_clip_grad_norm_(benchmark: Any, workload: str, clips: bool, function: str) -> None:
+def test_clipping(benchmark: Any, workload: str, clips: bool, contender: str) -> None:
     """One cell of the table; `benchmark` is pytest-benchmark's fixture."""
+    row = WORKLOADS[workload]
     parameters = _parameters(workload)
-    bounds = _bounds(parameters, clips)
+    if contender == "read" and (clips or sum(p.numel() for p in parameters) < LARGE):
+        pytest.skip("a read is compared with large gradients that are not clipped")
+    bounds = row.bounds(_grads(parameters), clips)
+    call = CONTENDERS[contender](row, parameters)
     benchmark.pedantic(
-        FUNCTIONS[function], setup=lambda: ((parameters, next(bounds)), {}), rounds=ROUNDS, warmup_rounds=2
+        call, setup=lambda: ((parameters, next(bounds), *row.more), {}), rounds=ROUNDS, warmup_rounds=2
     )
 
 
 def main(arguments: list[str]) -> int:
-    """Run the benchmarks and print the table of medians.
+    """Run the benchmarks, print the table of medians and draw the ratios.
 
     Returns:
         pytest's exit status.
@@ -84,6 +185,7 @@ def main(arguments: list[str]) -> int:
         report = Path(folder) / "benchmark.json"
         options = [
             "-q",
+            "-rN",
             "--benchmark-only",
             "--benchmark-disable-gc",
             "--benchmark-columns=min,median,max",
@@ -91,24 +193,82 @@ def main(arguments: list[str]) -> int:
         ]
         status = pytest.main([__file__, *options, *arguments])
         if report.exists():
-            _print_table(json.loads(report.read_text())["benchmarks"])
+            lines = list(_lines(json.loads(report.read_text())["benchmarks"]))
+            sys.stdout.write(f"\n{_versions()}\n{_table(lines)}")
+            _draw(lines, PICTURE)
+            sys.stdout.write(f"{PICTURE}\n")
     return int(status)
 
 
-def _print_table(benchmarks: list[dict[str, Any]]) -> None:
-    medians = {_cell(**entry["params"]): entry["stats"]["median"] * 1e3 for entry in benchmarks}
-    versions = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
-    sys.stdout.write(f"\n{versions}\n{'gradients':22} {'':9} {'torch':>10} {'fastclip':>10} {'ratio':>6}\n")
-    for workload in WORKLOADS:
+@dataclass(frozen=True)
+class Line:
+    """What was measured of one workload, in ms, and the ratio that is asked for."""
+
+    workload: str
+    clips: bool
+    bar: float
+    torch: float
+    fastclip: float
+    read: float | None
+
+    @property
+    def ratio(self) -> float:
+        """torch's time over fastclip's."""
+        return self.torch / self.fastclip
+
+    @property
+    def what(self) -> str:
+        """Whether it clipped."""
+        return "clipping" if self.clips else "idle"
+
+
+def _lines(benchmarks: list[dict[str, Any]]) -> Iterator[Line]:
+    medians = {tuple(entry["params"].values()): entry["stats"]["median"] * 1e3 for entry in benchmarks}
+    keys = {tuple(entry["params"]) for entry in benchmarks}
+    order = keys.pop() if keys else ()
+    by_name = {
+        tuple(dict(zip(order, values, strict=True))[name] for name in ("workload", "clips", "contender")): median
+        for values, median in medians.items()
+    }
+    for workload, row in WORKLOADS.items():
         for clips in (False, True):
-            theirs, ours = (medians.get(_cell(workload, clips, function)) for function in FUNCTIONS)
+            theirs, ours, read = (by_name.get((workload, clips, contender)) for contender in CONTENDERS)
             if theirs and ours:
-                what = "clipping" if clips else "idle"
-                sys.stdout.write(f"{workload:22} {what:9} {theirs:7.3f} ms {ours:7.3f} ms {theirs / ours:6.2f}\n")
+                yield Line(workload, clips, row.clipping if clips else row.idle, theirs, ours, read)
 
 
-def _cell(workload: str, clips: bool, function: str) -> tuple[str, bool, str]:
-    return workload, clips, function
+def _versions() -> str:
+    return (
+        f"torch {torch.__version__}, NumPy {np.__version__}, Python {platform.python_version()}, "
+        f"{torch.get_num_threads()} threads"
+    )
+
+
+def _table(lines: Sequence[Line]) -> str:
+    head = f"{'gradients':27}{'':9}{'torch':>10} {'fastclip':>10} {'ratio':>6} {'bar':>5} {'a read':>10} {'of it':>6}\n"
+    rows = []
+    for line in lines:
+        read = f"{line.read:7.3f} ms {line.read / line.fastclip:6.0%}" if line.read else ""
+        bar = f"{line.bar:5.2f}" + ("" if line.ratio >= line.bar else " missed")
+        times = f"{line.torch:7.3f} ms {line.fastclip:7.3f} ms {line.ratio:6.2f}"
+        rows.append(f"{line.workload:27}{line.what:9}{times} {bar} {read}".rstrip() + "\n")
+    return head + "".join(rows)
+
+
+def _draw(lines: Sequence[Line], path: Path) -> None:
+    """Write a picture of the ratios, with a mark at each one that is asked for."""
+    figure = Figure(figsize=(9, 1.2 + 0.32 * len(lines)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(lines), 0, -1)
+    colours = ["#c8553d" if line.clips else "#1b3a5c" for line in lines]
+    axes.barh(places, [line.ratio for line in lines], color=colours, height=0.6)
+    axes.plot([line.bar for line in lines], places, "|", color="black", markersize=14, label="asked for")
+    axes.axvline(1, color="gray", linestyle=":", label="torch")
+    axes.set_yticks(places, [f"{line.workload}, {line.what}" for line in lines])
+    axes.set(title=_versions(), xlabel="torch's time / fastclip's time", xlim=(0, None))
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":

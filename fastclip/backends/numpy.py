@@ -1,12 +1,17 @@
 """The NumPy backend: zero-copy views of the gradients, in pieces, over as many threads as torch uses.
 
 The same three steps as on the GPU: each piece is reduced to norms, these are combined in fp64, and only where the
-coefficient is not 1 (where a value is out of bounds) is anything written. A piece is a part of one large tensor, or
-many small ones of one dtype, which are copied together and reduced at once.
+coefficient is not 1 (where a value is out of bounds) is anything written. A piece is a part of one tensor, or many
+small tensors of one size, which NumPy's indexing gathers from all of memory at once, and scatters back if they change.
 
-Squares of large tensors are summed in fp32 over rows of 1024 and from there on in fp64; those of small ones in fp64. A
-sum that left the range in which fp32 is right to rounding is done again in fp64. NumPy has no bfloat16, and its float16
-is slow: both are converted, scaled and clamped by torch, piece by piece.
+Squares are summed in fp32 over at most 1024 elements and from there on in fp64. A sum that left the range in which fp32
+is right to rounding is done again in fp64. NumPy has no bfloat16, and its float16 is slow: both are converted, scaled
+and clamped by torch. It does up to CHUNK elements in the thread that asks, and beyond would wake a team of its own for
+each of our threads; so it is given lists of chunks, a piece in one call.
+
+What is worth knowing of the GIL: NumPy lets go of it for the time of one call, and a thread that wants it back while
+another has it waits for some 10 us. So a piece is long enough that this is little, and short enough for the cache (L2)
+to still have it when it is looked at again.
 """
 
 from __future__ import annotations
@@ -15,32 +20,40 @@ import copy
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
-from typing import Any, TypeAlias, TypeVar
+from functools import cached_property, lru_cache
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import Bounds, Reduction, Scalar, Unscaling, clip_coefficient, on, reduction
+from fastclip.backends.interface import (
+    Bounds,
+    Int64s,
+    Reduction,
+    Scalar,
+    Unscaling,
+    clip_coefficient,
+    on,
+    reduction,
+)
 
 Array: TypeAlias = npt.NDArray[Any]
-Factors: TypeAlias = tuple[float, ...]
-_T = TypeVar("_T")
 
-PIECE = 1 << 20  # elements: long enough that threads seldom wait for each other's Python between two pieces
-HALF_PIECE = 1 << 18  # elements: their fp32 copy, 1 MB, is still in the cache when it is summed
-SMALL = 1024  # elements: up to here copying a tensor next to others costs less than a call for it alone
-ROW = 1024  # elements summed in fp32: some 32 additions in each SIMD lane
-THREADS_FROM = 1 << 22  # elements; below, handing work to another thread costs more than it saves
+PIECE = 1 << 18  # elements: 1 MB in fp32
+CHUNK = 1 << 15  # elements: the most that torch does in the thread that asks
+SMALL = 1024  # elements: up to here a tensor is gathered with others of its size
+FEW = 4  # tensors: fewer are done one by one, in less time than gathering takes
+ROWS = 512  # what long pieces are cut into for their sums; NumPy keeps the GIL for 500 or fewer
+ROW = 512  # elements: a PIECE has ROWS of them
+THREADS_FROM = 1 << 20  # elements; below, handing work to another thread costs more than it saves
 
 # An fp32 sum of squares above this lost less than 2**-24 of itself to subnormal rounding, for up to PIECE elements.
 TINY = 2.0**-100
-TINY_FP64 = 2.0**-900  # the same for sums in fp64
 
 _STORAGE = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.int16, torch.float16: np.int16}
 """The dtype by which NumPy sees the elements; 16-bit floats are opaque to it."""
@@ -61,53 +74,59 @@ class NumpyPlan:
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.device = tensors[0].device
-        self._shapes = [(tensor.numel(), tensor.dtype) for tensor in tensors]
-        self.pieces = _cut(map(Tensor.data_ptr, tensors), self._shapes)
-        self.owners = np.array([owner for piece in self.pieces for owner in piece.owners])
-        self.elements = np.cumsum([piece.elements for piece in self.pieces])
-        self.dtypes = {tensor.dtype for tensor in tensors}
         self.members = len(tensors)
+        self.dtypes = {tensor.dtype for tensor in tensors}
+        alike: dict[tuple[torch.dtype, int], list[int]] = {}
+        for position, tensor in enumerate(tensors):
+            alike.setdefault((tensor.dtype, tensor.numel()), []).append(position)
+        self._alike = {kind: np.array(positions) for kind, positions in alike.items()}
+        self._place(np.fromiter(map(Tensor.data_ptr, tensors), np.int64, self.members))
+        self.owners = np.concatenate([piece.owners for piece in self.pieces])
+        self.elements = np.cumsum([piece.elements for piece in self.pieces])
 
-    def moved(self, addresses: Array) -> NumpyPlan:
+    def _place(self, addresses: Int64s) -> None:
+        self.pieces: list[Piece] = []
+        for (dtype, size), owners in self._alike.items():
+            self.pieces += _cut(dtype, size, owners, addresses[owners])
+
+    def moved(self, addresses: Int64s) -> NumpyPlan:
         plan = copy.copy(self)
-        plan.pieces = _cut(addresses.tolist(), self._shapes)
+        plan._place(addresses)
         return plan
 
     def captured(self) -> NumpyPlan:
         raise RuntimeError("a CUDA graph cannot clip gradients on the CPU: clip them outside of the graph")
 
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype, unscaling: Unscaling | None = None) -> Reduction:
-        norms = self._norms(p)
-        # A piece's 0-norm counts its nonzero elements; the set's counts the tensors that have any.
-        parts = np.bincount(self.owners, weights=norms) if p == 0 else np.array(norms)
+        parts = self._norms(p)
+        if p == 0:  # a piece's 0-norm counts nonzero elements; the set's counts the tensors that have any
+            parts = np.bincount(self.owners, weights=parts)
         with _quiet():
-            total = norms[0] if len(norms) == 1 and p else _norm(parts, p)
+            total = float(parts[0]) if len(parts) == 1 and p else _norm(parts, p)
         if unscaling is not None:
             return reduction(on(self.device, total), max_norm, dtype, unscaling)
-        # In two steps, because torch refuses to make a number of a dtype that it would overflow.
-        norm = torch.scalar_tensor(total, dtype=torch.float64, device=self.device).to(dtype)
+        # By way of fp64, because torch refuses to make a number of a dtype that it would overflow.
+        norm = torch.from_numpy(np.array(total)).to(dtype)
         return Reduction(norm, total, clip_coefficient(total, max_norm))
 
     def norms(self) -> Tensor:
-        parts = np.array(self._norms(2.0))
-        if len(parts) == self.members:  # the pieces are in the tensors' order, unless some are gathered
-            norms = np.empty(self.members)
+        parts = self._norms(2.0)
+        norms = np.zeros(self.members)
+        if len(parts) == self.members:  # a part each
             norms[self.owners] = parts
             return torch.from_numpy(norms)
         with _quiet():
-            # Pieces are scaled by the largest of their tensor, so that no square overflows.
-            scales = np.zeros(self.members)
-            np.maximum.at(scales, self.owners, parts)
-            divisors = np.where(np.isfinite(scales) & (scales > 0), scales, 1.0)
-            squares = np.bincount(self.owners, weights=np.square(parts / divisors[self.owners]))
-            return torch.from_numpy(np.sqrt(squares) * divisors)
+            # Parts are scaled by the largest of their tensor, so that no square overflows.
+            np.maximum.at(norms, self.owners, parts)
+            scales = np.where(np.isfinite(norms) & (norms > 0), norms, 1.0)
+            squares = np.bincount(self.owners, weights=np.square(parts / scales[self.owners]))
+            return torch.from_numpy(np.sqrt(squares) * scales)
 
-    def _norms(self, p: float) -> list[float]:
-        """The p-norm of each piece, or of each tensor of one that was gathered: that of `owners`."""
-        norms: list[float] = []
-        for share in self._run(lambda pieces: [norm for piece in pieces for norm in piece.norms(p)]):
-            norms += share
-        return norms
+    def _norms(self, p: float) -> Array:
+        """The p-norm of each part of a tensor: that of `owners`. For p = 0 the number of its nonzero elements."""
+        shares = self._run(lambda pieces: [piece.norms(p) for piece in pieces])
+        norms = [own for share in shares for own in share]
+        return norms[0] if len(norms) == 1 else np.concatenate(norms)
 
     def scale_(self, coefficient: Scalar) -> None:
         coefficients = np.atleast_1d(np.asarray(coefficient, dtype=np.float64))
@@ -116,19 +135,20 @@ class NumpyPlan:
         def scale(pieces: Sequence[Piece]) -> None:
             # Backwards, so that what the reduction read last, and the cache still holds, is read first.
             for piece in reversed(pieces):
-                piece.scale_(factors[piece.dtype])
+                for own in factors[piece.dtype]:
+                    piece.scale_(own)
 
-        if any(map(any, factors.values())):
+        if any((own != 1).any() for each in factors.values() for own in each):
             self._run(scale)
 
     def clamp_(self, minimum: Bounds, maximum: Bounds, *, watch: bool = False) -> Tensor | None:
-        minimums, maximums = (bound if isinstance(bound, Sequence) else (bound,) for bound in (minimum, maximum))
+        bounds = {dtype: (_rounded(dtype, minimum), _rounded(dtype, maximum)) for dtype in self.dtypes}
 
         def clamp(pieces: Sequence[Piece]) -> list[bool]:
-            return [piece.clamp_(minimums, maximums) for piece in pieces]
+            return [piece.clamp_(*bounds[piece.dtype]) for piece in pieces]
 
         changed = self._run(clamp)
-        return torch.tensor([any(share) for share in changed]) if watch else None
+        return torch.tensor([any(share) for share in changed], device=self.device) if watch else None
 
     def _run(self, work: Callable[[Sequence[Piece]], Any]) -> list[Any]:
         """Do `work` on shares of the pieces, of about as many elements each, one share a thread."""
@@ -142,219 +162,268 @@ class NumpyPlan:
         return [_quietly(work, mine), *(result() for result in pending)]
 
 
-@dataclass
-class Piece:
-    """A part of one tensor, or several small tensors of one dtype: fp32 or fp64.
+class Piece(Protocol):
+    """Elements that are read together: of one tensor, or of several.
 
     Attributes:
         dtype: The dtype of the elements.
-        views: Arrays over the elements' memory; they do not own it.
-        owners: The position of each view's tensor in the plan.
+        owners: The positions in the plan of the tensors that they are of.
         elements: The number of elements.
     """
 
     dtype: torch.dtype
-    views: list[Array]
-    owners: list[int]
+    owners: Int64s
     elements: int
 
-    def norms(self, p: float) -> Sequence[float]:
-        """The p-norm of each view; for p = 0 the number of its nonzero elements."""
-        x = self._load()
-        if len(self.views) == 1:
-            return (_norm(x, p),)
-        return _norms_of_segments(x, self._starts, p)
+    def norms(self, p: float) -> Array:
+        """The p-norm of each tensor's part, in fp64; for p = 0 the number of its nonzero elements."""
 
-    def scale_(self, factors: Sequence[Factors]) -> None:
-        """Multiply the elements of each tensor by each of its factors in turn."""
-        for target, own in zip(self._targets, self._own(factors), strict=True):
-            for factor in own:
-                self._multiply(target, factor)
+    def scale_(self, factors: Array) -> None:
+        """Multiply the elements by a factor: one for all, or one for each tensor of the plan; not by 1."""
 
-    def clamp_(self, minimums: Sequence[float], maximums: Sequence[float]) -> bool:
-        """Clamp the elements if any is outside of its tensor's bounds, and tell whether one was."""
-        bounds = {(minimums[0], maximums[0])}
-        if len(minimums) > 1 or len(maximums) > 1:
-            bounds = set(zip(self._own(minimums), self._own(maximums), strict=True))
-        if len(bounds) > 1:
-            parts = [type(self)(self.dtype, [v], [o], len(v)) for v, o in zip(self.views, self.owners, strict=True)]
-            changed = [part.clamp_(minimums, maximums) for part in parts]
-            return any(changed)
-        minimum, maximum = self._rounded(*bounds.pop())
-        x = self._load()
-        smallest, largest = x.min(), x.max()
-        if smallest >= minimum and largest <= maximum:
-            return False
-        outside = bool(((x < minimum) | (x > maximum)).any()) if math.isnan(smallest) else True
-        for target in self._targets:
-            self._clip(target, minimum, maximum)
-        return outside
+    def clamp_(self, minimums: Array, maximums: Array) -> bool:
+        """Clamp the elements of tensors that have any out of bounds, and tell whether one was. Bounds are as factors."""
+
+
+@dataclass
+class Part:
+    """A part of one tensor, or all of it: fp32 or fp64, in its own memory."""
+
+    dtype: torch.dtype
+    owners: Int64s
+    view: Array
 
     @property
-    def _targets(self) -> Sequence[Any]:
-        """What to write to, for each tensor."""
-        return self.views
+    def elements(self) -> int:
+        return len(self.view)
 
-    @staticmethod
-    def _multiply(target: Any, factor: float) -> None:
-        np.multiply(target, factor, out=target)
+    def norms(self, p: float) -> Array:
+        return np.array([_norm(self._load(), p)])
 
-    @staticmethod
-    def _clip(target: Any, minimum: float, maximum: float) -> None:
-        np.clip(target, minimum, maximum, out=target)
+    def scale_(self, factors: Array) -> None:
+        factor = self._own(factors)
+        if factor != 1:
+            self._multiply(factor)
 
-    def _rounded(self, *bounds: float) -> Sequence[float]:
-        """The bounds as the elements' dtype has them: NumPy rounds them itself where it knows that."""
-        return bounds
+    def clamp_(self, minimums: Array, maximums: Array) -> bool:
+        low, high = self._own(minimums), self._own(maximums)
+        x = self._load()
+        smallest = x.min()
+        if smallest >= low and x.max() <= high:
+            return False
+        outside = bool(((x < low) | (x > high)).any()) if np.isnan(smallest) else True
+        self._clamp(low, high)
+        return outside
 
-    def _own(self, values: Sequence[_T]) -> Sequence[_T]:
-        """Of values for each tensor of the plan, or of one for all, those of this piece's tensors."""
-        return [values[0]] * len(self.owners) if len(values) == 1 else [values[owner] for owner in self.owners]
-
-    def _load(self) -> Array:
-        """The elements as one array: a view where there is one, a copy of several."""
-        return self.views[0] if len(self.views) == 1 else np.concatenate(self.views)
-
-    @cached_property
-    def _starts(self) -> Array:
-        sizes = [len(view) for view in self.views]
-        return np.cumsum([0, *sizes[:-1]])
-
-
-class HalfPiece(Piece):
-    """A piece of bfloat16 or float16 elements: torch converts, multiplies and clamps them."""
-
-    @cached_property
-    def _targets(self) -> Sequence[Any]:
-        return [torch.from_numpy(view).view(self.dtype) for view in self.views]
-
-    @staticmethod
-    def _multiply(target: Any, factor: float) -> None:
-        target.mul_(factor)  # a Python float takes part in fp32, and the product is rounded once
-
-    @staticmethod
-    def _clip(target: Any, minimum: float, maximum: float) -> None:
-        target.clamp_(minimum, maximum)
-
-    def _rounded(self, *bounds: float) -> Sequence[float]:
-        return _rounded(self.dtype, *bounds)
+    def _own(self, values: Array) -> Any:
+        return values[self.owners[0] if len(values) > 1 else 0]
 
     def _load(self) -> Array:
-        halves = self._targets[0] if len(self.views) == 1 else torch.from_numpy(super()._load()).view(self.dtype)
-        array: Array = _thread.converted[: self.elements].copy_(halves).numpy()
+        """The elements as NumPy can compute with them."""
+        return self.view
+
+    def _multiply(self, factor: Any) -> None:
+        np.multiply(self.view, factor, out=self.view)
+
+    def _clamp(self, low: Any, high: Any) -> None:
+        # np.clip is one pass, but not by SIMD.
+        np.maximum(self.view, low, out=self.view)
+        np.minimum(self.view, high, out=self.view)
+
+
+class HalfPart(Part):
+    """A part of a tensor of bfloat16 or float16, which torch converts, multiplies and clamps."""
+
+    @cached_property
+    def _chunks(self) -> Sequence[Tensor]:
+        with torch.inference_mode(False):  # which would mark them for good
+            return torch.from_numpy(self.view).view(self.dtype).split(CHUNK)
+
+    def _load(self) -> Array:
+        converted = _thread.block[: self.elements]
+        torch._foreach_copy_(converted.split(CHUNK), self._chunks)
+        array: Array = converted.numpy()
         return array
 
+    def _multiply(self, factor: Any) -> None:
+        # A tensor without dimensions takes part in fp32, and the product is rounded once.
+        torch._foreach_mul_(self._chunks, torch.from_numpy(np.asarray(factor)))
 
-@lru_cache(maxsize=64)
-def _rounded(dtype: torch.dtype, *numbers: float) -> Sequence[float]:
-    """Numbers as a dtype has them; kept, because every piece asks for the same."""
-    rounded: list[float] = torch.tensor(numbers, dtype=dtype, device="cpu").tolist()
-    return rounded
+    def _clamp(self, low: Any, high: Any) -> None:
+        torch._foreach_clamp_min_(self._chunks, float(low))
+        torch._foreach_clamp_max_(self._chunks, float(high))
+
+
+@dataclass
+class Gathered:
+    """Small tensors of one size and dtype, which are copied next to one another, and back where they change.
+
+    Attributes:
+        dtype: The dtype of the elements.
+        owners: The positions of the tensors in the plan.
+        memory: All of memory, as tensors of this size, of which the next begins an element later.
+        places: Where in it the tensors are.
+        size: Elements a tensor.
+    """
+
+    dtype: torch.dtype
+    owners: Int64s
+    memory: Array
+    places: Int64s
+    size: int
+
+    @property
+    def elements(self) -> int:
+        return len(self.owners) * self.size
+
+    def norms(self, p: float) -> Array:
+        return _norms_of_rows(self._load(self.places), p)
+
+    def scale_(self, factors: Array) -> None:
+        own = factors[self.owners] if len(factors) > 1 else factors
+        changes = np.broadcast_to(own != 1, self.places.shape)
+        places = self.places if changes.all() else self.places[changes]
+        x = self._load(places)
+        self._store(places, x * (own[changes, None] if len(own) > 1 else own))
+
+    def clamp_(self, minimums: Array, maximums: Array) -> bool:
+        low, high = (each[self.owners, None] if len(each) > 1 else each for each in (minimums, maximums))
+        x = self._load(self.places)
+        changes = ~((x >= low) & (x <= high)).all(axis=1)
+        if not changes.any():
+            return False
+        outside = bool(((x < low) | (x > high)).any())  # not so where all that there is is NaN
+        self._store(self.places[changes], np.minimum(np.maximum(x, low), high)[changes])
+        return outside
+
+    def _load(self, places: Int64s) -> Array:
+        """The elements, [tensors, size], as NumPy can compute with them."""
+        return self.memory[places].view(_STORAGE[self.dtype]).reshape(-1, self.size)
+
+    def _store(self, places: Int64s, x: Array) -> None:
+        self.memory[places] = x.reshape(-1).view(self.memory.dtype)
+
+
+class GatheredHalf(Gathered):
+    """Small tensors of bfloat16 or float16, which torch converts."""
+
+    def _load(self, places: Int64s) -> Array:
+        halves = torch.from_numpy(super()._load(places)).view(self.dtype)
+        converted: Array = _thread.block[: halves.numel()].view(halves.shape).copy_(halves).numpy()
+        return converted
+
+    def _store(self, places: Int64s, x: Array) -> None:
+        super()._store(places, torch.from_numpy(x).to(self.dtype).view(torch.int16).numpy())
 
 
 class _Thread(threading.local):
     """Where a thread converts 16-bit pieces to: memory that is in its cache already, 1 MB."""
 
     def __init__(self) -> None:
-        self.converted = torch.empty(HALF_PIECE, dtype=torch.float32, device="cpu")
+        with torch.inference_mode(False):
+            self.block = torch.empty(PIECE, dtype=torch.float32, device="cpu")
 
 
 _thread = _Thread()
 
 
-def _cut(addresses: Iterable[int], shapes: Sequence[tuple[int, torch.dtype]]) -> list[Piece]:
-    """Cut large tensors into pieces, and gather small ones of the same dtype in pieces."""
-    pieces: list[Piece] = []
-    gathering: dict[torch.dtype, Piece] = {}
-    for owner, (address, (elements, dtype)) in enumerate(zip(addresses, shapes, strict=True)):
-        kind, limit = (HalfPiece, HALF_PIECE) if dtype.itemsize == 2 else (Piece, PIECE)
-        memory = _address_space(dtype)
-        start = (address - _LOWEST_ADDRESS) // dtype.itemsize
-        if elements > SMALL:
-            for begin in range(0, elements, limit):
-                size = min(limit, elements - begin)
-                pieces.append(kind(dtype, [memory[start + begin : start + begin + size]], [owner], size))
-            continue
-        open_piece = gathering.get(dtype)
-        if open_piece is None or open_piece.elements + elements > limit:
-            open_piece = gathering[dtype] = kind(dtype, [], [], 0)
-            pieces.append(open_piece)
-        open_piece.views.append(memory[start : start + elements])
-        open_piece.owners.append(owner)
-        open_piece.elements += elements
-    return pieces
+def _cut(dtype: torch.dtype, size: int, owners: Int64s, addresses: Int64s) -> Iterator[Piece]:
+    """Cut tensors of one dtype and size into parts, or gather them."""
+    part, gathered = (HalfPart, GatheredHalf) if dtype.itemsize == 2 else (Part, Gathered)
+    places = (addresses - _LOWEST_ADDRESS) // dtype.itemsize
+    if size <= SMALL and len(owners) >= FEW:
+        memory = _all_memory(dtype, size)
+        step = max(1, CHUNK // size)
+        for i in range(0, len(owners), step):
+            yield gathered(dtype, owners[i : i + step], memory, places[i : i + step], size)
+        return
+    memory = _all_memory(dtype)
+    for i, place in enumerate(places.tolist()):
+        for begin in range(0, size, PIECE):
+            yield part(dtype, owners[i : i + 1], memory[place + begin : place + min(begin + PIECE, size)])
 
 
 _LOWEST_ADDRESS = 64  # nothing is ever mapped there, and it is a multiple of every element's size
 
 
-@cache
-def _address_space(dtype: torch.dtype) -> Array:
-    """The whole address space as one array of a dtype; a slice of it is a view of memory that it does not own.
+@lru_cache(maxsize=256)
+def _all_memory(dtype: torch.dtype, size: int | None = None) -> Array:
+    """The whole address space as one array of elements, or of rows of `size` elements, one beginning at each element.
 
-    Only memory whose tensor is at hand may be touched through it.
+    What is taken from it is memory that it does not own: only memory whose tensor is at hand may be touched.
     """
     storage = np.dtype(_STORAGE[dtype])
+    kind = storage.str if size is None else f"|V{size * storage.itemsize}"
+    length = (2**63 - 1 - _LOWEST_ADDRESS) // np.dtype(kind).itemsize
 
-    class AddressSpace:
+    class AllMemory:
         __array_interface__ = {  # noqa: RUF012 - NumPy's protocol
             "version": 3,
-            "typestr": storage.str,
+            "typestr": kind,
             "data": (_LOWEST_ADDRESS, False),
-            "shape": ((2**63 - 1 - _LOWEST_ADDRESS) // storage.itemsize,),
+            "shape": (length,),
+            "strides": (storage.itemsize,),
         }
 
-    return np.asarray(AddressSpace())
-
-
-def _norms_of_segments(x: Array, starts: Array, p: float) -> Sequence[float]:
-    """The p-norm of each segment of x, that begins at each of `starts`."""
-    if p == 0:
-        counts: list[float] = np.add.reduceat(x != 0, starts, dtype=np.float64).tolist()
-        return counts
-    magnitudes = np.abs(x, dtype=np.float64)
-    if np.isinf(p):
-        extremes: list[float] = (np.maximum if p > 0 else np.minimum).reduceat(magnitudes, starts).tolist()
-        return extremes
-    sums = np.add.reduceat(magnitudes * magnitudes if p == 2 else magnitudes**p, starts)
-    norms: list[float] = (np.sqrt(sums) if p == 2 else sums ** (1 / p)).tolist()
-    out_of_range = np.flatnonzero(~((sums > TINY_FP64) & (sums < np.inf))).tolist()
-    segments = np.split(x, starts[1:]) if out_of_range else []
-    for i in out_of_range:
-        norms[i] = _power_norm(segments[i], p)
-    return norms
+    return np.asarray(AllMemory())
 
 
 def _norm(x: Array, p: float) -> float:
     """``‖x‖_p`` of a 1-d array of fp32 or fp64; for p = 0 the number of nonzero elements."""
-    if p == 2:
-        return _euclidean_norm(x)
     if p == 0:
         return float(np.count_nonzero(x))
-    if np.isinf(p):
-        return float(np.abs(x).max() if p > 0 else np.abs(x).min())
-    return _power_norm(x, p)
+    if p == math.inf:
+        return abs(float(np.maximum(x.max(), -x.min())))  # -0.0 otherwise, of zeros
+    if p == 2:
+        squares = _sum_of_squares(x)
+        if TINY < squares < math.inf:
+            return math.sqrt(squares)
+        largest = _norm(x, math.inf)
+        if not 0 < largest < math.inf:  # zeros (of an expert that had nothing to do), infinities, NaN
+            return largest
+    if len(x) <= CHUNK:
+        return float(_norms_of_rows(x[np.newaxis], p)[0])
+    return _norm(np.array([_norm(x[i : i + CHUNK], p) for i in range(0, len(x), CHUNK)]), p)
 
 
-def _euclidean_norm(x: Array) -> float:
-    whole = len(x) // ROW * ROW
-    total = float(np.dot(x[whole:], x[whole:]))
+def _sum_of_squares(x: Array) -> float:
+    length = ROW if len(x) < ROW * ROWS // 4 else len(x) // ROWS
+    whole = len(x) // length * length
+    squares = float(np.dot(x[whole:], x[whole:]))
     if whole:
-        rows = x[:whole].reshape(-1, ROW)
-        total += float(np.vecdot(rows, rows).sum(dtype=np.float64))
-    return math.sqrt(total) if TINY < total < math.inf else _power_norm(x, 2.0)
+        rows = x[:whole].reshape(-1, length)
+        squares += float(np.vecdot(rows, rows).sum(dtype=np.float64))
+    return squares
 
 
-def _power_norm(x: Array, p: float) -> float:
-    """The norm in fp64, of values divided by the one whose power is the largest, so that no power overflows."""
+def _norms_of_rows(x: Array, p: float) -> Array:
+    """The p-norm of each row of a 2-d array, in fp64."""
+    if p == 0:
+        return np.count_nonzero(x, axis=1).astype(np.float64)
+    if p != 2:
+        return _power_norms_of_rows(x, p)
+    squares = np.vecdot(x, x).astype(np.float64)
+    norms: Array = np.sqrt(squares)
+    is_out_of_range = ~((squares > TINY) & (squares < np.inf))
+    if is_out_of_range.any():
+        norms[is_out_of_range] = _power_norms_of_rows(x[is_out_of_range], p)
+    return norms
+
+
+def _power_norms_of_rows(x: Array, p: float) -> Array:
+    """The same in fp64, of values divided by the one whose power is the largest, so that no power overflows."""
     magnitudes = np.abs(x, dtype=np.float64)
-    leading = float(magnitudes.max() if p > 0 else magnitudes.min())
-    scale = leading if 0 < leading < math.inf else 1.0
-    return float(np.power(np.power(magnitudes / scale, p).sum(), 1 / p) * scale)
+    leading = magnitudes.max(axis=1) if p > 0 else magnitudes.min(axis=1)
+    if np.isinf(p):
+        return leading
+    scales = np.where((leading > 0) & (leading < np.inf), leading, 1.0)
+    magnitudes /= scales[:, np.newaxis]
+    norms: Array = np.power(np.power(magnitudes, p, out=magnitudes).sum(axis=1), 1 / p) * scales
+    return norms
 
 
-def _factors(coefficients: Array, dtype: torch.dtype) -> list[Factors]:
-    """What to multiply values of a dtype by, one after another: nothing for 1 in the precision of the multiplication.
+def _factors(coefficients: Array, dtype: torch.dtype) -> list[Array]:
+    """What to multiply values of a dtype by, one after another, in the precision of the multiplication.
 
     A coefficient too small for a normal number is split in two: the norm of finite gradients reaches beyond 2**126.
     """
@@ -362,11 +431,16 @@ def _factors(coefficients: Array, dtype: torch.dtype) -> list[Factors]:
     small = 2.0**-900 if dtype == torch.float64 else 2.0**-100
     with _quiet():
         is_small = np.abs(coefficients) < small
-        firsts = np.where(is_small, coefficients / small, coefficients).astype(wide)
-    return [
-        (first, small) if split else () if first == 1 else (first,)
-        for first, split in zip(firsts.tolist(), is_small.tolist(), strict=True)
-    ]
+        if not is_small.any():
+            return [coefficients.astype(wide)]
+        return [np.where(is_small, coefficients / small, coefficients).astype(wide), np.where(is_small, wide(small), 1)]
+
+
+def _rounded(dtype: torch.dtype, bound: Bounds) -> Array:
+    """Bounds as a dtype has them, in one that NumPy has."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    rounded: Array = torch.tensor(bound, dtype=torch.float64, device="cpu").to(dtype).to(wide).reshape(-1).numpy()
+    return rounded
 
 
 def _quiet() -> np.errstate:
