@@ -1,0 +1,184 @@
+"""The NumPy backend as a guest in its process: memory, threads, children, and the order in which it reads."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gradients import parameters
+
+import fastclip
+from fastclip import plans
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux weighs a process so")
+
+numpy_backend: Any = importlib.import_module("fastclip.backends.numpy")
+
+PRELUDE = """
+import os, sys, threading, time
+import torch, fastclip
+
+def parameter_of(elements, dtype):
+    parameter = torch.zeros(elements, dtype=dtype)
+    parameter.grad = torch.full((elements,), 0.5, dtype=dtype)
+    return parameter
+
+def fastclip_threads():
+    return sum(thread.name.startswith("fastclip") for thread in threading.enumerate())
+
+def mib(entry):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(entry)) / 1024
+"""
+
+
+def output_of(script: str, *arguments: str) -> list[str]:
+    """What a process of its own prints."""
+    command = [sys.executable, "-c", PRELUDE + script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@needs_proc
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_four_mebibytes_beside_the_gradients_and_none_of_theirs_is_kept(dtype: str) -> None:
+    """The process is weighed: at its heaviest while it clips, and after the gradients are gone."""
+    script = """
+dtype = getattr(torch, sys.argv[1])
+torch.set_num_threads(2)
+
+def call(parameter):
+    for order in (2, float("inf"), 1, 3):
+        fastclip.clip_grad_norm_([parameter], 1e30, order)
+        fastclip.clip_grad_norm_([parameter], 1.0, order)
+    fastclip.clip_grad_value_([parameter], 1e-9)
+    fastclip.get_total_norm([parameter.grad], norm_dtype=torch.float64)  # tiny: redone in fp64
+
+call(parameter_of(1000, dtype))  # imports, and whatever else comes once
+parameter = parameter_of(32 << 20, dtype)
+# Threads have stacks, and the allocator keeps an arena for each: the same for gradients of any size.
+call(smaller := parameter_of(2 << 20, dtype))
+open("/proc/self/clear_refs", "w").write("5")  # the heaviest is the present weight from here on
+before = mib("VmRSS")
+call(parameter)
+heaviest = mib("VmHWM")
+parameter.grad = None
+print(heaviest - before, mib("VmRSS") - before)
+"""
+    more, left = map(float, output_of(script, dtype))
+    gradients = 32 * getattr(torch, dtype).itemsize
+    assert more <= 4
+    assert left <= 4 - gradients
+
+
+def test_torch_s_number_of_threads_is_the_limit() -> None:
+    """The process has as many threads as torch was told to use, whatever the dtype: OpenMP starts none for them."""
+    script = """
+torch.set_num_threads(1)
+made = [parameter_of(3 << 20, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)]
+for threads in (1, 3):
+    torch.set_num_threads(threads)
+    before = len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 0
+    for each in ([parameter] for parameter in made):
+        fastclip.clip_grad_norm_(each, 1.0)
+        fastclip.clip_grad_norm_(each, 1e-3, float("inf"))
+        fastclip.clip_grad_value_(each, 1e-6)
+    after = len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else fastclip_threads()
+    print(after - before, fastclip_threads())
+"""
+    assert output_of(script) == ["0", "0", "2", "2"]
+
+
+def test_threads_sleep_between_calls() -> None:
+    """What the process computes while nobody asks it anything is next to nothing."""
+    script = """
+torch.set_num_threads(1)
+made = [parameter_of(3 << 20, torch.float32), parameter_of(3 << 20, torch.bfloat16)]
+torch.set_num_threads(4)
+fastclip.clip_grad_norm_(made, 1.0)
+assert fastclip_threads() > 0
+before = time.process_time()
+time.sleep(1)
+print(time.process_time() - before)
+"""
+    (seconds,) = map(float, output_of(script))
+    assert seconds < 0.2  # one thread that spins would take 1
+
+
+def test_gradients_first_seen_in_inference_mode_are_clipped_outside_of_it_too() -> None:
+    script = """
+for dtype in (torch.float32, torch.bfloat16):
+    made = [parameter_of(size, dtype) for size in (100_000, 64, 64, 64, 64, 64)]
+    with torch.inference_mode():
+        fastclip.clip_grad_norm_(made, 100.0)
+    fastclip.clip_grad_norm_(made, 1.0)
+    print(fastclip.get_total_norm([parameter.grad for parameter in made], norm_dtype=torch.float64).item())
+"""
+    assert [float(norm) for norm in output_of(script)] == pytest.approx([1.0, 1.0], rel=2**-8)
+
+
+def test_the_second_pass_begins_where_the_first_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it finds in the cache what is there."""
+    seen: list[tuple[str, int]] = []
+
+    def watched(name: str) -> None:
+        method = getattr(numpy_backend.Part, name)
+
+        def watch(part: Any, *arguments: Any) -> Any:
+            seen.append((name, part.view.ctypes.data))
+            return method(part, *arguments)
+
+        monkeypatch.setattr(numpy_backend.Part, name, watch)
+
+    watched("norms")
+    watched("scale_")
+    monkeypatch.setattr(numpy_backend, "PIECE", 1000)
+    fastclip.clip_grad_norm_(parameters([torch.ones(3500), torch.ones(1500)]), 1.0)
+    read = [place for name, place in seen if name == "norms"]
+    written = [place for name, place in seen if name == "scale_"]
+    assert len(read) == 6
+    assert [name for name, _ in seen] == ["norms"] * 6 + ["scale_"] * 6
+    assert written == read[::-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_many_small_gradients_lie_anywhere(dtype: torch.dtype) -> None:
+    """Those of one size are gathered together: at any address, with neighbours that stay as they are."""
+    memory = torch.full((5000,), math.nan, dtype=dtype)
+    places = [1, 8, 22, 29, 400, 4993, 4000, *range(1000, 1700, 7)]
+    grads = [memory[place : place + 7] for place in places]
+    for i, grad in enumerate(grads):
+        grad.fill_(1 + i % 3)
+    exact = math.sqrt(sum(7 * (1 + i % 3) ** 2 for i in range(len(grads))))
+    made = parameters(grads)
+    assert fastclip.clip_grad_norm_(made, 1e9, norm_dtype=torch.float64).item() == pytest.approx(exact, rel=1e-6)
+    fastclip.clip_grad_norm_(made, exact / 2)
+    fastclip.clip_grad_value_(made, 1.25)
+    assert [grad.tolist() for grad in grads] == [
+        pytest.approx([min((1 + i % 3) / 2, 1.25)] * 7, rel=2**-8) for i in range(len(grads))
+    ]
+    assert int(memory.isnan().sum()) == 5000 - 7 * len(grads)
+
+
+def test_norms_of_zeros_are_not_negative() -> None:
+    """A negative zero would make an infinite coefficient of the wrong sign."""
+    measured = fastclip.measure_grads(parameters([torch.zeros(5), -torch.zeros(3), *[torch.zeros(2)] * 1]))
+    assert measured.norms is not None
+    assert not measured.norms.signbit().any()
+
+
+def test_what_is_written_is_what_is_kept_track_of() -> None:
+    """A plan of the same gradients elsewhere writes to those."""
+    plans._kept.__init__()  # type: ignore[misc]
+    for _ in range(3):
+        held = [torch.full((16,), 2.0) for _ in range(20)]
+        fastclip.clip_grad_norm_(parameters(held), 1.0)
+        norm = fastclip.get_total_norm(held, norm_dtype=torch.float64).item()
+        assert norm == pytest.approx(1.0, rel=1e-5)
