@@ -170,9 +170,7 @@ def test_clipping(benchmark: Any, workload: str, clips: bool, contender: str) ->
         pytest.skip("a read is compared with large gradients that are not clipped")
     bounds = row.bounds(_grads(parameters), clips)
     call = CONTENDERS[contender](row, parameters)
-    benchmark.pedantic(
-        call, setup=lambda: ((parameters, next(bounds), *row.more), {}), rounds=ROUNDS, warmup_rounds=2
-    )
+    benchmark.pedantic(call, setup=lambda: ((parameters, next(bounds), *row.more), {}), rounds=ROUNDS, warmup_rounds=2)
 
 
 def main(arguments: list[str]) -> int:

@@ -45,12 +45,14 @@ def assert_norms(tensors: Sequence[Tensor]) -> None:
         assert norm == pytest.approx(exact, rel=oracle.NORM_TOLERANCE[tensor.dtype], abs=0, nan_ok=True)
 
 
-def cut(monkeypatch: pytest.MonkeyPatch, small: int = 16, piece: int = 100, chunk: int = 30) -> Any:
+def cut(
+    monkeypatch: pytest.MonkeyPatch, small: int = 16, piece: int = 100, half_piece: int = 70, chunk: int = 30
+) -> Any:
     """Have the NumPy backend cut gradients into pieces of a few elements each."""
     numpy_backend = importlib.import_module("fastclip.backends.numpy")
-    for name, value in {"SMALL": small, "PIECE": piece, "CHUNK": chunk}.items():
+    for name, value in {"SMALL": small, "PIECE": piece, "HALF_PIECE": half_piece, "CHUNK": chunk}.items():
         monkeypatch.setattr(numpy_backend, name, value)
-    monkeypatch.setattr(numpy_backend, "_thread", numpy_backend._Thread())  # whose memory is of PIECE
+    monkeypatch.setattr(numpy_backend, "_thread", numpy_backend._Thread())  # whose memory is of HALF_PIECE
     return numpy_backend
 
 

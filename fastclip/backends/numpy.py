@@ -44,12 +44,13 @@ from fastclip.backends.interface import (
 
 Array: TypeAlias = npt.NDArray[Any]
 
-PIECE = 1 << 18  # elements: 1 MB in fp32
+PIECE = 1 << 19  # elements: 2 MB in fp32
+HALF_PIECE = 1 << 18  # elements of 16 bits: 1 MB when converted
 CHUNK = 1 << 15  # elements: the most that torch does in the thread that asks
 SMALL = 1024  # elements: up to here a tensor is gathered with others of its size
 FEW = 4  # tensors: fewer are done one by one, in less time than gathering takes
 ROWS = 512  # what long pieces are cut into for their sums; NumPy keeps the GIL for 500 or fewer
-ROW = 512  # elements: a PIECE has ROWS of them
+ROW = 1024  # elements: a PIECE has ROWS of them
 THREADS_FROM = 1 << 20  # elements; below, handing work to another thread costs more than it saves
 
 # An fp32 sum of squares above this lost less than 2**-24 of itself to subnormal rounding, for up to PIECE elements.
@@ -240,10 +241,9 @@ class HalfPart(Part):
             return torch.from_numpy(self.view).view(self.dtype).split(CHUNK)
 
     def _load(self) -> Array:
-        converted = _thread.block[: self.elements]
-        torch._foreach_copy_(converted.split(CHUNK), self._chunks)
-        array: Array = converted.numpy()
-        return array
+        chunks, converted = _thread.part(self.elements)
+        torch._foreach_copy_(chunks, self._chunks)
+        return converted
 
     def _multiply(self, factor: Any) -> None:
         # A tensor without dimensions takes part in fp32, and the product is rounded once.
@@ -321,7 +321,13 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         with torch.inference_mode(False):
-            self.block = torch.empty(PIECE, dtype=torch.float32, device="cpu")
+            self.block = torch.empty(HALF_PIECE, dtype=torch.float32, device="cpu")
+        self.part = lru_cache(maxsize=16)(self._part)  # making the views takes long enough to be in others' way
+
+    def _part(self, elements: int) -> tuple[Sequence[Tensor], Array]:
+        """So many elements of the memory: as chunks, and all together."""
+        part = self.block[:elements]
+        return part.split(CHUNK), part.numpy()
 
 
 _thread = _Thread()
@@ -329,7 +335,8 @@ _thread = _Thread()
 
 def _cut(dtype: torch.dtype, size: int, owners: Int64s, addresses: Int64s) -> Iterator[Piece]:
     """Cut tensors of one dtype and size into parts, or gather them."""
-    part, gathered = (HalfPart, GatheredHalf) if dtype.itemsize == 2 else (Part, Gathered)
+    is_half = dtype.itemsize == 2
+    part, gathered, limit = (HalfPart, GatheredHalf, HALF_PIECE) if is_half else (Part, Gathered, PIECE)
     places = (addresses - _LOWEST_ADDRESS) // dtype.itemsize
     if size <= SMALL and len(owners) >= FEW:
         memory = _all_memory(dtype, size)
@@ -339,8 +346,8 @@ def _cut(dtype: torch.dtype, size: int, owners: Int64s, addresses: Int64s) -> It
         return
     memory = _all_memory(dtype)
     for i, place in enumerate(places.tolist()):
-        for begin in range(0, size, PIECE):
-            yield part(dtype, owners[i : i + 1], memory[place + begin : place + min(begin + PIECE, size)])
+        for begin in range(0, size, limit):
+            yield part(dtype, owners[i : i + 1], memory[place + begin : place + min(begin + limit, size)])
 
 
 _LOWEST_ADDRESS = 64  # nothing is ever mapped there, and it is a multiple of every element's size
@@ -387,7 +394,7 @@ def _norm(x: Array, p: float) -> float:
 
 
 def _sum_of_squares(x: Array) -> float:
-    length = ROW if len(x) < ROW * ROWS // 4 else len(x) // ROWS
+    length = ROW if len(x) < ROW * ROWS // 8 else len(x) // ROWS
     whole = len(x) // length * length
     squares = float(np.dot(x[whole:], x[whole:]))
     if whole:
