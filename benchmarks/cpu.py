@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,9 @@ def _norm_bounds(p: float) -> Callable[[list[Tensor], bool], Iterator[float]]:
     return bounds
 
 
+_EUCLIDEAN = _norm_bounds(2.0)
+
+
 def _value_bounds(grads: list[Tensor], clips: bool) -> Iterator[float]:
     """Bounds with nothing outside, or with 1 % of the values outside each time: each clamps a little more."""
     magnitudes = torch.cat([grad.flatten() for grad in grads]).abs_()
@@ -101,7 +104,7 @@ class Workload:
     clipping: float
     function: str = "clip_grad_norm_"
     more: tuple[float, ...] = ()
-    bounds: Callable[[list[Tensor], bool], Iterator[float]] = _norm_bounds(2.0)
+    bounds: Callable[[list[Tensor], bool], Iterator[float]] = _EUCLIDEAN
 
 
 WORKLOADS = {
@@ -126,7 +129,7 @@ def _read(parameters: list[Tensor]) -> Callable[..., object]:
     ends = np.cumsum([len(piece) for piece in pieces])
     threads = torch.get_num_threads()
     cuts = [0, *(np.searchsorted(ends, [ends[-1] * (i + 1) // threads for i in range(threads)]) + 1).tolist()]
-    shares = [pieces[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+    shares = [pieces[start:end] for start, end in pairwise(cuts)]
     pool = ThreadPoolExecutor(threads)
 
     def share(own: list[Any]) -> None:
@@ -211,7 +214,7 @@ class Line:
 
     @property
     def ratio(self) -> float:
-        """torch's time over fastclip's."""
+        """The time of torch over that of fastclip."""
         return self.torch / self.fastclip
 
     @property

@@ -5,9 +5,11 @@ coefficient is not 1 (where a value is out of bounds) is anything written. A pie
 small tensors of one size, which NumPy's indexing gathers from all of memory at once, and scatters back if they change.
 
 Squares are summed in fp32 over at most 1024 elements and from there on in fp64. A sum that left the range in which fp32
-is right to rounding is done again in fp64. NumPy has no bfloat16, and its float16 is slow: both are converted, scaled
-and clamped by torch. It does up to CHUNK elements in the thread that asks, and beyond would wake a team of its own for
-each of our threads; so it is given lists of chunks, a piece in one call.
+is right to rounding is done again in fp64. NumPy has no bfloat16, and its float16 is slow: both are converted and
+scaled by torch. It does up to CHUNK elements in the thread that asks, and beyond would wake a team of its own for each
+of our threads; so it is given lists of chunks, a piece in one call.
+
+Long parts are clamped by torch, and by its own threads: what takes NumPy two passes over the memory takes it one.
 
 What is worth knowing of the GIL: NumPy lets go of it for the time of one call, and a thread that wants it back while
 another has it waits for some 10 us. So a piece is long enough that this is little, and short enough for the cache (L2)
@@ -104,10 +106,11 @@ class NumpyPlan:
             parts = np.bincount(self.owners, weights=parts)
         with _quiet():
             total = float(parts[0]) if len(parts) == 1 and p else _norm(parts, p)
-        if unscaling is not None:
-            return reduction(on(self.device, total), max_norm, dtype, unscaling)
-        # By way of fp64, because torch refuses to make a number of a dtype that it would overflow.
-        norm = torch.from_numpy(np.array(total)).to(dtype)
+            if unscaling is not None:
+                return reduction(on(self.device, total), max_norm, dtype, unscaling)
+            # By way of NumPy, because torch refuses to make a number of a dtype that it would overflow.
+            rounded = np.array(total, np.float64 if dtype == torch.float64 else np.float32)
+        norm = torch.from_numpy(rounded).to(dtype)
         return Reduction(norm, total, clip_coefficient(total, max_norm))
 
     def norms(self) -> Tensor:
@@ -130,6 +133,8 @@ class NumpyPlan:
         return norms[0] if len(norms) == 1 else np.concatenate(norms)
 
     def scale_(self, coefficient: Scalar) -> None:
+        if isinstance(coefficient, float) and coefficient == 1:
+            return
         coefficients = np.atleast_1d(np.asarray(coefficient, dtype=np.float64))
         factors = {dtype: _factors(coefficients, dtype) for dtype in self.dtypes}
 
@@ -144,12 +149,10 @@ class NumpyPlan:
 
     def clamp_(self, minimum: Bounds, maximum: Bounds, *, watch: bool = False) -> Tensor | None:
         bounds = {dtype: (_rounded(dtype, minimum), _rounded(dtype, maximum)) for dtype in self.dtypes}
-
-        def clamp(pieces: Sequence[Piece]) -> list[bool]:
-            return [piece.clamp_(*bounds[piece.dtype]) for piece in pieces]
-
-        changed = self._run(clamp)
-        return torch.tensor([any(share) for share in changed], device=self.device) if watch else None
+        # In this thread: what is long, torch shares out among its own.
+        with _quiet():
+            changed = [piece.clamp_(*bounds[piece.dtype]) for piece in self.pieces]
+        return torch.tensor([any(changed)], device=self.device) if watch else None
 
     def _run(self, work: Callable[[Sequence[Piece]], Any]) -> list[Any]:
         """Do `work` on shares of the pieces, of about as many elements each, one share a thread."""
@@ -183,7 +186,7 @@ class Piece(Protocol):
         """Multiply the elements by a factor: one for all, or one for each tensor of the plan; not by 1."""
 
     def clamp_(self, minimums: Array, maximums: Array) -> bool:
-        """Clamp the elements of tensors that have any out of bounds, and tell whether one was. Bounds are as factors."""
+        """Clamp the elements of tensors that have any out of bounds; tell whether one was. Bounds are as factors."""
 
 
 @dataclass
@@ -207,13 +210,14 @@ class Part:
             self._multiply(factor)
 
     def clamp_(self, minimums: Array, maximums: Array) -> bool:
-        low, high = self._own(minimums), self._own(maximums)
-        x = self._load()
-        smallest = x.min()
-        if smallest >= low and x.max() <= high:
+        # By torch, which takes both extremes in one pass, and both bounds in another.
+        low, high = float(self._own(minimums)), float(self._own(maximums))
+        tensor = torch.from_numpy(self.view).view(self.dtype)
+        smallest, largest = (extreme.item() for extreme in torch.aminmax(tensor))
+        if smallest >= low and largest <= high:
             return False
-        outside = bool(((x < low) | (x > high)).any()) if np.isnan(smallest) else True
-        self._clamp(low, high)
+        outside = bool(((tensor < low) | (tensor > high)).any()) if math.isnan(smallest) else True
+        tensor.clamp_(low, high)
         return outside
 
     def _own(self, values: Array) -> Any:
@@ -226,14 +230,9 @@ class Part:
     def _multiply(self, factor: Any) -> None:
         np.multiply(self.view, factor, out=self.view)
 
-    def _clamp(self, low: Any, high: Any) -> None:
-        # np.clip is one pass, but not by SIMD.
-        np.maximum(self.view, low, out=self.view)
-        np.minimum(self.view, high, out=self.view)
-
 
 class HalfPart(Part):
-    """A part of a tensor of bfloat16 or float16, which torch converts, multiplies and clamps."""
+    """A part of a tensor of bfloat16 or float16, which torch converts and multiplies."""
 
     @cached_property
     def _chunks(self) -> Sequence[Tensor]:
@@ -248,10 +247,6 @@ class HalfPart(Part):
     def _multiply(self, factor: Any) -> None:
         # A tensor without dimensions takes part in fp32, and the product is rounded once.
         torch._foreach_mul_(self._chunks, torch.from_numpy(np.asarray(factor)))
-
-    def _clamp(self, low: Any, high: Any) -> None:
-        torch._foreach_clamp_min_(self._chunks, float(low))
-        torch._foreach_clamp_max_(self._chunks, float(high))
 
 
 @dataclass
