@@ -170,9 +170,9 @@ def _check(scaler: GradScaler, optimizer: Optimizer) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
     kind = type(scaler)
-    if not isinstance(scaler, GradScaler) or (kind.unscale_, kind._unscale_grads_) != (
-        GradScaler.unscale_,
-        GradScaler._unscale_grads_,
+    names = ("unscale_", "_unscale_grads_")
+    if not isinstance(scaler, GradScaler) or any(
+        name in vars(scaler) or getattr(kind, name) is not getattr(GradScaler, name) for name in names
     ):
         raise TypeError(
             f"`scaler` must be a torch.amp.GradScaler that unscales as torch's does, not {kind.__name__}: call its "

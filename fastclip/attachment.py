@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from fastclip.backends.interface import on
 from fastclip.clip_by import ClipResult, apply_rule
 from fastclip.dynamo import untraced
-from fastclip.gradients import Owners, gradients_of, listed
+from fastclip.gradients import Gradients, Owners, gradients_of, listed
 from fastclip.groups import Groups, group
 from fastclip.rules import AnyRule, ClipByGlobalNorm, ClipByNorm, ClipByValue, as_rule, from_state, positive, state_of
 
@@ -227,15 +227,16 @@ class Attachment:
             _check_fold(optimizer, self.rule, groups)  # once more: a state dict may bring groups that are not fused
         grads = gradients_of(owners)
         each = self.monitor is not None
+        if self._folds:
+            _check_layout(grads)
         result = apply_rule(grads, self.rule, groups, each=each, scale=scale, write=not self._folds)
         self.result, self.norm = result, result.norm
+        skip = None if self.monitor is None else self.monitor.update(result)  # which may raise: nothing is lent yet
         if self._folds and result.coefficients is not None:
             divisor = (1.0 if scale is None else on(result.norm.device, scale)) / result.coefficients[0]
             self._undo.append(_lend(optimizer, "grad_scale", divisor.float()))
-        if self.monitor is not None:
-            skip = self.monitor.update(result)
-            if self.monitor.skips:
-                self._undo += _skip_step(optimizer, owners, skip)
+        if skip is not None and self.monitor is not None and self.monitor.skips:
+            self._undo += _skip_step(optimizer, owners, skip)
 
     def _after_step(self, *_: object) -> None:
         """Put back what was changed for the step."""
@@ -376,6 +377,25 @@ def _check_fold(optimizer: Optimizer, rule: AnyRule | None, groups: Groups) -> N
             f"fold=True hands the optimizer one coefficient for all gradients, which {rule} does not have: give a rule "
             "by the global norm, such as global_clipnorm=1.0, or leave fold=True out"
         )
+
+
+def _check_layout(grads: Gradients) -> None:
+    """Refuse gradients that a fused optimizer would not divide where they are: it takes their memory for dense.
+
+    Raises:
+        RuntimeError: One lies otherwise than its parameter.
+    """
+    for index, (grad, position) in enumerate(zip(grads.tensors, grads.positions, strict=True)):
+        parameter = grads.owners.tensors[position]
+        if grad.stride() != parameter.stride() and any(
+            size > 1 and own != other
+            for size, own, other in zip(grad.shape, grad.stride(), parameter.stride(), strict=True)
+        ):
+            raise RuntimeError(
+                f"{grads.label(index)} has the strides {grad.stride()}, its parameter {parameter.stride()}: a "
+                "fused optimizer would divide other memory than the gradient's. Assign a contiguous gradient, or "
+                "attach the rule without fold=True"
+            )
 
 
 def _lend(optimizer: Optimizer, name: str, value: Tensor) -> Callable[[], None]:

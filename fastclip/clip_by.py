@@ -214,14 +214,14 @@ def apply_rule(
         groups: The groups of the gradients' owners.
         each: Whether the norm of each parameter is wanted, though the rule may do without.
         scale: What the gradients were multiplied by (a loss scale, one element): norms are those without it.
-        write: Whether to multiply by the coefficients, or to leave that to the caller.
+        write: Whether to multiply by the coefficients, or to leave that, too, to the caller.
     """
     if rule is not None:
         rule = rule.for_groups(groups.labels)
     if not grads.tensors and not has_dtensors(grads):
         return _of_nothing(grads, groups)
     limits = _limits(rule, grads, groups) if isinstance(rule, ClipByValue) else None
-    prepared = _prepared(grads, limits, in_place=rule is not None and write)
+    prepared = _prepared(grads, limits, in_place=rule is not None)
     norms = None
     if each or not groups.is_one:
         norms = _scattered(_unscaled(prepared.norms(), scale), grads)

@@ -156,11 +156,12 @@ def clip_grads_with_norm_(
     """
     limit = as_float("max_norm", max_norm)
     grads = collect(parameters)
-    if not grads.tensors:
-        return
+    # Ahead of a look at this process's gradients: a DTensor's number is asked for by all processes together.
     total = as_plain(total_norm) if isinstance(total_norm, Tensor) else torch.tensor(total_norm, device="cpu")
     if total.numel() != 1:
         raise ValueError(f"`total_norm` must be one number, not a tensor of shape {tuple(total.shape)}")
+    if not grads.tensors:
+        return
     prepared = prepare(grads, in_place=True)
     _check_foreach(foreach, prepared)
     prepared.scale_(grads, clip_coefficient(on(prepared.device, total.detach().reshape(())), limit))

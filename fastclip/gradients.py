@@ -107,10 +107,11 @@ def _refuse_used_up(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -
     if not used_up:
         return
     message = (
-        f"{used_up} of {len(tensors)} parameters have no gradient, but a hook on its accumulation, as where an "
-        "optimizer steps inside of backward and frees it: of those nothing is left to clip. Clip each gradient in its "
-        "hook, ahead of the step (fastclip.clip_grad_norm_(parameter, 1.0)), or attach a rule by parameter or by value "
-        "to each optimizer (fastclip.attach(optimizer, clipnorm=1.0)). For a norm of all gradients, step after backward"
+        f"{used_up} of {len(tensors)} parameters have no gradient, but a hook on its accumulation. Either no backward "
+        "has reached them yet, or an optimizer steps inside of backward and frees it: then nothing is left to clip. "
+        "Clip each gradient in its hook, ahead of the step (fastclip.clip_grad_norm_(parameter, 1.0)), or attach a "
+        "rule by parameter or by value to each optimizer "
+        "(fastclip.attach(optimizer, clipnorm=1.0)). For a norm of all gradients, step after backward"
     )
     if used_up == len(tensors):
         raise RuntimeError(message)
@@ -120,7 +121,7 @@ def _refuse_used_up(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -
 def _steps_in_backward(parameter: Tensor) -> bool:
     """Whether a hook may step: one of torch's own kind, or one by `torch.distributed.optim`."""
     hooks: object = getattr(parameter, "_post_accumulate_grad_hooks", None)
-    return bool(hooks) or hasattr(parameter, "_in_backward_optimizers")
+    return parameter.requires_grad and (bool(hooks) or hasattr(parameter, "_in_backward_optimizers"))
 
 
 def as_gradients(tensors: Parameters) -> Gradients:

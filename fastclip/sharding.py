@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from operator import attrgetter
@@ -224,11 +224,12 @@ class Sharded:
                 norms.index_copy_(0, index_of(part.places, self.device), on(self.device, counted.norms()))
             vectors.append(code.encode(norms))
         wholes = [code.decode(sums) for sums in all_reduce(vectors, self.layout.shares, code.operation)]
-        if len(wholes) == 1:
+        owners = len(self._grads.owners.tensors)
+        if len(wholes) == 1 and len(wholes[0]) == owners:
             return wholes[0]
         order = [position for part in self.layout.parts for position in part.members]
-        norms = torch.cat(wholes)
-        return torch.empty_like(norms).index_copy(0, index_of(order, self.device), norms)
+        norms = torch.zeros(owners, dtype=wide_dtype(self.device), device=self.device)
+        return norms.index_copy_(0, index_of(order, self.device), torch.cat(wholes))
 
     def scale_(self, grads: Gradients, coefficient: Scalar) -> None:
         """Multiply this process's parts by one coefficient, or by one for each gradient."""
@@ -332,16 +333,23 @@ def _layout_on(
 
 
 def _layout(owners: Sequence[_Kind], grads: Sequence[_Kind], positions: Sequence[int]) -> _Layout:
-    """Work out how gradients lie, from what owners and gradients are and which owners the gradients belong to."""
+    """Work out how gradients lie, from what owners and gradients are and which owners the gradients belong to.
+
+    Raises:
+        RuntimeError: Some processes are outside of a mesh, and would clip by another norm; or a gradient lies on
+            another mesh than its parameter, or is to be reduced by something that is neither a sum nor an average.
+    """
     here = dict(zip(positions, grads, strict=True))
     members: dict[DeviceMesh, list[int]] = {}
     plain = []
     for position, owner in enumerate(owners):
         kind = here.get(position, owner) if isinstance(owner, torch.dtype) else owner
+        _check_mesh(position, owner, here.get(position, owner))
         if isinstance(kind, torch.dtype):
             plain.append(position)
         else:
             members.setdefault(kind.mesh, []).append(position)
+    _check_processes(members, plain)
     mine = {mesh: own for mesh, own in members.items() if mesh.get_coordinate() is not None}
     mine = mine or {mesh: [] for mesh in list(members)[:1]}
     parts = [
@@ -350,6 +358,47 @@ def _layout(owners: Sequence[_Kind], grads: Sequence[_Kind], positions: Sequence
     ]
     dtypes = {_dtype(here.get(position, kind)) for position, kind in enumerate(owners)}
     return _Layout(parts, _addends(grads, positions), dtypes)
+
+
+def _check_mesh(position: int, owner: _Kind, grad: _Kind) -> None:
+    if not isinstance(owner, torch.dtype) and not isinstance(grad, torch.dtype) and grad.mesh != owner.mesh:
+        raise RuntimeError(
+            f"the gradient of parameters[{position}] lies on another mesh, {grad.mesh}, than the parameter, "
+            f"{owner.mesh}: redistribute() it before clipping"
+        )
+
+
+def _check_processes(members: Mapping[DeviceMesh, Sequence[int]], plain: Sequence[int]) -> None:
+    """Refuse gradients of which some process would see a part only, by what all processes know alike.
+
+    A slice of a mesh counts for all of it: the other slices are taken to hold replicas.
+    """
+    first: dict[frozenset[int], int] = {}
+    for mesh, own in members.items():
+        first.setdefault(frozenset(_root_of(mesh).mesh.flatten().tolist()), own[0])
+    if len(first) > 1:
+        (ranks, position), (others, other) = list(first.items())[:2]
+        raise RuntimeError(
+            f"parameters[{position}] lies on a mesh of the processes {sorted(ranks)}, and parameters[{other}] on one "
+            f"of {sorted(others)}: a process outside of one would clip by another norm. Take the norm of each mesh's "
+            "gradients by itself (fastclip.get_total_norm), bring them together among all processes, and scale by "
+            "fastclip.clip_grads_with_norm_"
+        )
+    if plain and all(mesh.get_coordinate() is None for mesh in members):
+        raise RuntimeError(
+            f"parameters[{plain[0]}] is no DTensor, beside DTensors on a mesh that this process is not in: it cannot "
+            "know their norm. Clip the two apart, or leave it to the processes of the mesh"
+        )
+
+
+def _root_of(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that a mesh is a slice of, or itself."""
+    if hasattr(mesh, "_get_root_mesh"):
+        root: DeviceMesh = mesh._get_root_mesh()
+        return root
+    from torch.distributed.device_mesh import _mesh_resources  # before torch 2.9
+
+    return _mesh_resources.get_root_mesh(mesh)
 
 
 def _part(

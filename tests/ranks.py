@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import oracle
+import pytest
 import torch
 import torch.distributed as dist
 from processes import join
@@ -282,13 +283,51 @@ def of_narrow_replicas() -> list[Bits]:
     return [bits(fastclip.clip_grad_norm_(parameters, 1.0, p)) for p in (2.0, math.inf, 0.0)]
 
 
-def outsiders() -> float:
+def outsiders() -> tuple[float | str, list[float] | str, float]:
     """Ranks that are not in a mesh do not wait for those that are, who do not wait for them."""
     parameters = [*made(mesh_of(2), [((4,), ("S0",))]), parameter_of(torch.full((4,), 1.5), mesh_of(2), ())]
     grad = parameters[0].grad
     assert isinstance(grad, DTensor)
     grad.to_local().fill_(2.0)
-    return whole(fastclip.clip_grad_norm_(parameters, 100.0)).item()
+    norms: float | str
+    each: list[float] | str
+    try:
+        norms = whole(fastclip.clip_grad_norm_(parameters, 100.0)).item()
+        found = fastclip.measure_grads(parameters).norms
+        assert found is not None
+        each = found.tolist()
+    except RuntimeError as error:
+        norms = each = str(error)
+    return norms, each, fastclip.measure_grads(parameters[:1]).norm.item()
+
+
+def meshes_of_other_processes() -> list[str]:
+    """All ranks refuse alike what only some could clip by the norm of all; nothing is changed, and none waits."""
+    parameters = [*made(mesh_of(2), [((4,), ("S0",))]), *made(mesh_of(4), [((8,), ("S0",))])]
+    before = local_bits(parameters)
+    messages = []
+    calls: list[Callable[[], object]] = [
+        lambda: fastclip.clip_grad_norm_(parameters, 1e-3),
+        lambda: fastclip.measure_grads(parameters),
+        lambda: fastclip.clip_by_norm_(parameters, 1e-3),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError) as raised:
+            call()
+        messages.append(str(raised.value))
+    assert local_bits(parameters) == before
+    return messages
+
+
+def gradient_on_another_mesh() -> str:
+    """It would be counted as replicated over the parameter's."""
+    [parameter], [other] = made(mesh_of(2, 2), [((4, 4), ("S0", "S0"))]), made(mesh_of(4), [((4, 4), ("S0",))])
+    parameter.grad = other.grad
+    try:
+        fastclip.clip_grad_norm_([parameter], 1.0)
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 def apart() -> tuple[float, list[float]]:

@@ -321,6 +321,20 @@ def test_gradients_without_elements_count_nothing(leg: Leg) -> None:
     assert list(state_of(scaler, optimizer)[1].values()) == [0.0]
 
 
+@pytest.mark.parametrize("name", ["unscale_", "_unscale_grads_"])
+def test_a_scaler_that_was_changed_by_hand_is_refused_and_left_so(name: str) -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer, scaler = torch.optim.SGD([parameter]), torch.amp.GradScaler("cpu")
+
+    def own(*_: object) -> None:
+        """What the user put there."""
+
+    setattr(scaler, name, own)
+    with pytest.raises(TypeError, match="unscales as torch's does"):
+        fastclip.unscale_and_clip_grad_norm_(scaler, optimizer, 1.0)
+    assert vars(scaler)[name] is own
+
+
 def test_a_scaler_that_is_not_enabled_clips_only() -> None:
     ours, theirs = optimizer_of([torch.arange(5.0)]), optimizer_of([torch.arange(5.0)])
     norm = fastclip.unscale_and_clip_grad_norm_(GradScaler("cpu", enabled=False), ours, 0.5)

@@ -293,6 +293,46 @@ def test_a_step_that_raises_leaves_no_scale_to_the_next() -> None:
     assert_close(gradients(ours), gradients(theirs))
 
 
+@pytest.mark.parametrize(
+    ("grad", "message"),
+    [
+        (torch.full((16,), 100.0)[:1].expand(8), r"has the strides \(0,\)"),
+        (torch.full((16,), 100.0)[::2], r"has the strides \(2,\)"),
+    ],
+    ids=["expanded", "strided"],
+)
+def test_gradients_that_are_not_dense_are_refused_and_nothing_is_written(grad: Tensor, message: str) -> None:
+    memory = torch.as_strided(grad, (16,), (1,))
+    parameter = nn.Parameter(torch.zeros(8))
+    optimizer = torch.optim.SGD([parameter], lr=1.0, fused=True)
+    fastclip.attach(optimizer, fastclip.ClipGradNorm(1.0), fold=True)
+    parameter.grad = grad
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert memory.tolist() == [100.0] * 16
+    assert not parameter.any()
+
+
+def test_strides_of_dimensions_of_one_element_do_not_matter() -> None:
+    parameter = nn.Parameter(torch.zeros(1, 3, 1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0, fused=True)
+    fastclip.attach(optimizer, fastclip.ClipGradNorm(1.0), fold=True)
+    parameter.grad = torch.full((3,), 5.0).as_strided((1, 3, 1), (7, 1, 9))
+    optimizer.step()
+    assert parameter.norm().item() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_trigger_that_raises_leaves_nothing_lent() -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([parameter], lr=1.0, fused=True)
+    monitor = fastclip.Monitor([parameter], triggers=[fastclip.NonFinite("gradients", action="raise")])
+    fastclip.attach(optimizer, fastclip.ClipGradNorm(1.0), monitor=monitor, fold=True)
+    parameter.grad = torch.full((3,), math.nan)
+    with pytest.raises(fastclip.TriggerError):
+        optimizer.step()
+    assert getattr(optimizer, "grad_scale", None) is None
+
+
 class OwnStep(torch.optim.Adam):
     """Fused by its settings only."""
 

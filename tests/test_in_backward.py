@@ -105,6 +105,9 @@ def test_hooks_that_leave_the_gradient_and_parameters_without_one_are_nothing_to
     second.grad = None
     assert fastclip.clip_grad_norm_(training.model.parameters(), 1.0).item() > 0
     assert fastclip.clip_grad_norm_([second], 1.0).item() == 0.0
+    frozen = first.requires_grad_(False)
+    frozen.grad = None
+    assert fastclip.clip_grad_norm_([frozen], 1.0).item() == 0.0
 
 
 def test_clipped_in_the_hook() -> None:

@@ -179,7 +179,30 @@ def test_replicas_that_came_apart(four: Pool) -> None:
 
 
 def test_ranks_outside_a_mesh(four: Pool) -> None:
-    assert four.run(ranks.outsiders) == [pytest.approx(5.0), pytest.approx(5.0), 3.0, 3.0]
+    results = four.run(ranks.outsiders)
+    for norm, each, of_mesh in results[:2]:
+        assert norm == pytest.approx(5.0)
+        assert each == pytest.approx([4.0, 3.0])
+        assert of_mesh == pytest.approx(4.0)
+    for norm, each, of_mesh in results[2:]:
+        assert norm == each
+        assert "parameters[1] is no DTensor, beside DTensors on a mesh that this process is not in" in norm
+        assert of_mesh == 0.0
+
+
+def test_meshes_of_other_processes_are_refused_by_all(four: Pool) -> None:
+    for messages in four.run(ranks.meshes_of_other_processes):
+        assert len(messages) == 3
+        for message in messages:
+            assert (
+                "parameters[0] lies on a mesh of the processes [0, 1], and parameters[1] on one of [0, 1, 2, 3]"
+                in message
+            )
+
+
+def test_a_gradient_on_another_mesh_is_refused(four: Pool) -> None:
+    for message in four.run(ranks.gradient_on_another_mesh):
+        assert "the gradient of parameters[0] lies on another mesh" in message
 
 
 def test_stages_apart(four: Pool) -> None:
