@@ -172,12 +172,14 @@ class Piece(Protocol):
     Attributes:
         dtype: The dtype of the elements.
         owners: The positions in the plan of the tensors that they are of.
-        elements: The number of elements.
     """
 
     dtype: torch.dtype
     owners: Int64s
-    elements: int
+
+    @property
+    def elements(self) -> int:
+        """The number of elements."""
 
     def norms(self, p: float) -> Array:
         """The p-norm of each tensor's part, in fp64; for p = 0 the number of its nonzero elements."""
@@ -235,9 +237,9 @@ class HalfPart(Part):
     """A part of a tensor of bfloat16 or float16, which torch converts and multiplies."""
 
     @cached_property
-    def _chunks(self) -> Sequence[Tensor]:
+    def _chunks(self) -> tuple[Tensor, ...]:
         with torch.inference_mode(False):  # which would mark them for good
-            return torch.from_numpy(self.view).view(self.dtype).split(CHUNK)
+            return torch.split(torch.from_numpy(self.view).view(self.dtype), CHUNK)
 
     def _load(self) -> Array:
         chunks, converted = _thread.part(self.elements)
@@ -319,10 +321,10 @@ class _Thread(threading.local):
             self.block = torch.empty(HALF_PIECE, dtype=torch.float32, device="cpu")
         self.part = lru_cache(maxsize=16)(self._part)  # making the views takes long enough to be in others' way
 
-    def _part(self, elements: int) -> tuple[Sequence[Tensor], Array]:
+    def _part(self, elements: int) -> tuple[tuple[Tensor, ...], Array]:
         """So many elements of the memory: as chunks, and all together."""
         part = self.block[:elements]
-        return part.split(CHUNK), part.numpy()
+        return torch.split(part, CHUNK), part.numpy()
 
 
 _thread = _Thread()
@@ -401,7 +403,8 @@ def _sum_of_squares(x: Array) -> float:
 def _norms_of_rows(x: Array, p: float) -> Array:
     """The p-norm of each row of a 2-d array, in fp64."""
     if p == 0:
-        return np.count_nonzero(x, axis=1).astype(np.float64)
+        counts: Array = np.count_nonzero(x, axis=1).astype(np.float64)
+        return counts
     if p != 2:
         return _power_norms_of_rows(x, p)
     squares = np.vecdot(x, x).astype(np.float64)
@@ -415,7 +418,7 @@ def _norms_of_rows(x: Array, p: float) -> Array:
 def _power_norms_of_rows(x: Array, p: float) -> Array:
     """The same in fp64, of values divided by the one whose power is the largest, so that no power overflows."""
     magnitudes = np.abs(x, dtype=np.float64)
-    leading = magnitudes.max(axis=1) if p > 0 else magnitudes.min(axis=1)
+    leading: Array = magnitudes.max(axis=1) if p > 0 else magnitudes.min(axis=1)
     if np.isinf(p):
         return leading
     scales = np.where((leading > 0) & (leading < np.inf), leading, 1.0)
