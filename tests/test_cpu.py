@@ -82,7 +82,7 @@ def test_torch_s_number_of_threads_is_the_limit() -> None:
     """The process has as many threads as torch was told to use, whatever the dtype: OpenMP starts none for them."""
     script = """
 torch.set_num_threads(1)
-made = [parameter_of(3 << 20, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)]
+made = [parameter_of(5 << 20, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)]
 for threads in (1, 3):
     torch.set_num_threads(threads)
     before = len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 0
@@ -99,7 +99,7 @@ def test_threads_sleep_between_calls() -> None:
     """What the process computes while nobody asks it anything is next to nothing."""
     script = """
 torch.set_num_threads(1)
-made = [parameter_of(3 << 20, torch.float32), parameter_of(3 << 20, torch.bfloat16)]
+made = [parameter_of(5 << 20, torch.float32), parameter_of(5 << 20, torch.bfloat16)]
 torch.set_num_threads(4)
 fastclip.clip_grad_norm_(made, 1.0)
 assert fastclip_threads() > 0

@@ -53,7 +53,7 @@ SMALL = 1024  # elements: up to here a tensor is gathered with others of its siz
 FEW = 4  # tensors: fewer are done one by one, in less time than gathering takes
 ROWS = 512  # what long pieces are cut into for their sums; NumPy keeps the GIL for 500 or fewer
 ROW = 1024  # elements: a PIECE has ROWS of them
-THREADS_FROM = 1 << 20  # elements; below, handing work to another thread costs more than it saves
+THREADS_FROM = 1 << 22  # elements; below, handing work to another thread costs more than it saves
 
 # An fp32 sum of squares above this lost less than 2**-24 of itself to subnormal rounding, for up to PIECE elements.
 TINY = 2.0**-100
