@@ -2,8 +2,9 @@ r"""Mixed precision in one go: taking the loss scale off, looking for infinities
 
 `scaler.unscale_(optimizer)` reads and writes every gradient, and clipping then reads, reads and writes: 3R + 2W. Here
 the norm of the scaled gradients tells all of it. It is finite exactly where every gradient is, because it does not
-overflow while they are (fp64 gradients aside, whose norm may be beyond fp64); times the inverse scale it is the norm
-wanted; and one coefficient both unscales and clips. That is 2R + 1W: on a GPU two launches, and no sync.
+overflow while they are; but for fp64 gradients whose norm is beyond fp64, and sparse ones whose duplicates overflow
+when they are summed. Times the inverse scale it is the norm wanted; and one coefficient both unscales and clips. That
+is 2R + 1W: on a GPU two launches, and no sync.
 """
 
 from __future__ import annotations

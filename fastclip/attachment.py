@@ -73,7 +73,13 @@ def attach(
     a write where there is something to clip. So folding pays where most steps are clipped. The optimizer divides by
     ``1 / coefficient`` in fp32: gradients differ from those clipped ahead of the step by rounding, at most 4 * 2**-24
     of their size before they are rounded to a narrower dtype, and not at all where the coefficient is 1. Where the
-    divisor is beyond fp32 (a norm of 2**128 times the bound), gradients become 0.
+    divisor is beyond fp32 (a norm of 2**128 times the bound), gradients become 0. Of torch's fused optimizers only Adam
+    and AdamW take DTensors; of one that is placed otherwise than its parameter a temporary is divided, not ``.grad``.
+
+    Known limits: where a step raises once the rule has been applied (in another hook, say), what was set for that step
+    (``grad_scale``, ``found_inf``) stays until the next step begins. An optimizer whose own ``step`` calls that of a
+    torch optimizer is clipped twice where torch calls the hooks of both, which it does once it has made one of that
+    class.
 
     Args:
         optimizer: Any `torch.optim.Optimizer`.
