@@ -72,6 +72,12 @@ def four() -> Iterator[Pool]:
     yield from _pool(4)
 
 
+@pytest.fixture
+def four_anew() -> Iterator[Pool]:
+    """Four processes for one test, which ends their process group: torch remembers its meshes by what they equal."""
+    yield from _pool(4)
+
+
 @pytest.fixture(scope="session")
 def eight() -> Iterator[Pool]:
     """Eight processes."""

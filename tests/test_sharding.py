@@ -264,8 +264,8 @@ def test_gradients_under_way(four: Pool) -> None:
     assert all(four.run(ranks.under_way))
 
 
-def test_process_groups_that_ended(four: Pool, tmp_path: Path) -> None:
-    assert same(four.run(ranks.restarted, str(tmp_path / "store")))
+def test_process_groups_that_ended(four_anew: Pool, tmp_path: Path) -> None:
+    assert same(four_anew.run(ranks.restarted, str(tmp_path / "store")))
 
 
 LAYERS: list[Item] = [
