@@ -288,9 +288,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_  # bound at import, which a later patch() would not reach
 
-torch.distributed.init_process_group("gloo")
-rank = torch.distributed.get_rank()
-for max_norm in map(float, sys.argv[2:]):
+def train(max_norm, rank):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
     model = DistributedDataParallel(net)
@@ -305,7 +303,12 @@ for max_norm in map(float, sys.argv[2:]):
         optimizer.zero_grad(set_to_none=True)
         with open(f"{sys.argv[1]}-{max_norm}-{rank}.txt", "a") as file:
             print(loss.item(), file=file)
-torch.distributed.destroy_process_group()
+
+torch.distributed.init_process_group("gloo")
+for max_norm in map(float, sys.argv[2:]):
+    train(max_norm, torch.distributed.get_rank())
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # no model holds it any more, whose threads would be cut off at exit
 """
 
 LAUNCHERS = {
