@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
+from torch import Tensor, multiprocessing, nn
 
 PROCESSES = 4
 
@@ -26,18 +27,44 @@ class Run(NamedTuple):
     norms: list[float]
 
 
-def compare(train: Callable[[int], Run], alone: Callable[[int], Run], steps: int) -> None:
+def train_alone(
+    model: nn.Module, data: tuple[Tensor, Tensor], learning_rate: float, max_norm: float, steps: int
+) -> Run:
+    """Train in this process, on inputs and targets, by torch's own clipping."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
+    x, target = data
+    run = Run([], [])
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), target)
+        loss.backward()  # type: ignore[no-untyped-call]
+        run.norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item())
+        optimizer.step()
+        run.losses.append(loss.item())
+    return run
+
+
+def main(
+    description: str | None, train: Callable[[int], Run], alone: Callable[[int], Run], arguments: Sequence[str]
+) -> int:
     """Train on four processes, and in this one; print losses and norms side by side.
 
     Args:
+        description: The example's; its first line is shown as help.
         train: Takes the number of steps; is called by every process, in a process group of gloo.
         alone: The same, in fp64, in one process.
-        steps: The number of steps.
+        arguments: Those of the command line.
+
+    Returns:
+        The exit status.
     """
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=20)
+    steps = parser.parse_args(arguments).steps
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found"
-        arguments = (train, steps, str(Path(folder) / "store"), str(found))
-        multiprocessing.spawn(_be, arguments, PROCESSES)  # type: ignore[attr-defined, no-untyped-call]
+        given = (train, steps, str(Path(folder) / "store"), str(found))
+        multiprocessing.spawn(_be, given, PROCESSES)  # type: ignore[attr-defined, no-untyped-call]
         losses, norms = torch.load(found)
     expected = alone(steps)
     print(f"step   loss on {PROCESSES}   alone, fp64   norm on {PROCESSES}   alone, fp64")
@@ -47,6 +74,7 @@ def compare(train: Callable[[int], Run], alone: Callable[[int], Run], steps: int
         print(f"{step:4} {loss:11.6f} {other:13.6f} {norm:11.6f} {other_norm:13.6f}")
     print(f"The losses differ by at most {_difference(losses, expected.losses):.1e} of their size,")
     print(f"the norms by {_difference(norms, expected.norms):.1e}.")
+    return 0
 
 
 def _be(rank: int, train: Callable[[int], Run], steps: int, store: str, found: str) -> None:

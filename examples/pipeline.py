@@ -9,14 +9,13 @@ what came of it. Four processes on the CPU; the result is compared with the same
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from launch import Run, compare
+from launch import Run, main, train_alone
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -103,26 +102,8 @@ def train(steps: int) -> Run:
 def alone(steps: int) -> Run:
     """Train in this process, in fp64, by torch's own clipping."""
     model = nn.Sequential(*make_stages(torch.float64))
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    x, target = data(torch.float64)
-    run = Run([], [])
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = nn.functional.mse_loss(model(x), target)
-        loss.backward()  # type: ignore[no-untyped-call]
-        run.norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
-        optimizer.step()
-        run.losses.append(loss.item())
-    return run
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Train both ways, and compare."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=20)
-    compare(train, alone, parser.parse_args(arguments).steps)
-    return 0
+    return train_alone(model, data(torch.float64), LEARNING_RATE, MAX_NORM, steps)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(__doc__, train, alone, sys.argv[1:]))

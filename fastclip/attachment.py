@@ -229,12 +229,11 @@ class Attachment:
                 f"{self.rule} is attached, but the gradients still carry the scale of GradScaler: call "
                 "scaler.unscale_(optimizer) before scaler.step(optimizer)"
             )
+        grads = gradients_of(owners)
         if self._folds:
             _check_fold(optimizer, self.rule, groups)  # once more: a state dict may bring groups that are not fused
-        grads = gradients_of(owners)
-        each = self.monitor is not None
-        if self._folds:
             _check_layout(grads)
+        each = self.monitor is not None
         result = apply_rule(grads, self.rule, groups, each=each, scale=scale, write=not self._folds)
         self.result, self.norm = result, result.norm
         skip = None if self.monitor is None else self.monitor.update(result)  # which may raise: nothing is lent yet

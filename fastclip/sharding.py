@@ -343,8 +343,9 @@ def _layout(owners: Sequence[_Kind], grads: Sequence[_Kind], positions: Sequence
     members: dict[DeviceMesh, list[int]] = {}
     plain = []
     for position, owner in enumerate(owners):
-        kind = here.get(position, owner) if isinstance(owner, torch.dtype) else owner
-        _check_mesh(position, owner, here.get(position, owner))
+        grad = here.get(position, owner)
+        _check_mesh(position, owner, grad)
+        kind = grad if isinstance(owner, torch.dtype) else owner
         if isinstance(kind, torch.dtype):
             plain.append(position)
         else:

@@ -14,9 +14,9 @@ pytest.importorskip("torch.distributed.tensor")
 if not torch.distributed.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
-import trainings
+import sharded_trainings as trainings
 from processes import Pool
-from trainings import Run
+from sharded_trainings import Run
 
 # fp32 against fp32: torch's norms are a few 1e-7 from ours, and steps amplify what is different.
 LIKE_TORCH = 1e-5
