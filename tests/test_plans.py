@@ -45,15 +45,13 @@ def assert_norms(tensors: Sequence[Tensor]) -> None:
         assert norm == pytest.approx(exact, rel=oracle.NORM_TOLERANCE[tensor.dtype], abs=0, nan_ok=True)
 
 
-def cut(
-    monkeypatch: pytest.MonkeyPatch, small: int = 16, piece: int = 100, half_piece: int = 70, chunk: int = 30
-) -> Any:
-    """Have the NumPy backend cut gradients into pieces of a few elements each."""
+def cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the NumPy backend cut gradients into rows, blocks and parts of a few elements each."""
     numpy_backend = importlib.import_module("fastclip.backends.numpy")
-    for name, value in {"SMALL": small, "PIECE": piece, "HALF_PIECE": half_piece, "CHUNK": chunk}.items():
+    sizes = {"ROW": 10, "SMALL": 16, "GATHERED": 30, "BY_TORCH": 60, "LONG": 80, "BLOCK": 40, "WIDE_BLOCK": 20}
+    for name, value in {**sizes, "LOOKED_AT_TWICE": 50, "WRITTEN": 70}.items():
         monkeypatch.setattr(numpy_backend, name, value)
-    monkeypatch.setattr(numpy_backend, "_thread", numpy_backend._Thread())  # whose memory is of HALF_PIECE
-    return numpy_backend
+    monkeypatch.setattr(numpy_backend, "_thread", numpy_backend._Thread())  # whose memory is of a BLOCK
 
 
 EDGES: dict[torch.dtype, tuple[float, ...]] = {
@@ -158,41 +156,32 @@ def test_each_of_a_mixture_has_its_own_bounds(leg: Leg, rng: np.random.Generator
 
 @pytest.mark.legs("numpy")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_pieces_and_threads(
+def test_pieces_of_every_kind(
     leg: Leg, dtype: torch.dtype, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each piece finds its own gradient's coefficient and bounds, in whatever thread; one value outside is noticed."""
-    numpy_backend = cut(monkeypatch)
-    monkeypatch.setattr(numpy_backend, "THREADS_FROM", 1)
+    """Each piece finds its own gradient's coefficient and bounds; one value outside is noticed wherever it is."""
+    cut(monkeypatch)
     sizes = [350, 5, 16, 17, 210, 1, *[7] * 30, 500]
     originals = [random_values(rng, (size,), dtype).clamp(-2, 2) for size in sizes]
+    assert_norms([original.clone() for original in originals])
     coefficients = torch.tensor([2.0 ** (i % 5 - 2) for i in range(len(sizes))], dtype=torch.float64)
     bounds = [2.0 ** (i % 4 - 1) for i in range(len(sizes))]
-    before, seen = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 4, 7):
-            torch.set_num_threads(threads)
-            tensors = [original.clone() for original in originals]
-            plans, grads = prepared(tensors)
-            seen.append(plans.norms())
-            oracle.assert_same_bits(seen[-1], seen[0])
-            plans.scale_(grads, coefficients)
-            for tensor, original, coefficient in zip(tensors, originals, coefficients.tolist(), strict=True):
-                oracle.assert_same_bits(tensor, original * coefficient)
-            plans.clamp_(grads, [-b for b in bounds], bounds)
-            for tensor, original, coefficient, b in zip(tensors, originals, coefficients.tolist(), bounds, strict=True):
-                oracle.assert_same_bits(tensor, (original * coefficient).clamp(-b, b))
-            for position, low in ((None, [-b for b in bounds]), (0, -64.0), (3, -64.0), (len(sizes) - 1, -64.0)):
-                for tensor in tensors:
-                    tensor.zero_()
-                if position is not None:
-                    tensors[position][-1] = -100.0
-                flags = plans.clamp_(grads, low, 64.0, watch=True)
-                assert any(flag.any() for flag in flags) is (position is not None)
-                assert position is None or tensors[position][-1] == -64
-    finally:
-        torch.set_num_threads(before)
-    assert_norms([original.clone() for original in originals])
+    tensors = [original.clone() for original in originals]
+    plans, grads = prepared(tensors)
+    plans.scale_(grads, coefficients)
+    for tensor, original, coefficient in zip(tensors, originals, coefficients.tolist(), strict=True):
+        oracle.assert_same_bits(tensor, original * coefficient)
+    plans.clamp_(grads, [-b for b in bounds], bounds)
+    for tensor, original, coefficient, b in zip(tensors, originals, coefficients.tolist(), bounds, strict=True):
+        oracle.assert_same_bits(tensor, (original * coefficient).clamp(-b, b))
+    for position, low in ((None, [-b for b in bounds]), (0, -64.0), (3, -64.0), (len(sizes) - 1, -64.0)):
+        for tensor in tensors:
+            tensor.zero_()
+        if position is not None:
+            tensors[position][-1] = -100.0
+        flags = plans.clamp_(grads, low, 64.0, watch=True)
+        assert any(flag.any() for flag in flags) is (position is not None)
+        assert position is None or tensors[position][-1] == -64
     assert leg
 
 

@@ -6,6 +6,7 @@ A backend is a module with two functions: ``obstacle(device)`` tells why it cann
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -186,9 +187,16 @@ def norm_of_norms(norms: Tensor, dtype: torch.dtype, dim: int | None = None) -> 
 
 def stable_norm(x: Tensor, p: float, dim: int | None = None) -> Tensor:
     """``‖x‖_p`` of a nonempty tensor in x's own precision, without overflow or underflow of the powers (p ≠ 0)."""
-    axes = tuple(range(x.dim())) if dim is None else dim
-    magnitudes = x.abs()
+    return norm_of_magnitudes_(x.abs(), p, dim)
+
+
+def norm_of_magnitudes_(magnitudes: Tensor, p: float, dim: int | None = None) -> Tensor:
+    """The same of absolute values, which it overwrites."""
+    axes = tuple(range(magnitudes.dim())) if dim is None else dim
     leading = magnitudes.amax(axes, keepdim=True) if p > 0 else magnitudes.amin(axes, keepdim=True)  # the largest power
+    if math.isinf(p):
+        return leading.squeeze(axes)
     scale = torch.where(leading.isfinite() & (leading > 0), leading, 1.0)
-    norm: Tensor = torch.linalg.vector_norm(x / scale, p, axes, keepdim=True) * scale
+    # On the CPU `vector_norm` takes powers one by one, 2 to 30 times as slowly.
+    norm = magnitudes.div_(scale).pow_(p).sum(axes, keepdim=True).pow(1 / p) * scale
     return norm.squeeze(axes)

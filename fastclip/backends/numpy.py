@@ -1,31 +1,26 @@
-"""The NumPy backend: zero-copy views of the gradients, in pieces, over as many threads as torch uses.
+"""The NumPy backend: zero-copy views of the gradients, in pieces.
 
-The same three steps as on the GPU: each piece is reduced to norms, these are combined in fp64, and only where the
-coefficient is not 1 (where a value is out of bounds) is anything written. A piece is a part of one tensor, or many
-small tensors of one size, which NumPy's indexing gathers from all of memory at once, and scatters back if they change.
+The same three steps as on the GPU: each piece is reduced to sums of squares, these are added in fp64, and only where
+the coefficient is not 1 (where a value is out of bounds) is anything written. A piece is one tensor, or many small ones
+of one size, which NumPy's indexing gathers from all of memory at once, and scatters back if they change.
 
-Squares are summed in fp32 over at most 1024 elements and from there on in fp64. A sum that left the range in which fp32
-is right to rounding is done again in fp64. NumPy has no bfloat16, and its float16 is slow: both are converted and
-scaled by torch. It does up to CHUNK elements in the thread that asks, and beyond would wake a team of its own for each
-of our threads; so it is given lists of chunks, a piece in one call.
+NumPy does what is small; it computes in the thread that asks. What is long enough for several threads, torch goes
+through with its own: they obey `torch.set_num_threads`, and no thread of ours competes with them for cores or the GIL.
+So do 16-bit floats, since NumPy has no bfloat16, and is slow with its float16.
 
-Long parts are clamped by torch, and by its own threads: what takes NumPy two passes over the memory takes it one.
-
-What is worth knowing of the GIL: NumPy lets go of it for the time of one call, and a thread that wants it back while
-another has it waits for some 10 us. So a piece is long enough that this is little, and short enough for the cache (L2)
-to still have it when it is looked at again.
+Squares are summed in fp32 over at most ROW elements and from there on in fp64. A norm that fp32 could not get right to
+rounding, because squares left its range, is taken again in fp64.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import chain
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -40,23 +35,27 @@ from fastclip.backends.interface import (
     Scalar,
     Unscaling,
     clip_coefficient,
+    norm_of_magnitudes_,
     on,
     reduction,
+    stable_norm,
 )
 
 Array: TypeAlias = npt.NDArray[Any]
 
-PIECE = 1 << 19  # elements: 2 MB in fp32
-HALF_PIECE = 1 << 18  # elements of 16 bits: 1 MB when converted
-CHUNK = 1 << 15  # elements: the most that torch does in the thread that asks
+ROW = 2048  # elements whose squares are summed in fp32
 SMALL = 1024  # elements: up to here a tensor is gathered with others of its size
 FEW = 4  # tensors: fewer are done one by one, in less time than gathering takes
-ROWS = 512  # what long pieces are cut into for their sums; NumPy keeps the GIL for 500 or fewer
-ROW = 1024  # elements: a PIECE has ROWS of them
-THREADS_FROM = 1 << 22  # elements; below, handing work to another thread costs more than it saves
+GATHERED = 1 << 15  # elements that are gathered at once
+BY_TORCH = 1 << 18  # elements: for more, several threads save more time than it takes to wake them
+LOOKED_AT_TWICE = 1 << 20  # elements that are read, and perhaps written: 4 MB, which the cache still has by then
+WRITTEN = 1 << 22  # elements that are written at once; the last of them come first
+LONG = 1 << 25  # elements whose norms by row are added at once: 16,384 of them, by one thread
+BLOCK = 3 << 18  # elements of 16 bits that are converted at once, to 3 MB of fp32
+WIDE_BLOCK = 1 << 16  # elements that are converted at once to fp64
 
-# An fp32 sum of squares above this lost less than 2**-24 of itself to subnormal rounding, for up to PIECE elements.
-TINY = 2.0**-100
+# A sum of squares above this lost less than 2**-24 of itself to fp32's subnormal numbers, for up to 2**45 elements.
+TINY = 2.0**-80
 
 _STORAGE = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.int16, torch.float16: np.int16}
 """The dtype by which NumPy sees the elements; 16-bit floats are opaque to it."""
@@ -85,12 +84,11 @@ class NumpyPlan:
         self._alike = {kind: np.array(positions) for kind, positions in alike.items()}
         self._place(np.fromiter(map(Tensor.data_ptr, tensors), np.int64, self.members))
         self.owners = np.concatenate([piece.owners for piece in self.pieces])
-        self.elements = np.cumsum([piece.elements for piece in self.pieces])
 
     def _place(self, addresses: Int64s) -> None:
         self.pieces: list[Piece] = []
         for (dtype, size), owners in self._alike.items():
-            self.pieces += _cut(dtype, size, owners, addresses[owners])
+            self.pieces += _pieces(dtype, size, owners, addresses[owners])
 
     def moved(self, addresses: Int64s) -> NumpyPlan:
         plan = copy.copy(self)
@@ -101,11 +99,8 @@ class NumpyPlan:
         raise RuntimeError("a CUDA graph cannot clip gradients on the CPU: clip them outside of the graph")
 
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype, unscaling: Unscaling | None = None) -> Reduction:
-        parts = self._norms(p)
-        if p == 0:  # a piece's 0-norm counts nonzero elements; the set's counts the tensors that have any
-            parts = np.bincount(self.owners, weights=parts)
         with _quiet():
-            total = float(parts[0]) if len(parts) == 1 and p else _norm(parts, p)
+            total = self._total(p)
             if unscaling is not None:
                 return reduction(on(self.device, total), max_norm, dtype, unscaling)
             # By way of NumPy, because torch refuses to make a number of a dtype that it would overflow.
@@ -114,56 +109,40 @@ class NumpyPlan:
         return Reduction(norm, total, clip_coefficient(total, max_norm))
 
     def norms(self) -> Tensor:
-        parts = self._norms(2.0)
-        norms = np.zeros(self.members)
-        if len(parts) == self.members:  # a part each
-            norms[self.owners] = parts
-            return torch.from_numpy(norms)
+        norms = np.empty(self.members)
         with _quiet():
-            # Parts are scaled by the largest of their tensor, so that no square overflows.
-            np.maximum.at(norms, self.owners, parts)
-            scales = np.where(np.isfinite(norms) & (norms > 0), norms, 1.0)
-            squares = np.bincount(self.owners, weights=np.square(parts / scales[self.owners]))
-            return torch.from_numpy(np.sqrt(squares) * scales)
+            norms[self.owners] = self._norms(2.0)
+        return torch.from_numpy(norms)
+
+    def _total(self, p: float) -> float:
+        if p == 2:
+            squares = sum([piece.sum_of_squares() for piece in self.pieces])
+            if TINY < squares < math.inf:
+                return math.sqrt(squares)
+        norms = self._norms(p)
+        if p == 0:  # a tensor's 0-norm counts nonzero elements; the set's counts the tensors that have any
+            return float(np.count_nonzero(norms))
+        return stable_norm(torch.from_numpy(norms), p).item()
 
     def _norms(self, p: float) -> Array:
-        """The p-norm of each part of a tensor: that of `owners`. For p = 0 the number of its nonzero elements."""
-        shares = self._run(lambda pieces: [piece.norms(p) for piece in pieces])
-        norms = [own for share in shares for own in share]
-        return norms[0] if len(norms) == 1 else np.concatenate(norms)
+        """The p-norm of each tensor, in the order of `owners`; for p = 0 the number of its nonzero elements."""
+        return np.concatenate([piece.norms(p) for piece in self.pieces])
 
     def scale_(self, coefficient: Scalar) -> None:
         if isinstance(coefficient, float) and coefficient == 1:
             return
-        coefficients = np.atleast_1d(np.asarray(coefficient, dtype=np.float64))
-        factors = {dtype: _factors(coefficients, dtype) for dtype in self.dtypes}
-
-        def scale(pieces: Sequence[Piece]) -> None:
+        with _quiet():
+            factors = {dtype: _factors(coefficient, dtype) for dtype in self.dtypes}
             # Backwards, so that what the reduction read last, and the cache still holds, is read first.
-            for piece in reversed(pieces):
+            for piece in reversed(self.pieces):
                 for own in factors[piece.dtype]:
                     piece.scale_(own)
 
-        if any((own != 1).any() for each in factors.values() for own in each):
-            self._run(scale)
-
     def clamp_(self, minimum: Bounds, maximum: Bounds, *, watch: bool = False) -> Tensor | None:
         bounds = {dtype: (_rounded(dtype, minimum), _rounded(dtype, maximum)) for dtype in self.dtypes}
-        # In this thread: what is long, torch shares out among its own.
         with _quiet():
             changed = [piece.clamp_(*bounds[piece.dtype]) for piece in self.pieces]
         return torch.tensor([any(changed)], device=self.device) if watch else None
-
-    def _run(self, work: Callable[[Sequence[Piece]], Any]) -> list[Any]:
-        """Do `work` on shares of the pieces, of about as many elements each, one share a thread."""
-        total = int(self.elements[-1])
-        threads = torch.get_num_threads() if total >= THREADS_FROM else 1
-        if threads == 1:
-            return [_quietly(work, self.pieces)]
-        ends = np.searchsorted(self.elements, [total * (i + 1) // threads for i in range(threads)]) + 1
-        mine, *others = (self.pieces[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True))
-        pending = [_start(work, share, threads - 1) for share in others]
-        return [_quietly(work, mine), *(result() for result in pending)]
 
 
 class Piece(Protocol):
@@ -177,78 +156,95 @@ class Piece(Protocol):
     dtype: torch.dtype
     owners: Int64s
 
-    @property
-    def elements(self) -> int:
-        """The number of elements."""
+    def sum_of_squares(self) -> float:
+        """The sum of the squares of all elements; of use above TINY and below infinity."""
 
     def norms(self, p: float) -> Array:
-        """The p-norm of each tensor's part, in fp64; for p = 0 the number of its nonzero elements."""
+        """The p-norm of each tensor, in fp64; for p = 0 the number of its nonzero elements."""
 
     def scale_(self, factors: Array) -> None:
-        """Multiply the elements by a factor: one for all, or one for each tensor of the plan; not by 1."""
+        """Multiply the elements by a factor: one for all, 0-dim, or one for each tensor of the plan; not by 1."""
 
     def clamp_(self, minimums: Array, maximums: Array) -> bool:
         """Clamp the elements of tensors that have any out of bounds; tell whether one was. Bounds are as factors."""
 
 
 @dataclass
-class Part:
-    """A part of one tensor, or all of it: fp32 or fp64, in its own memory."""
+class Single:
+    """One tensor, in its own memory."""
 
     dtype: torch.dtype
     owners: Int64s
     view: Array
 
-    @property
-    def elements(self) -> int:
-        return len(self.view)
+    def sum_of_squares(self) -> float:
+        rows, rest = self._rows
+        if not self._is_long:
+            return _sum_of_squares(_widened(rows, self.dtype), _widened(rest, self.dtype))
+        squares = _square(_widened(rest, self.dtype)) if len(rest) else 0.0
+        for part in _parts(torch.from_numpy(rows).view(self.dtype), LONG // ROW):
+            squares += _norms_of_long_rows(part).double().square_().sum().item()
+        return squares
 
     def norms(self, p: float) -> Array:
-        return np.array([_norm(self._load(), p)])
+        return np.array([self._norm(p)])
+
+    def _norm(self, p: float) -> float:
+        x = self._tensor()
+        if p == 0:
+            return float(torch.count_nonzero(x))
+        if p == 2:
+            squares = self.sum_of_squares()
+            if TINY < squares < math.inf:
+                return math.sqrt(squares)
+        if p in (2, math.inf):
+            smallest, largest = _extremes(x)
+            largest = abs(max(largest, -smallest))  # of zeros -0.0 otherwise
+            if p == math.inf or not 0 < largest < math.inf:
+                return largest
+        rows, rest = (torch.from_numpy(each).view(self.dtype) for each in self._rows)
+        blocks = chain(_parts(rows, WIDE_BLOCK // ROW), [rest[np.newaxis]] if len(rest) else ())
+        norms = [_power_norm(block, p) for block in blocks]
+        return stable_norm(torch.tensor(norms, dtype=torch.float64, device="cpu"), p).item()
 
     def scale_(self, factors: Array) -> None:
         factor = self._own(factors)
-        if factor != 1:
-            self._multiply(factor)
+        if factor == 1:
+            return
+        if self._is_long or self.dtype.itemsize == 2:
+            # A tensor without dimensions takes part in fp32 at least, and the product is rounded once.
+            own = torch.from_numpy(np.asarray(factor))
+            for part in reversed(list(_parts(self._tensor(), WRITTEN))):
+                part.mul_(own)
+        else:
+            np.multiply(self.view, factor, out=self.view)
 
     def clamp_(self, minimums: Array, maximums: Array) -> bool:
         # By torch, which takes both extremes in one pass, and both bounds in another.
         low, high = float(self._own(minimums)), float(self._own(maximums))
-        tensor = torch.from_numpy(self.view).view(self.dtype)
-        smallest, largest = (extreme.item() for extreme in torch.aminmax(tensor))
-        if smallest >= low and largest <= high:
-            return False
-        outside = bool(((tensor < low) | (tensor > high)).any()) if math.isnan(smallest) else True
-        tensor.clamp_(low, high)
-        return outside
-
-    def _own(self, values: Array) -> Any:
-        return values[self.owners[0] if len(values) > 1 else 0]
-
-    def _load(self) -> Array:
-        """The elements as NumPy can compute with them."""
-        return self.view
-
-    def _multiply(self, factor: Any) -> None:
-        np.multiply(self.view, factor, out=self.view)
-
-
-class HalfPart(Part):
-    """A part of a tensor of bfloat16 or float16, which torch converts and multiplies."""
+        changed = False
+        for part in _parts(self._tensor(), LOOKED_AT_TWICE):
+            smallest, largest = _extremes(part)
+            if smallest >= low and largest <= high:
+                continue
+            # A NaN makes NaN of both extremes, and hides whether anything else is outside.
+            changed |= not math.isnan(smallest) or bool(((part < low) | (part > high)).any())
+            part.clamp_(low, high)
+        return changed
 
     @cached_property
-    def _chunks(self) -> tuple[Tensor, ...]:
-        with torch.inference_mode(False):  # which would mark them for good
-            return torch.split(torch.from_numpy(self.view).view(self.dtype), CHUNK)
+    def _is_long(self) -> bool:
+        return len(self.view) > BY_TORCH
 
-    def _load(self) -> Array:
-        chunks, converted = _thread.part(self.elements)
-        torch._foreach_copy_(chunks, self._chunks)
-        return converted
+    @cached_property
+    def _rows(self) -> tuple[Array, Array]:
+        return _rows(self.view)
 
-    def _multiply(self, factor: Any) -> None:
-        # A tensor without dimensions takes part in fp32, and the product is rounded once.
-        torch._foreach_mul_(self._chunks, torch.from_numpy(np.asarray(factor)))
+    def _tensor(self) -> Tensor:
+        return torch.from_numpy(self.view).view(self.dtype)
+
+    def _own(self, values: Array) -> Any:
+        return values[self.owners[0]] if values.ndim else values
 
 
 @dataclass
@@ -269,22 +265,23 @@ class Gathered:
     places: Int64s
     size: int
 
-    @property
-    def elements(self) -> int:
-        return len(self.owners) * self.size
+    def sum_of_squares(self) -> float:
+        return _sum_of_squares(*_rows(self._load(self.places).reshape(-1)))
 
     def norms(self, p: float) -> Array:
         return _norms_of_rows(self._load(self.places), p)
 
     def scale_(self, factors: Array) -> None:
-        own = factors[self.owners] if len(factors) > 1 else factors
-        changes = np.broadcast_to(own != 1, self.places.shape)
-        places = self.places if changes.all() else self.places[changes]
-        x = self._load(places)
-        self._store(places, x * (own[changes, None] if len(own) > 1 else own))
+        own = factors[self.owners, np.newaxis] if factors.ndim else factors
+        changes = np.broadcast_to(own != 1, (len(self.places), 1))[:, 0]
+        if changes.all():
+            self._store(self.places, self._load(self.places) * own)
+        elif changes.any():
+            places = self.places[changes]
+            self._store(places, self._load(places) * own[changes])
 
     def clamp_(self, minimums: Array, maximums: Array) -> bool:
-        low, high = (each[self.owners, None] if len(each) > 1 else each for each in (minimums, maximums))
+        low, high = (each[self.owners, np.newaxis] if each.ndim else each for each in (minimums, maximums))
         x = self._load(self.places)
         changes = ~((x >= low) & (x <= high)).all(axis=1)
         if not changes.any():
@@ -295,56 +292,36 @@ class Gathered:
 
     def _load(self, places: Int64s) -> Array:
         """The elements, [tensors, size], as NumPy can compute with them."""
-        return self.memory[places].view(_STORAGE[self.dtype]).reshape(-1, self.size)
+        return _widened(self.memory[places].view(_STORAGE[self.dtype]), self.dtype).reshape(-1, self.size)
 
     def _store(self, places: Int64s, x: Array) -> None:
-        self.memory[places] = x.reshape(-1).view(self.memory.dtype)
-
-
-class GatheredHalf(Gathered):
-    """Small tensors of bfloat16 or float16, which torch converts."""
-
-    def _load(self, places: Int64s) -> Array:
-        halves = torch.from_numpy(super()._load(places)).view(self.dtype)
-        converted: Array = _thread.block[: halves.numel()].view(halves.shape).copy_(halves).numpy()
-        return converted
-
-    def _store(self, places: Int64s, x: Array) -> None:
-        super()._store(places, torch.from_numpy(x).to(self.dtype).view(torch.int16).numpy())
+        self.memory[places] = _narrowed(x.reshape(-1), self.dtype).view(self.memory.dtype)
 
 
 class _Thread(threading.local):
-    """Where a thread converts 16-bit pieces to: memory that is in its cache already, 1 MB."""
+    """Memory for conversions, 3 MB a thread: kept, since memory that is new to the process takes as long again."""
 
     def __init__(self) -> None:
-        with torch.inference_mode(False):
-            self.block = torch.empty(HALF_PIECE, dtype=torch.float32, device="cpu")
-        self.part = lru_cache(maxsize=16)(self._part)  # making the views takes long enough to be in others' way
-
-    def _part(self, elements: int) -> tuple[tuple[Tensor, ...], Array]:
-        """So many elements of the memory: as chunks, and all together."""
-        part = self.block[:elements]
-        return torch.split(part, CHUNK), part.numpy()
+        with torch.inference_mode(False):  # which would mark it for good
+            self.rows = torch.empty(BLOCK // ROW, ROW, dtype=torch.float32, device="cpu")
+        self.wide = self.rows.flatten().view(torch.float64)
 
 
 _thread = _Thread()
 
 
-def _cut(dtype: torch.dtype, size: int, owners: Int64s, addresses: Int64s) -> Iterator[Piece]:
-    """Cut tensors of one dtype and size into parts, or gather them."""
-    is_half = dtype.itemsize == 2
-    part, gathered, limit = (HalfPart, GatheredHalf, HALF_PIECE) if is_half else (Part, Gathered, PIECE)
+def _pieces(dtype: torch.dtype, size: int, owners: Int64s, addresses: Int64s) -> Iterator[Piece]:
+    """Make pieces of tensors of one dtype and size."""
     places = (addresses - _LOWEST_ADDRESS) // dtype.itemsize
     if size <= SMALL and len(owners) >= FEW:
         memory = _all_memory(dtype, size)
-        step = max(1, CHUNK // size)
+        step = max(1, GATHERED // size)
         for i in range(0, len(owners), step):
-            yield gathered(dtype, owners[i : i + step], memory, places[i : i + step], size)
+            yield Gathered(dtype, owners[i : i + step], memory, places[i : i + step], size)
         return
     memory = _all_memory(dtype)
     for i, place in enumerate(places.tolist()):
-        for begin in range(0, size, limit):
-            yield part(dtype, owners[i : i + 1], memory[place + begin : place + min(begin + limit, size)])
+        yield Single(dtype, owners[i : i + 1], memory[place : place + size])
 
 
 _LOWEST_ADDRESS = 64  # nothing is ever mapped there, and it is a multiple of every element's size
@@ -372,110 +349,95 @@ def _all_memory(dtype: torch.dtype, size: int | None = None) -> Array:
     return np.asarray(AllMemory())
 
 
-def _norm(x: Array, p: float) -> float:
-    """``‖x‖_p`` of a 1-d array of fp32 or fp64; for p = 0 the number of nonzero elements."""
-    if p == 0:
-        return float(np.count_nonzero(x))
-    if p == math.inf:
-        return abs(float(np.maximum(x.max(), -x.min())))  # -0.0 otherwise, of zeros
-    if p == 2:
-        squares = _sum_of_squares(x)
-        if TINY < squares < math.inf:
-            return math.sqrt(squares)
-        largest = _norm(x, math.inf)
-        if not 0 < largest < math.inf:  # zeros (of an expert that had nothing to do), infinities, NaN
-            return largest
-    if len(x) <= CHUNK:
-        return float(_norms_of_rows(x[np.newaxis], p)[0])
-    return _norm(np.array([_norm(x[i : i + CHUNK], p) for i in range(0, len(x), CHUNK)]), p)
+def _widened(x: Array, dtype: torch.dtype) -> Array:
+    """Elements of a dtype as NumPy can compute with them: 16-bit floats in fp32, others as they are."""
+    return torch.from_numpy(x).view(dtype).float().numpy() if dtype.itemsize == 2 else x
 
 
-def _sum_of_squares(x: Array) -> float:
-    length = ROW if len(x) < ROW * ROWS // 8 else len(x) // ROWS
-    whole = len(x) // length * length
-    squares = float(np.dot(x[whole:], x[whole:]))
-    if whole:
-        rows = x[:whole].reshape(-1, length)
-        squares += float(np.vecdot(rows, rows).sum(dtype=np.float64))
-    return squares
+def _narrowed(x: Array, dtype: torch.dtype) -> Array:
+    """The other way round."""
+    return torch.from_numpy(x).to(dtype).view(torch.int16).numpy() if dtype.itemsize == 2 else x
+
+
+def _rows(x: Array) -> tuple[Array, Array]:
+    """A 1-d array as rows of ROW elements, and what is left of it."""
+    whole = len(x) // ROW * ROW
+    return x[:whole].reshape(-1, ROW), x[whole:]
+
+
+def _sum_of_squares(rows: Array, rest: Array) -> float:
+    """The sum of all squares: in the elements' own precision up to ROW of them, and from there on in fp64."""
+    squares = sum(np.vecdot(rows, rows).tolist()) if len(rows) else 0.0
+    return squares + _square(rest) if len(rest) else squares
+
+
+def _square(x: Array) -> float:
+    return float(np.dot(x, x))
+
+
+def _extremes(x: Tensor) -> tuple[float, float]:
+    """The smallest and the largest element; NaN both, where there is one."""
+    smallest, largest = torch.aminmax(x)
+    return smallest.item(), largest.item()
+
+
+def _parts(x: Tensor, length: int) -> Iterator[Tensor]:
+    """A tensor in parts of up to so many of its first dimension."""
+    return (x[begin : begin + length] for begin in range(0, len(x), length))
+
+
+def _norms_of_long_rows(rows: Tensor) -> Tensor:
+    """The 2-norm of each row of ROW elements, in fp32 or fp64, by torch's threads."""
+    if rows.dtype.itemsize > 2:
+        norms: Tensor = torch.linalg.vector_norm(rows, 2, 1)
+        return norms
+    blocks = (_thread.rows[: len(part)].copy_(part) for part in _parts(rows, BLOCK // ROW))
+    return torch.cat([torch.linalg.vector_norm(block, 2, 1) for block in blocks])
+
+
+def _power_norm(x: Tensor, p: float) -> float:
+    """The p-norm of a block of rows in fp64; the same whatever the number of threads, which share out the rows."""
+    magnitudes = _thread.wide[: x.numel()].view(x.shape).copy_(x).abs_()
+    return stable_norm(norm_of_magnitudes_(magnitudes, p, 1), p).item()
 
 
 def _norms_of_rows(x: Array, p: float) -> Array:
-    """The p-norm of each row of a 2-d array, in fp64."""
+    """The p-norm of each row of a 2-d array, in fp64; for p = 0 the number of its nonzero elements."""
     if p == 0:
         counts: Array = np.count_nonzero(x, axis=1).astype(np.float64)
         return counts
     if p != 2:
-        return _power_norms_of_rows(x, p)
+        return stable_norm(torch.from_numpy(x).double(), p, 1).numpy()
     squares = np.vecdot(x, x).astype(np.float64)
     norms: Array = np.sqrt(squares)
     is_out_of_range = ~((squares > TINY) & (squares < np.inf))
     if is_out_of_range.any():
-        norms[is_out_of_range] = _power_norms_of_rows(x[is_out_of_range], p)
+        norms[is_out_of_range] = stable_norm(torch.from_numpy(x[is_out_of_range]).double(), p, 1).numpy()
     return norms
 
 
-def _power_norms_of_rows(x: Array, p: float) -> Array:
-    """The same in fp64, of values divided by the one whose power is the largest, so that no power overflows."""
-    magnitudes = np.abs(x, dtype=np.float64)
-    leading: Array = magnitudes.max(axis=1) if p > 0 else magnitudes.min(axis=1)
-    if np.isinf(p):
-        return leading
-    scales = np.where((leading > 0) & (leading < np.inf), leading, 1.0)
-    magnitudes /= scales[:, np.newaxis]
-    norms: Array = np.power(np.power(magnitudes, p, out=magnitudes).sum(axis=1), 1 / p) * scales
-    return norms
-
-
-def _factors(coefficients: Array, dtype: torch.dtype) -> list[Array]:
+def _factors(coefficient: Scalar, dtype: torch.dtype) -> list[Array]:
     """What to multiply values of a dtype by, one after another, in the precision of the multiplication.
 
     A coefficient too small for a normal number is split in two: the norm of finite gradients reaches beyond 2**126.
     """
     wide = np.float64 if dtype == torch.float64 else np.float32
     small = 2.0**-900 if dtype == torch.float64 else 2.0**-100
-    with _quiet():
-        is_small = np.abs(coefficients) < small
-        if not is_small.any():
-            return [coefficients.astype(wide)]
-        return [np.where(is_small, coefficients / small, coefficients).astype(wide), np.where(is_small, wide(small), 1)]
+    coefficients = np.asarray(coefficient, np.float64)
+    least = abs(coefficient) if isinstance(coefficient, float) else np.fmin.reduce(np.abs(coefficients), axis=None)
+    if not least < small:
+        return [coefficients.astype(wide)]
+    is_small = np.abs(coefficients) < small
+    return [np.where(is_small, coefficients / small, coefficients).astype(wide), np.where(is_small, wide(small), 1)]
 
 
 def _rounded(dtype: torch.dtype, bound: Bounds) -> Array:
     """Bounds as a dtype has them, in one that NumPy has."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    rounded: Array = torch.tensor(bound, dtype=torch.float64, device="cpu").to(dtype).to(wide).reshape(-1).numpy()
+    rounded: Array = torch.tensor(bound, dtype=torch.float64, device="cpu").to(dtype).to(wide).numpy()
     return rounded
 
 
 def _quiet() -> np.errstate:
     # Overflow and NaN are answers here, not accidents.
     return np.errstate(all="ignore")
-
-
-def _quietly(work: Callable[[Sequence[Piece]], Any], pieces: Sequence[Piece]) -> Any:
-    with _quiet():
-        return work(pieces)
-
-
-def _start(work: Callable[[Sequence[Piece]], Any], pieces: Sequence[Piece], threads: int) -> Callable[[], Any]:
-    """Start the work in another thread, and return what waits for its result."""
-    try:
-        return _pool(threads).submit(_quietly, work, pieces).result
-    except RuntimeError:  # the interpreter is shutting down, and starts no thread any more
-        return lambda: _quietly(work, pieces)
-
-
-_pools: dict[int, ThreadPoolExecutor] = {}
-
-
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that sleep while there is nothing to do, kept for the process's life."""
-    if threads not in _pools:
-        _pools[threads] = ThreadPoolExecutor(threads, thread_name_prefix="fastclip")
-    return _pools[threads]
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
-    # Threads do not survive a fork: a child (a DataLoader's worker, say) makes its own.
-    os.register_at_fork(after_in_child=_pools.clear)
