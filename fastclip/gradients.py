@@ -66,13 +66,18 @@ def collect(parameters: Parameters) -> Gradients:
         RuntimeError: No gradient is left, because optimizers have stepped inside of backward.
         TypeError: `parameters` is not iterable, or holds something that is none of these; or it is a model of FSDP1.
     """
+    if isinstance(parameters, nn.Module):
+        _refuse_fsdp1(parameters)
+    return gradients_of(listed(parameters, "parameters"))
+
+
+def _refuse_fsdp1(model: nn.Module) -> None:
     fsdp1 = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
-    if isinstance(parameters, fsdp1):
+    if isinstance(model, fsdp1):
         raise TypeError(
             "`parameters` is a model sharded by FSDP1, whose parameters do not tell of which whole they are parts: "
             "use its own method, model.clip_grad_norm_(max_norm)"
         )
-    return gradients_of(listed(parameters, "parameters"))
 
 
 _grad = attrgetter("grad")  # faster than a comprehension

@@ -137,10 +137,12 @@ for norm, largest in DataLoader(Norms(), batch_size=None, num_workers=2, multipr
 def test_gradients_first_seen_in_inference_mode_are_clipped_outside_of_it_too() -> None:
     script = """
 for dtype in (torch.float32, torch.bfloat16):
-    made = [parameter_of(size, dtype) for size in (100_000, 64, 64, 64, 64, 64)]
+    made = [parameter_of(size, dtype) for size in (300_000, 100_000, 64, 64, 64, 64, 64)]
     with torch.inference_mode():
         fastclip.clip_grad_norm_(made, 100.0)
-    fastclip.clip_grad_norm_(made, 1.0)
+        fastclip.get_total_norm([parameter.grad for parameter in made], 3)
+    fastclip.clip_grad_norm_(made, 1.0, 2)
+    fastclip.get_total_norm([parameter.grad for parameter in made], 3)
     print(fastclip.get_total_norm([parameter.grad for parameter in made], norm_dtype=torch.float64).item())
 """
     assert [float(norm) for norm in output_of(script)] == pytest.approx([1.0, 1.0], rel=2**-8)

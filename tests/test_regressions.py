@@ -78,14 +78,18 @@ atexit.register(lambda: print(fastclip.clip_grad_norm_([parameter], 1.0).item(),
     assert after == pytest.approx(1.0, rel=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_default_device_has_no_say(dtype: torch.dtype) -> None:
-    (parameter,) = parameters([torch.ones(5, dtype=dtype)])
-    with torch.device("meta"):
-        norm = fastclip.clip_grad_norm_([parameter], 1.0)
+@pytest.mark.parametrize("size", [5, 500_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_default_device_and_autocast_have_no_say(dtype: torch.dtype, size: int) -> None:
+    (parameter,) = parameters([torch.ones(size, dtype=dtype)])
+    with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16):
+        norms = [
+            fastclip.get_total_norm([parameter.grad], order, norm_dtype=torch.float32) for order in (1, 2, 3, math.inf)
+        ]
+        fastclip.clip_grad_norm_([parameter], math.sqrt(size) / 2)
         fastclip.clip_grad_value_([parameter], 0.1)
-    assert norm.device.type == "cpu"
-    assert norm.item() == pytest.approx(math.sqrt(5), rel=2**-8)
+    assert {norm.device.type for norm in norms} == {"cpu"}
+    assert [norm.item() for norm in norms] == pytest.approx([size, size ** (1 / 2), size ** (1 / 3), 1], rel=1e-6)
     assert parameter.grad is not None
     assert parameter.grad.max().item() == pytest.approx(0.1, rel=2**-8)
 
