@@ -6,6 +6,8 @@ import importlib
 import math
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +148,20 @@ for dtype in (torch.float32, torch.bfloat16):
     print(fastclip.get_total_norm([parameter.grad for parameter in made], norm_dtype=torch.float64).item())
 """
     assert [float(norm) for norm in output_of(script)] == pytest.approx([1.0, 1.0], rel=2**-8)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_python_s_threads_do_not_share_memory_for_conversions(order: float) -> None:
+    sets = [parameters([torch.full((900_000,), value, dtype=torch.bfloat16)]) for value in (1.0, 2.0)]
+    start = threading.Barrier(len(sets))
+
+    def norms(made: list[Tensor]) -> set[float]:
+        start.wait()
+        return {fastclip.clip_grad_norm_(made, 1e9, order, norm_dtype=torch.float64).item() for _ in range(40)}
+
+    with ThreadPoolExecutor(len(sets)) as pool:
+        for value, found in zip((1.0, 2.0), pool.map(norms, sets), strict=True):
+            assert sorted(found) == [pytest.approx(value * 900_000 ** (1 / order), rel=1e-6)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -185,6 +185,37 @@ def test_pieces_of_every_kind(
     assert leg
 
 
+@pytest.mark.legs("numpy")
+def test_whether_anything_was_outside_is_remembered_past_a_part_of_nan(
+    leg: Leg, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut(monkeypatch)
+    tensor = torch.zeros(150)
+    tensor[3], tensor[120] = -100.0, NAN
+    plans, grads = prepared([tensor])
+    assert [flag.tolist() for flag in plans.clamp_(grads, -1.0, 1.0, watch=True)] == [[True]]
+    assert (tensor[3].item(), tensor[120].isnan().item(), int(tensor.count_nonzero())) == (-1, True, 2)
+    assert leg
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_coefficients_far_below_the_smallest_normal_number(leg: Leg, dtype: torch.dtype) -> None:
+    """Norms reach beyond the largest value; what such a coefficient leaves is right to rounding all the same."""
+    largest = math.ldexp(1.0, math.frexp(torch.finfo(dtype).max)[1] - 1)
+    small = 2.0 ** (-1070 if dtype == torch.float64 else -140) * 0.7
+    for sizes in ((3, 40), (5,) * 6):
+        tensors = [torch.full((size,), largest, dtype=dtype, device=leg.device) for size in sizes]
+        plans, grads = prepared(tensors)
+        coefficients = [NAN, small, 0.5 * small, *[1.0] * 4][: len(sizes)]
+        plans.scale_(grads, torch.tensor(coefficients, dtype=torch.float64, device=leg.device))
+        for tensor, coefficient in zip(tensors, coefficients, strict=True):
+            tolerance = 2 * oracle.rounding(leg, dtype) + 2.0**-23
+            assert tensor.tolist() == pytest.approx([largest * coefficient] * len(tensor), rel=tolerance, nan_ok=True)
+        plans.scale_(grads, small)
+        expected = [largest * small] * len(tensors[-1]) if len(sizes) == 6 else [largest * small * small] * 40
+        assert tensors[-1].tolist() == pytest.approx(expected, rel=tolerance, abs=1e-45)
+
+
 # ---- Several devices and streams, of which there is but one here
 
 
