@@ -2,9 +2,11 @@
 
     python -m benchmarks.cpu [-k "GPT-2"] [any other option of pytest]
 
-pytest-benchmark measures. The table on top gives medians and their ratio, torch's time over fastclip's, beside the
-ratio that is asked for; and how long the same threads take to read the same bytes and do nothing else. The picture,
-`out/cpu.png`, shows the ratios. The exit status says whether everything ran, not how fast: machines differ.
+pytest-benchmark measures. The contenders take turns, so that what else the machine does meets all of them. The table on
+top gives medians over all turns and their ratio, torch's time over fastclip's, beside the ratio that is asked for; and
+how long the same threads take to read the same bytes and do nothing else. A second table tells where fastclip's time
+goes. The picture, `out/cpu.png`, shows the ratios. The exit status says whether everything ran, not how fast: machines
+differ.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ import json
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import count, pairwise
 from pathlib import Path
+from statistics import median
+from timeit import timeit
 from typing import Any
 
 import numpy as np
@@ -28,8 +32,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import fastclip
+from fastclip.gradients import collect
+from fastclip.plans import prepare
 
-ROUNDS = 21
+TURNS = 5
+ROUNDS = 7  # a turn
 PICTURE = Path("out/cpu.png")
 LARGE = 1 << 20  # elements; with fewer, a pure read is not what a call is held against
 READ = 1 << 20  # bytes that are read by one call
@@ -163,10 +170,12 @@ def _parameters(workload: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("turn", range(TURNS))
 @pytest.mark.parametrize("clips", [False, True], ids=["idle", "clipping"])
 @pytest.mark.parametrize("workload", WORKLOADS)
-def test_clipping(benchmark: Any, workload: str, clips: bool, contender: str) -> None:
-    """One cell of the table; `benchmark` is pytest-benchmark's fixture."""
+def test_clipping(benchmark: Any, workload: str, clips: bool, turn: int, contender: str) -> None:
+    """A turn of one cell of the table; `benchmark` is pytest-benchmark's fixture."""
+    benchmark.extra_info["turn"] = turn
     row = WORKLOADS[workload]
     parameters = _parameters(workload)
     if contender == "read" and (clips or sum(p.numel() for p in parameters) < LARGE):
@@ -189,13 +198,13 @@ def main(arguments: list[str]) -> int:
             "-rN",
             "--benchmark-only",
             "--benchmark-disable-gc",
-            "--benchmark-columns=min,median,max",
+            "--benchmark-quiet",
             f"--benchmark-json={report}",
         ]
         status = pytest.main([__file__, *options, *arguments])
         if report.exists():
             lines = list(_lines(json.loads(report.read_text())["benchmarks"]))
-            sys.stdout.write(f"\n{_versions()}\n{_table(lines)}")
+            sys.stdout.write(f"\n{_versions()}\n{_table(lines)}\n{_profile({line.workload for line in lines})}")
             _draw(lines, PICTURE)
             sys.stdout.write(f"{PICTURE}\n")
     return int(status)
@@ -224,16 +233,14 @@ class Line:
 
 
 def _lines(benchmarks: list[dict[str, Any]]) -> Iterator[Line]:
-    medians = {tuple(entry["params"].values()): entry["stats"]["median"] * 1e3 for entry in benchmarks}
-    keys = {tuple(entry["params"]) for entry in benchmarks}
-    order = keys.pop() if keys else ()
-    by_name = {
-        tuple(dict(zip(order, values, strict=True))[name] for name in ("workload", "clips", "contender")): median
-        for values, median in medians.items()
-    }
+    times: dict[tuple[Any, ...], list[float]] = {}
+    for entry in benchmarks:
+        cell = tuple(entry["params"][name] for name in ("workload", "clips", "contender"))
+        times.setdefault(cell, []).extend(1e3 * seconds for seconds in entry["stats"]["data"])
+    medians = {cell: median(of_all_turns) for cell, of_all_turns in times.items()}
     for workload, row in WORKLOADS.items():
         for clips in (False, True):
-            theirs, ours, read = (by_name.get((workload, clips, contender)) for contender in CONTENDERS)
+            theirs, ours, read = (medians.get((workload, clips, contender)) for contender in CONTENDERS)
             if theirs and ours:
                 yield Line(workload, clips, row.clipping if clips else row.idle, theirs, ours, read)
 
@@ -254,6 +261,24 @@ def _table(lines: Sequence[Line]) -> str:
         times = f"{line.torch:7.3f} ms {line.fastclip:7.3f} ms {line.ratio:6.2f}"
         rows.append(f"{line.workload:27}{line.what:9}{times} {bar} {read}".rstrip() + "\n")
     return head + "".join(rows)
+
+
+def _profile(workloads: Collection[str]) -> str:
+    """A table of the steps that a clip by the 2-norm is made of."""
+    text = f"{'us':27}{'collect':>10} {'prepare':>10} {'reduce':>10} {'scale':>10}\n"
+    for name in (name for name, row in WORKLOADS.items() if name in workloads and row.bounds is _EUCLIDEAN):
+        parameters = _parameters(name)
+        grads = collect(parameters)
+        prepared = prepare(grads, in_place=True)
+        steps: list[Callable[[], object]] = [
+            lambda: collect(parameters),  # noqa: B023 - called before the next turn
+            lambda: prepare(grads, in_place=True),  # noqa: B023
+            lambda: prepared.reduce(2.0, 1.0, prepared.dtype),  # noqa: B023
+            lambda: prepared.scale_(grads, 0.999),  # noqa: B023
+        ]
+        rounds = [[1e6 * timeit(step, number=1) for step in steps] for _ in range(TURNS * ROUNDS)]
+        text += f"{name:27}" + " ".join(f"{median(times):10.1f}" for times in zip(*rounds, strict=True)) + "\n"
+    return text
 
 
 def _draw(lines: Sequence[Line], path: Path) -> None:
