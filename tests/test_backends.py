@@ -411,7 +411,7 @@ def test_gradients_that_overlap_are_never_in_one_plan(leg: Leg, monkeypatch: pyt
 def many_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     numpy_backend = importlib.import_module("fastclip.backends.numpy")
     # torch shares out 32,768 elements and more: gradients that it works on at once, and in several blocks and parts.
-    for name in ("BY_TORCH", "LOOKED_AT_TWICE", "WRITTEN", "BLOCK"):
+    for name in ("BY_TORCH", "LOOKED_AT_TWICE", "WRITTEN", "BLOCK", "WIDE_BLOCK"):
         monkeypatch.setattr(numpy_backend, name, 1 << 17)
     before = torch.get_num_threads()
     yield

@@ -52,7 +52,7 @@ LOOKED_AT_TWICE = 1 << 20  # elements that are read, and perhaps written: 4 MB, 
 WRITTEN = 1 << 22  # elements that are written at once; the last of them come first
 LONG = 1 << 25  # elements whose norms by row are added at once: 16,384 of them, by one thread
 BLOCK = 3 << 18  # elements of 16 bits that are converted at once, to 3 MB of fp32
-WIDE_BLOCK = 1 << 16  # elements that are converted at once to fp64
+WIDE_BLOCK = BLOCK // 2  # elements that are converted to fp64 at once, in the same memory
 
 # A sum of squares above this lost less than 2**-24 of itself to fp32's subnormal numbers, for up to 2**45 elements.
 TINY = 2.0**-80
