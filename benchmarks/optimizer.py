@@ -135,6 +135,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=21)
     options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, not {options.rounds}")
     device = options.device
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, medians of {options.rounds} rounds")
     for workload, sizes in WORKLOADS.items():

@@ -9,6 +9,8 @@ is 2R + 1W: on a GPU two launches, and no sync.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
@@ -117,7 +119,8 @@ def clip_scaled_grad_norm_(
     Args:
         parameters: As in `clip_grad_norm_`.
         max_norm: The largest norm allowed, of the gradients without the scale.
-        inv_scale: One over the scale, in fp32: a number, or a tensor of one element on any device.
+        inv_scale: One over the scale, above 0, in fp32: a number, or a tensor of one element on any device, whose value
+            is not looked at.
         found_inf: An fp32 tensor of one element, on any device. It becomes 1 where a gradient is not finite, and else
             stays as it is.
         norm_type: The order p, at least 1.
@@ -131,7 +134,8 @@ def clip_scaled_grad_norm_(
         NotImplementedError: A gradient is a DTensor.
         RuntimeError: A gradient cannot be written in place.
         TypeError: `parameters` holds something other than tensors, or `found_inf` is no fp32 tensor.
-        ValueError: `inv_scale` or `found_inf` has more than one element, or `norm_type` is below 1.
+        ValueError: `inv_scale` is a number that is not above 0 and finite; or it or `found_inf` has more than one
+            element; or `norm_type` is below 1.
     """
     limit, p = as_float("max_norm", max_norm), _order(norm_type)
     check_norm_dtype(norm_dtype)
@@ -139,7 +143,10 @@ def clip_scaled_grad_norm_(
         raise TypeError(f"`found_inf` must be a tensor of torch.float32, not {found_inf!r}")
     inverse = inv_scale
     if not isinstance(inverse, Tensor):
-        inverse = torch.tensor(as_float("inv_scale", inv_scale), dtype=torch.float32, device="cpu")
+        number = as_float("inv_scale", inv_scale)
+        if not 0 < number < math.inf:
+            raise ValueError(f"`inv_scale` must be above 0 and finite, not {number}")
+        inverse = torch.tensor(number, dtype=torch.float32, device="cpu")
     for name, tensor in (("inv_scale", inverse), ("found_inf", found_inf)):
         if tensor.numel() != 1:
             raise ValueError(f"`{name}` must be one number, not a tensor of shape {tuple(tensor.shape)}")

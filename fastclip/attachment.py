@@ -11,6 +11,7 @@ quotient back. Folded into them, clipping is no more than a norm, and that numbe
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +22,23 @@ from torch.optim import Optimizer
 from fastclip.backends.interface import on
 from fastclip.clip_by import ClipResult, apply_rule
 from fastclip.dynamo import untraced
-from fastclip.gradients import Gradients, Owners, gradients_of, listed
+from fastclip.gradients import Owners, gradients_of, listed
 from fastclip.groups import Groups, group
+from fastclip.optimizers import (
+    check_divides,
+    check_foldable,
+    check_fused,
+    check_fused_state,
+    check_layout,
+    is_inside_step,
+    is_stepping,
+    lend,
+    skip_step,
+)
 from fastclip.rules import AnyRule, ClipByGlobalNorm, ClipByNorm, ClipByValue, as_rule, from_state, positive, state_of
 
 if TYPE_CHECKING:
     from fastclip.monitor import Monitor
-
-_DIVIDING = frozenset({"torch.optim.adam", "torch.optim.sgd", "torch.optim.adagrad"})
-"""Where the steps are defined that divide gradients by ``grad_scale``, as long as they are fused; AdamW's is Adam's."""
 
 _STATE = "fastclip"  # the key in the optimizer's state dict, which torch's `load_state_dict` passes over
 
@@ -156,11 +165,13 @@ class Attachment:
         self._clipped: Tensor | None = None  # as it was restored
         self._undo: list[Callable[[], None]] = []
         self._restored: dict[str, Any] | None = None
-        self._is_stepping = False
+        self._stepping: Optimizer | None = None  # stays where a step raises
+        self._calls_another = False
         self.is_attached = True
         _, groups = self._find_members(optimizer)  # what does not fit is refused here rather than at the first step
         if fold:
-            _check_fold(optimizer, rule, groups)
+            check_divides(optimizer)
+            check_foldable(rule, groups)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -181,25 +192,29 @@ class Attachment:
     def detach(self) -> None:
         """End it: the optimizer steps as before. What the last step found stays readable."""
         self.is_attached = False
-        if not self._is_stepping:  # inside of a step, torch is going through its hooks: they stay, and do nothing
-            for handle in self._handles:
-                handle.remove()
-            self._handles = []
+        if self._stepping is not None and is_stepping(self._stepping):
+            return  # torch is going through its hooks: they stay, put back what was lent, and do nothing
+        self._end_step()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Clip; or, where there is a closure, have the gradients clipped that it will leave."""
-        self._after_step()  # a step that raised did not get there
-        self._is_stepping = True
+        if self._stepping is not None and is_inside_step(optimizer, sys._getframe(1).f_back):
+            self._calls_another = True
+            return None  # a step that calls that of its base class has clipped already
+        self._end_step()  # a step that raised did not get there
+        self._stepping = optimizer
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if not callable(closure):
             self._clip(optimizer)
             return None
 
         def clipped_closure() -> Any:
-            self._after_step()  # an optimizer may evaluate it several times a step
-            self._is_stepping = True
+            self._put_back()  # an optimizer may evaluate it several times a step
             loss = closure()
             if self.is_attached and self.monitor is not None and loss is not None:
                 self.monitor.record_loss(loss)
@@ -231,21 +246,29 @@ class Attachment:
             )
         grads = gradients_of(owners)
         if self._folds:
-            _check_fold(optimizer, self.rule, groups)  # once more: a state dict may bring groups that are not fused
-            _check_layout(grads)
+            check_fused(optimizer)
+            check_foldable(self.rule, groups)
+            check_layout(grads)
         each = self.monitor is not None
         result = apply_rule(grads, self.rule, groups, each=each, scale=scale, write=not self._folds)
         self.result, self.norm = result, result.norm
         skip = None if self.monitor is None else self.monitor.update(result)  # which may raise: nothing is lent yet
         if self._folds and result.coefficients is not None:
             divisor = (1.0 if scale is None else on(result.norm.device, scale)) / result.coefficients[0]
-            self._undo.append(_lend(optimizer, "grad_scale", divisor.float()))
+            self._undo.append(lend(optimizer, "grad_scale", divisor.float()))
         if skip is not None and self.monitor is not None and self.monitor.skips:
-            self._undo += _skip_step(optimizer, owners, skip)
+            self._undo += skip_step(optimizer, owners, skip)
 
-    def _after_step(self, *_: object) -> None:
+    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+        if not (self._calls_another and is_inside_step(optimizer, sys._getframe(1).f_back)):
+            self._end_step()
+
+    def _end_step(self) -> None:
+        self._stepping, self._calls_another = None, False
+        self._put_back()
+
+    def _put_back(self) -> None:
         """Put back what was changed for the step."""
-        self._is_stepping = False
         while self._undo:
             self._undo.pop()()
 
@@ -272,6 +295,8 @@ class Attachment:
         state_dict[_STATE] = state
 
     def _take(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
+        if self._folds and self.is_attached:
+            check_fused_state(state_dict)
         self._restored = state_dict.get(_STATE)
 
     def _load(self, optimizer: Optimizer) -> None:
@@ -284,7 +309,7 @@ class Attachment:
             rule = from_state(self.rule, groups.labels, state["rule"])
             groups = _grouped(owners, rule)  # raises where it does not fit
             if self._folds:
-                _check_fold(optimizer, rule, groups)
+                check_foldable(rule, groups)
             self.rule = rule
         if self.monitor is not None and "monitor" in state:
             self.monitor.load_state_dict(state["monitor"])
@@ -361,97 +386,3 @@ def _in_order_of(watched: Owners, owners: Owners) -> Owners:
     groups = None if owners.groups is None else [owners.groups[i] for i in order]
     names = watched.names or (None if owners.names is None else [owners.names[i] for i in order])
     return Owners(watched.tensors, names, groups, owners.group_count)
-
-
-def _check_fold(optimizer: Optimizer, rule: AnyRule | None, groups: Groups) -> None:
-    """Refuse to fold a rule into an optimizer that would not divide by ``grad_scale``, or one that is no number.
-
-    Raises:
-        ValueError: It is so. Of torch's optimizers those that are not fused fail with ``grad_scale`` set, or, like
-            RMSprop, take no notice of it; and so may a subclass with a step of its own.
-    """
-    kind = type(optimizer)
-    if kind.step.__module__ not in _DIVIDING or not all(group_.get("fused") for group_ in optimizer.param_groups):
-        raise ValueError(
-            "fold=True takes torch's own Adam, AdamW, SGD or Adagrad, made with fused=True: their steps divide the "
-            f"gradients by `grad_scale`, and that of this {kind.__name__} does not. Without fold=True, fastclip scales "
-            "them ahead of the step"
-        )
-    if rule is None or isinstance(rule, ClipByValue) or not groups.is_one:
-        raise ValueError(
-            f"fold=True hands the optimizer one coefficient for all gradients, which {rule} does not have: give a rule "
-            "by the global norm, such as global_clipnorm=1.0, or leave fold=True out"
-        )
-
-
-def _check_layout(grads: Gradients) -> None:
-    """Refuse gradients that a fused optimizer would not divide where they are: it takes their memory for dense.
-
-    Raises:
-        RuntimeError: One lies otherwise than its parameter.
-    """
-    for index, (grad, position) in enumerate(zip(grads.tensors, grads.positions, strict=True)):
-        parameter = grads.owners.tensors[position]
-        if grad.stride() != parameter.stride() and any(
-            size > 1 and own != other
-            for size, own, other in zip(grad.shape, grad.stride(), parameter.stride(), strict=True)
-        ):
-            raise RuntimeError(
-                f"{grads.label(index)} has the strides {grad.stride()}, its parameter {parameter.stride()}: a "
-                "fused optimizer would divide other memory than the gradient's. Assign a contiguous gradient, or "
-                "attach the rule without fold=True"
-            )
-
-
-def _lend(optimizer: Optimizer, name: str, value: Tensor) -> Callable[[], None]:
-    """Give an optimizer an attribute for the step that follows; return what puts back what GradScaler had there."""
-    before = vars(optimizer).get(name, _lend)  # which it never is
-    setattr(optimizer, name, value)
-
-    def put_back() -> None:
-        if getattr(optimizer, name, None) is not value:
-            return  # GradScaler has been here since, after a step that raised
-        if before is _lend:
-            delattr(optimizer, name)
-        else:
-            setattr(optimizer, name, before)
-
-    return put_back
-
-
-def _skip_step(optimizer: Optimizer, owners: Owners, skip: Tensor) -> list[Callable[[], None]]:
-    """Have the step that follows change nothing where `skip` is set; return what puts things back after it.
-
-    Fused optimizers look at ``found_inf`` on the device. Any other has to be kept from stepping by the host, which
-    waits for the device: every torch optimizer passes over parameters whose gradient is None.
-    """
-    if _takes_found_inf(optimizer):
-        found = getattr(optimizer, "found_inf", None)  # GradScaler's
-        flag = skip.to(torch.float32)
-        return [_lend(optimizer, "found_inf", flag if found is None else torch.maximum(found, flag.to(found.device)))]
-    if not skip:
-        return []
-    grads = [parameter.grad for parameter in owners.tensors]
-    for parameter in owners.tensors:
-        parameter.grad = None
-
-    def give_back() -> None:
-        for parameter, grad in zip(owners.tensors, grads, strict=True):
-            if parameter.grad is None:
-                parameter.grad = grad
-
-    return [give_back]
-
-
-def _takes_found_inf(optimizer: Optimizer) -> bool:
-    """Whether the step is right with ``found_inf`` set.
-
-    Fused SGD is not as long as it has no momentum: it would keep the memory that it just allocated for it.
-    """
-    return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
-        "momentum_buffer" in optimizer.state.get(parameter, ())
-        for group_ in optimizer.param_groups
-        if group_.get("momentum")
-        for parameter in group_["params"]
-        if parameter.grad is not None
-    )

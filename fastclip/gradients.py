@@ -103,30 +103,45 @@ def gradients_of(owners: Owners) -> Gradients:
 
 
 def _refuse_used_up(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Say so where an optimizer used gradients up inside of backward, rather than clip what is left of them.
+    """Say so where an optimizer may have used gradients up inside of backward, rather than clip what is left of them.
 
     It steps in a hook that runs when a parameter's gradient is accumulated, and frees the gradient. Other hooks of that
-    kind leave the gradient, and parameters without hooks merely have none.
+    kind leave the gradient, and parameters without hooks merely have none. So a hook may have freed what is not there;
+    it is an error where all is gone, and a hook is known to step. torch returns a norm of 0 then.
     """
-    used_up = sum(grad is None and _steps_in_backward(tensor) for tensor, grad in zip(tensors, grads, strict=True))
-    if not used_up:
+    missing = [tensor for tensor, grad in zip(tensors, grads, strict=True) if grad is None and _has_hook(tensor)]
+    if not missing:
         return
-    message = (
-        f"{used_up} of {len(tensors)} parameters have no gradient, but a hook on its accumulation. Either no backward "
-        "has reached them yet, or an optimizer steps inside of backward and frees it: then nothing is left to clip. "
-        "Clip each gradient in its hook, ahead of the step (fastclip.clip_grad_norm_(parameter, 1.0)), or attach a "
-        "rule by parameter or by value to each optimizer "
+    message = f"{len(missing)} of {len(tensors)} parameters have no gradient, but a hook on its accumulation. "
+    if torch._C._current_graph_task_id() >= 0:
+        warn_caller(
+            f"{message}This is inside of backward, which has not reached them yet, or an optimizer steps there and "
+            "frees it: what is taken are the gradients that are there. In a hook clip its own parameter only; for a "
+            "norm of all gradients, call this after backward"
+        )
+        return
+    message += (
+        "Either no backward has reached them yet, or an optimizer steps inside of backward and frees it: then nothing "
+        "is left to clip. Clip each gradient in its hook, ahead of the step "
+        "(fastclip.clip_grad_norm_(parameter, 1.0)), or attach a rule by parameter or by value to each optimizer "
         "(fastclip.attach(optimizer, clipnorm=1.0)). For a norm of all gradients, step after backward"
     )
-    if used_up == len(tensors):
+    if len(missing) == len(tensors) and any(map(_steps_in_backward, missing)):
         raise RuntimeError(message)
     warn_caller(message)
 
 
-def _steps_in_backward(parameter: Tensor) -> bool:
-    """Whether a hook may step: one of torch's own kind, or one by `torch.distributed.optim`."""
+def _has_hook(parameter: Tensor) -> bool:
+    """Whether a hook sees the accumulated gradient: one of torch's own kind, or one by `torch.distributed.optim`."""
     hooks: object = getattr(parameter, "_post_accumulate_grad_hooks", None)
     return parameter.requires_grad and (bool(hooks) or hasattr(parameter, "_in_backward_optimizers"))
+
+
+def _steps_in_backward(parameter: Tensor) -> bool:
+    """Whether a hook steps for certain: it is by `torch.distributed.optim`, or its code names a `step`."""
+    hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    codes = [getattr(getattr(hook, "func", hook), "__code__", None) for hook in hooks.values()]  # `func`: of a partial
+    return hasattr(parameter, "_in_backward_optimizers") or any("step" in code.co_names for code in codes if code)
 
 
 def as_gradients(tensors: Parameters) -> Gradients:

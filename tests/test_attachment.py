@@ -7,6 +7,8 @@ import contextlib
 import copy
 import io
 import math
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -702,3 +704,177 @@ def test_parameters_that_change_their_group() -> None:
     training.steps()
     assert clipper.result is not None
     assert clipper.result.groups.of == (0, 0, 0, 1)
+
+
+# ---- A step that raises, and one that calls another
+
+
+class Calling(torch.optim.AdamW):
+    """An optimizer whose step calls that of the class below, which has hooks of its own once torch made one of it."""
+
+    def step(self, closure: Any = None) -> Any:
+        try:
+            return super().step(closure)
+        except MemoryError:
+            return super().step(closure)
+
+
+class CallingLBFGS(torch.optim.LBFGS):
+    """The same for an optimizer that evaluates its closure several times."""
+
+    def step(self, closure: Any) -> Any:
+        return super().step(closure)
+
+
+CALLING: dict[str, tuple[Callable[[Any], Optimizer], Callable[[Any], Optimizer]]] = {
+    "adamw": (lambda named: Calling(named, lr=0.01), lambda named: torch.optim.AdamW(named, lr=0.01)),
+    "fused_adamw": (lambda named: Calling(named, lr=0.01, fused=True), OPTIMIZERS["fused_adamw"]),
+    "lbfgs": (
+        lambda named: CallingLBFGS([tensor for _, tensor in named], lr=0.1, max_iter=4),
+        lambda named: torch.optim.LBFGS([tensor for _, tensor in named], lr=0.1, max_iter=4),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "has_closure"),
+    [("adamw", False), ("adamw", True), ("fused_adamw", False), ("fused_adamw", True), ("lbfgs", True)],
+)
+def test_a_step_that_calls_another_is_clipped_once(optimizer: str, has_closure: bool) -> None:
+    calling, plain = CALLING[optimizer]
+    theirs, ours = Training(plain), Training(calling)
+    monitor = StubMonitor(ours.model)
+    evaluations = []
+    fastclip.attach(ours.optimizer, lambda norms: torch.full_like(norms, 0.5), monitor=monitor)  # type: ignore[arg-type]
+    for batch in range(4):
+        for training in (ours, theirs):
+
+            def closure(training: Training = training, batch: int = batch) -> Tensor:
+                training.optimizer.zero_grad()
+                loss = training.backward(batch)
+                if training is theirs:
+                    evaluations.append(batch)
+                    fastclip.clip_grads_(training.model, lambda norms: torch.full_like(norms, 0.5))
+                return loss
+
+            if has_closure:
+                training.optimizer.step(closure)  # type: ignore[arg-type]
+            else:
+                closure()
+                training.optimizer.step()
+    ours.assert_same_as(theirs)
+    assert len(monitor.norms) == len(evaluations)
+    assert len(monitor.losses) == (len(evaluations) if has_closure else 0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "fused_adamw"])
+def test_a_step_that_calls_another_is_skipped_as_a_whole(optimizer: str) -> None:
+    calling, plain = CALLING[optimizer]
+    theirs, ours = Training(plain), Training(calling)
+    fastclip.attach(ours.optimizer, clipnorm=0.01, monitor=StubMonitor(ours.model, 1))  # type: ignore[arg-type]
+    for batch in range(4):
+        for training in (ours, theirs):
+            backward(training, batch)
+        ours.optimizer.step()
+        assert all(parameter.grad is not None for parameter in ours.model.parameters())
+        assert not hasattr(ours.optimizer, "found_inf")
+        if batch != 1:
+            fastclip.clip_by_norm_(theirs.model, 0.01)
+            theirs.optimizer.step()
+    ours.assert_same_as(theirs)
+
+
+class Failing:
+    """A hook that raises when it is told to, after the rule was applied, as when memory runs out."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.times = 0
+        self.handle = optimizer.register_step_pre_hook(self)
+
+    def __call__(self, *_: object) -> None:
+        if self.times:
+            self.times -= 1
+            raise MemoryError
+
+
+def test_a_step_that_calls_another_again_where_that_raised() -> None:
+    calling, plain = CALLING["fused_adamw"]
+    theirs, ours = Training(plain), Training(calling)
+    monitor = StubMonitor(ours.model, 99)
+    fastclip.attach(ours.optimizer, lambda norms: torch.full_like(norms, 0.5), monitor=monitor)  # type: ignore[arg-type]
+    raised = []
+
+    def fails_inside(*_: object) -> None:
+        raised.append(len(raised))
+        if len(raised) == 2:  # that of the class below
+            raise MemoryError
+
+    handle = ours.optimizer.register_step_pre_hook(fails_inside)
+    for training in (ours, theirs):
+        backward(training, 0)
+    fastclip.clip_grads_(theirs.model, lambda norms: torch.full_like(norms, 0.5))
+    for training in (ours, theirs):
+        training.optimizer.step()
+    handle.remove()
+    assert len(monitor.norms) == 1
+    ours.assert_same_as(theirs)
+    assert not hasattr(ours.optimizer, "found_inf")
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "fused_adamw"])
+def test_detached_after_a_step_that_raised(optimizer: str) -> None:
+    """Everything is as if there had been no attachment: attributes, gradients and hooks."""
+    training = Training(OPTIMIZERS[optimizer])
+    clipper = fastclip.attach(training.optimizer, clipnorm=0.01, monitor=StubMonitor(training.model, 0))  # type: ignore[arg-type]
+    failing = Failing(training.optimizer)
+    failing.times = 1
+    training.backward(0)
+    grads = [parameter.grad for parameter in training.model.parameters()]
+    with pytest.raises(MemoryError):
+        training.optimizer.step()
+    clipper.detach()
+    failing.handle.remove()
+    assert not hasattr(training.optimizer, "found_inf")
+    assert [parameter.grad for parameter in training.model.parameters()] == grads
+    assert not training.optimizer._optimizer_step_pre_hooks
+    assert not training.optimizer._optimizer_step_post_hooks
+    assert "fastclip" not in training.optimizer.state_dict()
+
+
+def test_a_step_that_raised_keeps_nothing_of_its_caller_s() -> None:
+    """Or what an attempt left on the device would be in the way of the next."""
+    training = Training()
+    fastclip.attach(training.optimizer, clipnorm=0.01)
+    Failing(training.optimizer).times = 1
+
+    def attempt() -> weakref.ref[Tensor]:
+        activations = torch.zeros(3)
+        try:
+            training.optimizer.step()
+        except MemoryError:
+            return weakref.ref(activations)
+        raise AssertionError
+
+    assert attempt()() is None
+
+
+def test_detached_by_another_thread_inside_of_a_step() -> None:
+    """Torch is going through its hooks: they stay until it is through."""
+    ours, plain = Training(OPTIMIZERS["fused_adamw"]), Training(OPTIMIZERS["fused_adamw"])
+    clipper = fastclip.attach(ours.optimizer, clipnorm=0.01, monitor=StubMonitor(ours.model, 0))  # type: ignore[arg-type]
+
+    def detach(*_: object) -> None:
+        thread = threading.Thread(target=clipper.detach)
+        thread.start()
+        thread.join()
+
+    handle = ours.optimizer.register_step_pre_hook(detach)
+    before = [parameter.detach().clone() for parameter in ours.model.parameters()]
+    ours.backward(0)
+    ours.optimizer.step()  # which was to be skipped before it was detached
+    handle.remove()
+    for parameter, old in zip(ours.model.parameters(), before, strict=True):
+        oracle.assert_same_bits(parameter.detach(), old)
+    assert not hasattr(ours.optimizer, "found_inf")
+    for training in (ours, plain):
+        training.steps()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import io
 import math
 from collections.abc import Callable
@@ -293,6 +295,44 @@ def test_a_step_that_raises_leaves_no_scale_to_the_next() -> None:
     assert_close(gradients(ours), gradients(theirs))
 
 
+@pytest.mark.parametrize("ends", ["by unscale_", "by step, cleared", "detached"])
+def test_a_step_that_raises_leaves_no_scale_to_the_scaler(ends: str) -> None:
+    """Where torch's own, which it multiplies by what it finds, is cleared by the caller."""
+    ours, theirs = Training(FUSED["sgd"]), Training(FUSED["sgd"])
+    clipper = fastclip.attach(ours.optimizer, fastclip.ClipGradNorm(0.02), fold=True)
+    scalers = {training: torch.amp.GradScaler("cpu", init_scale=2.0**10) for training in (ours, theirs)}
+
+    def backward(training: Training) -> None:
+        x, y = training.batches[0]
+        training.optimizer.zero_grad()
+        scalers[training].scale((training.model(x) - y).square().mean()).backward()
+        if training is theirs or ends == "by unscale_":
+            scalers[training].unscale_(training.optimizer)
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    handle = ours.optimizer.register_step_pre_hook(fail)
+    backward(ours)
+    with pytest.raises(MemoryError):
+        scalers[ours].step(ours.optimizer)
+    scalers[ours].update()
+    handle.remove()
+    if ends != "by unscale_":
+        if ends == "detached":
+            clipper.detach()
+            assert ours.optimizer.grad_scale.item() == 2.0**10  # type: ignore[attr-defined]  # torch's own
+            fastclip.attach(ours.optimizer, fastclip.ClipGradNorm(0.02), fold=True)
+        del ours.optimizer.grad_scale, ours.optimizer.found_inf  # type: ignore[attr-defined]
+    for training in (ours, theirs):
+        backward(training)
+    fastclip.clip_grad_norm_(theirs.model, 0.02)
+    for training in (ours, theirs):
+        scalers[training].step(training.optimizer)
+    assert_close(gradients(ours), gradients(theirs))
+    assert not hasattr(ours.optimizer, "grad_scale")
+
+
 @pytest.mark.parametrize(
     ("grad", "message"),
     [
@@ -340,6 +380,18 @@ class OwnStep(torch.optim.Adam):
         return closure
 
 
+class WrappingStep(torch.optim.Adam):
+    """Its step has all the names of torch's."""
+
+    @functools.wraps(torch.optim.Adam.step)
+    def step(self, closure: Any = None) -> Any:
+        return closure
+
+
+class PlainSubclass(torch.optim.Adam):
+    """Has torch's own step."""
+
+
 def _parameter() -> list[nn.Parameter]:
     return [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
 
@@ -355,8 +407,9 @@ def _parameter() -> list[nn.Parameter]:
         lambda: torch.optim.Adafactor(_parameter()),
         lambda: torch.optim.LBFGS(_parameter()),
         lambda: OwnStep(_parameter(), fused=True),
+        lambda: WrappingStep(_parameter(), fused=True),
     ],
-    ids=["adam", "adamw", "sgd", "adagrad", "rmsprop", "adafactor", "lbfgs", "own step"],
+    ids=["adam", "adamw", "sgd", "adagrad", "rmsprop", "adafactor", "lbfgs", "own step", "wrapping step"],
 )
 def test_optimizers_that_do_not_divide_are_refused(make: Callable[[], Optimizer]) -> None:
     optimizer = make()
@@ -364,6 +417,17 @@ def test_optimizers_that_do_not_divide_are_refused(make: Callable[[], Optimizer]
     with pytest.raises(ValueError, match=message):
         fastclip.attach(optimizer, fastclip.ClipGradNorm(1.0), fold=True)
     assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_subclass_with_torch_s_own_step_is_taken() -> None:
+    ours, theirs = Training(lambda named: PlainSubclass(named, lr=0.01, fused=True)), Training(FUSED["adam"])
+    fastclip.attach(ours.optimizer, fastclip.ClipGradNorm(0.02), fold=True)
+    for training in (ours, theirs):
+        training.backward(0)
+    fastclip.clip_grad_norm_(theirs.model, 0.02)
+    for training in (ours, theirs):
+        training.optimizer.step()
+    assert_close(gradients(ours), gradients(theirs))
 
 
 @pytest.mark.parametrize(
@@ -383,8 +447,7 @@ def test_a_monitor_alone_cannot_be_folded() -> None:
         fastclip.attach(training.optimizer, monitor=fastclip.Monitor(training.model), fold=True)
 
 
-def test_a_state_that_is_not_fused_or_of_another_rule_is_refused() -> None:
-    """Whether a group is fused is in torch's state dict, and so is the rule that was attached."""
+def test_a_state_of_another_rule_is_refused() -> None:
     ours = Training(FUSED["adam"])
     clipper = fastclip.attach(ours.optimizer, fastclip.ClipGradNorm(0.02), fold=True)
     other = Training(FUSED["adam"])
@@ -395,13 +458,62 @@ def test_a_state_that_is_not_fused_or_of_another_rule_is_refused() -> None:
     ):
         ours.optimizer.load_state_dict(other.optimizer.state_dict())
     assert clipper.rule == fastclip.ClipGradNorm(0.02)
-    plain = Training(lambda parameters: torch.optim.Adam(parameters, lr=0.01))
+
+
+def two_groups(fused: bool) -> Callable[[Any], Optimizer]:
+    def make(parameters: Any) -> Optimizer:
+        first, *others = parameters
+        return torch.optim.Adam([{"params": [first], "fused": True}, {"params": others}], lr=0.01, fused=fused)
+
+    return make
+
+
+def test_a_state_that_is_not_fused_is_refused_before_any_of_it_is_restored() -> None:
+    """Whether a group is fused is in torch's state dict, and so loading one may end it."""
+    ours, plain = Training(two_groups(True)), Training(two_groups(False))
+    clipper = fastclip.attach(ours.optimizer, fastclip.ClipGradNorm(0.02), fold=True)
+    fastclip.attach(plain.optimizer, fastclip.ClipGradNorm(0.02))
+    for training in (ours, plain):
+        training.steps()
+    before = copy.deepcopy(ours.optimizer.state_dict())
+    del before["fastclip"]
+    norm = clipper.norm
+    state = plain.optimizer.state_dict()
+    message = r"param_groups\[1\] of the state dict .* load_state_dict .*\[1\]\[\"fused\"\] = True"
+    with pytest.raises(ValueError, match=message):
+        ours.optimizer.load_state_dict(state)
+    after = ours.optimizer.state_dict()
+    del after["fastclip"]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert clipper.norm is norm
+    ours.steps()
+    state["param_groups"][1]["fused"] = True
+    ours.optimizer.load_state_dict(state)
+    follow(ours, plain)
+    for training in (ours, plain):
+        training.steps()
+    for own, other in zip(weights(ours), weights(plain), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_state_without_fused_loads_once_detached() -> None:
+    ours, plain = Training(FUSED["adam"]), Training(lambda parameters: torch.optim.Adam(parameters, lr=0.01))
+    fastclip.attach(ours.optimizer, fastclip.ClipGradNorm(0.02), fold=True).detach()
     ours.optimizer.load_state_dict(plain.optimizer.state_dict())
-    ours.backward(0)
-    before = gradients(ours), weights(ours)
-    with pytest.raises(ValueError, match="fused=True"):
-        ours.optimizer.step()
-    for own, old in zip([*gradients(ours), *weights(ours)], [*before[0], *before[1]], strict=True):
+    for training in (ours, plain):
+        training.steps()
+    ours.assert_same_as(plain)
+
+
+def test_a_group_that_is_no_longer_fused_is_named_at_the_step() -> None:
+    training = Training(two_groups(True))
+    fastclip.attach(training.optimizer, fastclip.ClipGradNorm(0.02), fold=True)
+    training.optimizer.param_groups[1]["fused"] = False
+    training.backward(0)
+    before = [*gradients(training), *weights(training)]
+    with pytest.raises(ValueError, match=r"param_groups\[1\] of the optimizer"):
+        training.optimizer.step()
+    for own, old in zip([*gradients(training), *weights(training)], before, strict=True):
         oracle.assert_same_bits(own, old)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -108,6 +109,55 @@ def test_hooks_that_leave_the_gradient_and_parameters_without_one_are_nothing_to
     frozen = first.requires_grad_(False)
     frozen.grad = None
     assert fastclip.clip_grad_norm_([frozen], 1.0).item() == 0.0
+
+
+def log_on_accumulation(training: Training, log: Callable[[Tensor], object] = lambda _: None) -> None:
+    for parameter in training.model.parameters():
+        on_accumulation(parameter, log)
+
+
+@pytest.mark.parametrize("call", CLIPPING)
+def test_hooks_that_only_look_are_no_error_before_backward(call: str) -> None:
+    """Nor are they known to leave the gradients: what there is to say is said."""
+    training = Training()
+    log_on_accumulation(training)
+    with pytest.warns(UserWarning, match=r"4 of 4 parameters .* Either no backward has reached them") as caught:
+        CLIPPING[call](training.model)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("wrap", [lambda hook: hook, functools.partial], ids=["function", "partial"])
+def test_hooks_that_step_are_an_error_before_backward_too(wrap: Callable[[Any], Any]) -> None:
+    training = Training()
+
+    def hook(_: Tensor) -> None:
+        training.optimizer.step()
+
+    log_on_accumulation(training, wrap(hook))
+    with pytest.raises(RuntimeError, match="Either no backward has reached them"):
+        fastclip.clip_grad_norm_(training.model, 1.0)
+
+
+@pytest.mark.parametrize("call", CLIPPING)
+def test_a_call_inside_of_backward_takes_what_is_there_and_says_so(call: str) -> None:
+    """For a log, say; where the other gradients are is not known there."""
+    ours = Training()
+    *others, first = ours.model.parameters()  # backward begins at the end
+    calls = []
+
+    def log(parameter: Tensor) -> None:
+        if parameter is first:
+            CLIPPING[call](ours.model)
+            CLIPPING[call](nn.ParameterList(others))
+            calls.append(parameter)
+
+    log_on_accumulation(ours, log)
+    with pytest.warns(UserWarning, match="inside of backward") as caught:
+        ours.backward(0)
+    assert calls
+    messages = [str(warning.message) for warning in caught]
+    assert ["3 of 4 parameters" in messages[0], "3 of 3 parameters" in messages[1], len(messages)] == [True, True, 2]
+    assert all("inside of backward" in message and "nothing is left" not in message for message in messages)
 
 
 def test_clipped_in_the_hook() -> None:

@@ -1,0 +1,187 @@
+"""Steps of torch's optimizers: whether one is under way, and what it makes of the attributes that it is lent.
+
+torch's fused optimizers divide each gradient by their attribute ``grad_scale``, and change nothing where ``found_inf``
+is set. Both are lent for one step, and what GradScaler had put there is put back after it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+
+from fastclip.gradients import Gradients, Owners
+from fastclip.groups import Groups
+from fastclip.rules import AnyRule, ClipByValue
+
+_DIVIDING = (Adam, AdamW, SGD, Adagrad)
+"""Those whose steps divide gradients by ``grad_scale``, as long as they are fused."""
+
+_STEP_WITH_HOOKS = Optimizer.profile_hook_step(lambda: None).__code__
+"""Of the function that torch puts around each class's step, to call the hooks ahead of it and after it."""
+
+
+def is_inside_step(optimizer: Optimizer, frame: FrameType | None) -> bool:
+    """Whether a frame, or one that led to it, is a step of the optimizer with the hooks around it."""
+    while frame is not None:
+        if frame.f_code is _STEP_WITH_HOOKS and any(value is optimizer for value in frame.f_locals.values()):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def is_stepping(optimizer: Optimizer) -> bool:
+    """Whether a thread is inside of a step of the optimizer."""
+    return any(is_inside_step(optimizer, frame) for frame in sys._current_frames().values())
+
+
+def check_divides(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that would not divide by ``grad_scale``.
+
+    Raises:
+        ValueError: It is so. Of torch's optimizers those that are not fused fail with ``grad_scale`` set, or, like
+            RMSprop, take no notice of it; and so may a subclass with a step of its own.
+    """
+    kind = type(optimizer)
+    has_torch_s_step = any(_step_itself(kind) is _step_itself(dividing) for dividing in _DIVIDING)
+    if not has_torch_s_step or not all(group.get("fused") for group in optimizer.param_groups):
+        raise ValueError(
+            "fold=True takes torch's own Adam, AdamW, SGD or Adagrad, made with fused=True: their steps divide the "
+            f"gradients by `grad_scale`, and that of this {kind.__name__} does not. Without fold=True, fastclip scales "
+            "them ahead of the step"
+        )
+
+
+def _step_itself(kind: type[Optimizer]) -> Callable[..., Any]:
+    """The step of a class without torch's hooks, which a step of its own may be wrapped to look like."""
+    step: Any = kind.step
+    while getattr(step, "__code__", None) is _STEP_WITH_HOOKS:
+        step = step.__wrapped__
+    return step  # type: ignore[no-any-return]
+
+
+def check_fused(optimizer: Optimizer) -> None:
+    """Refuse parameter groups that were changed since `check_divides`.
+
+    Raises:
+        ValueError: One is not fused.
+    """
+    index = _first_not_fused(optimizer.param_groups)
+    if index is not None:
+        raise ValueError(
+            f"param_groups[{index}] of the optimizer is not fused, but a rule is attached with fold=True, which only "
+            f'fused steps apply: set optimizer.param_groups[{index}]["fused"] = True, or attach the rule without it'
+        )
+
+
+def check_fused_state(state_dict: Mapping[str, Any]) -> None:
+    """Refuse a state dict whose parameter groups would end that the optimizer's are fused.
+
+    Raises:
+        ValueError: One is not fused.
+    """
+    index = _first_not_fused(state_dict.get("param_groups", ()))
+    if index is not None:
+        raise ValueError(
+            f"param_groups[{index}] of the state dict is not fused, and load_state_dict takes that over, but a rule is "
+            "attached with fold=True, which only fused steps apply. Nothing was loaded: set "
+            f'state_dict["param_groups"][{index}]["fused"] = True before loading it, or attach the rule without fold'
+        )
+
+
+def _first_not_fused(groups: Sequence[Mapping[str, Any]]) -> int | None:
+    return next((index for index, group in enumerate(groups) if not group.get("fused")), None)
+
+
+def check_foldable(rule: AnyRule | None, groups: Groups) -> None:
+    """Refuse a rule that is not one number, to be divided by.
+
+    Raises:
+        ValueError: It is so.
+    """
+    if rule is None or isinstance(rule, ClipByValue) or not groups.is_one:
+        raise ValueError(
+            f"fold=True hands the optimizer one coefficient for all gradients, which {rule} does not have: give a rule "
+            "by the global norm, such as global_clipnorm=1.0, or leave fold=True out"
+        )
+
+
+def check_layout(grads: Gradients) -> None:
+    """Refuse gradients that a fused optimizer would not divide where they are: it takes their memory for dense.
+
+    Raises:
+        RuntimeError: One lies otherwise than its parameter.
+    """
+    for index, (grad, position) in enumerate(zip(grads.tensors, grads.positions, strict=True)):
+        parameter = grads.owners.tensors[position]
+        if grad.stride() != parameter.stride() and any(
+            size > 1 and own != other
+            for size, own, other in zip(grad.shape, grad.stride(), parameter.stride(), strict=True)
+        ):
+            raise RuntimeError(
+                f"{grads.label(index)} has the strides {grad.stride()}, its parameter {parameter.stride()}: a "
+                "fused optimizer would divide other memory than the gradient's. Assign a contiguous gradient, or "
+                "attach the rule without fold=True"
+            )
+
+
+def lend(optimizer: Optimizer, name: str, value: Tensor) -> Callable[[], None]:
+    """Give an optimizer an attribute for the step that follows; return what puts back what GradScaler had there."""
+    before = vars(optimizer).get(name, lend)  # which it never is
+    setattr(optimizer, name, value)
+
+    def put_back() -> None:
+        if getattr(optimizer, name, None) is not value:
+            return  # GradScaler has been here since, after a step that raised
+        if before is lend:
+            delattr(optimizer, name)
+        else:
+            setattr(optimizer, name, before)
+
+    return put_back
+
+
+def skip_step(optimizer: Optimizer, owners: Owners, skip: Tensor) -> list[Callable[[], None]]:
+    """Have the step that follows change nothing where `skip` is set; return what puts things back after it.
+
+    Fused optimizers look at ``found_inf`` on the device. Any other has to be kept from stepping by the host, which
+    waits for the device: every torch optimizer passes over parameters whose gradient is None.
+    """
+    if _takes_found_inf(optimizer):
+        found = getattr(optimizer, "found_inf", None)  # GradScaler's
+        flag = skip.to(torch.float32)
+        return [lend(optimizer, "found_inf", flag if found is None else torch.maximum(found, flag.to(found.device)))]
+    if not skip:
+        return []
+    grads = [parameter.grad for parameter in owners.tensors]
+    for parameter in owners.tensors:
+        parameter.grad = None
+
+    def give_back() -> None:
+        for parameter, grad in zip(owners.tensors, grads, strict=True):
+            if parameter.grad is None:
+                parameter.grad = grad
+
+    return [give_back]
+
+
+def _takes_found_inf(optimizer: Optimizer) -> bool:
+    """Whether the step is right with ``found_inf`` set.
+
+    Torch fails where a state dict has brought groups that are not fused. Fused SGD is not right as long as it has no
+    momentum: it would keep the memory that it just allocated for it.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    return all(group.get("fused", True) for group in optimizer.param_groups) and all(
+        "momentum_buffer" in optimizer.state.get(parameter, ())
+        for group in optimizer.param_groups
+        if group.get("momentum")
+        for parameter in group["params"]
+        if parameter.grad is not None
+    )
