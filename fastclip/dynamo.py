@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -17,18 +17,26 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
+def _apply(function: Callable[_P, _T], *arguments: _P.args, **keywords: _P.kwargs) -> _T:
+    return function(*arguments, **keywords)
+
+
+_apply_untraced: list[Callable[..., Any]] = []
+"""`_apply` as `torch.compile` leaves it, once that is there. One for all functions: of a variable of each, the compiler
+would not notice that it is still to be set."""
+
+
 def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Have `torch.compile` leave a function, and all that it calls, as they are."""
-    disabled: Callable[_P, _T] | None = None
 
     @functools.wraps(function)
     def call(*arguments: _P.args, **keywords: _P.kwargs) -> _T:
-        nonlocal disabled
-        if disabled is None:
+        if not _apply_untraced:
             # Nothing is being compiled where the compiler is not there; to import it takes a second.
             if "torch._dynamo" not in sys.modules:
                 return function(*arguments, **keywords)
-            disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
-        return disabled(*arguments, **keywords)
+            _apply_untraced.append(torch.compiler.disable(_apply))  # type: ignore[no-untyped-call]
+        result: _T = _apply_untraced[0](function, *arguments, **keywords)
+        return result
 
     return call

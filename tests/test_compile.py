@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastclip
+from fastclip.dynamo import untraced
 
 pytestmark = [  # of torch's compiler itself
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -51,6 +52,24 @@ def test_a_step_compiled_by_torch_s_default_backend(tmp_path: Path, monkeypatch:
     torch._dynamo.reset()
     plain = losses("clip_grad_norm_", lambda step: step)
     assert losses("clip_grad_norm_", torch.compile()) == pytest.approx(plain, rel=1e-5)  # sums in another order
+
+
+def test_functions_that_are_met_one_after_another() -> None:
+    """Each is left as it is, however often others were called before."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    seen: list[tuple[str, bool]] = []
+    first, second = (untraced(lambda name=name: seen.append((name, torch.compiler.is_compiling()))) for name in "ab")
+
+    def step(x: Tensor, function: Callable[[], None]) -> Tensor:
+        y = x * 2
+        function()
+        return y
+
+    for function in (first, first, second, second):
+        assert torch.compile(step, backend="eager")(torch.ones(()), function).item() == 2.0
+    assert seen == [("a", False), ("a", False), ("b", False), ("b", False)]
 
 
 def losses(call: str, compiled: Any) -> list[float]:
