@@ -66,8 +66,9 @@ def attach(
 
     The optimizer's state dict holds the rule and what it last found, under the key ``"fastclip"``. Loading it into an
     optimizer that has something attached restores them; one without passes over it, and so does
-    ``torch.distributed.checkpoint``. A copy of the optimizer, or one that was pickled, has nothing attached: torch
-    leaves its hooks behind.
+    ``torch.distributed.checkpoint`` (which fills the state of an optimizer that has not stepped yet by a step with
+    gradients of 0: a step like others to the rule and to the monitor). A copy of the optimizer, or one that was
+    pickled, has nothing attached: torch leaves its hooks behind.
 
     With a `torch.amp.GradScaler`, fused optimizers get their gradients scaled: norms are taken without the scale.
 
@@ -84,11 +85,17 @@ def attach(
     of their size before they are rounded to a narrower dtype, and not at all where the coefficient is 1. Where the
     divisor is beyond fp32 (a norm of 2**128 times the bound), gradients become 0. Of torch's fused optimizers only Adam
     and AdamW take DTensors; of one that is placed otherwise than its parameter a temporary is divided, not ``.grad``.
+    Gradients that share memory are divided for each of their parameters when it is that one's turn. A state dict whose
+    groups are not fused is refused before any of it is loaded.
 
-    Known limits: where a step raises once the rule has been applied (in another hook, say), what was set for that step
-    (``grad_scale``, ``found_inf``) stays until the next step begins. An optimizer whose own ``step`` calls that of a
-    torch optimizer is clipped twice where torch calls the hooks of both, which it does once it has made one of that
-    class.
+    Where the optimizer's own ``step`` calls that of its base class, it is the outer one that is clipped; the gradients
+    of a closure that it makes itself are not.
+
+    Where a step raises once the rule has been applied (in another hook, say), what was set for that step
+    (``grad_scale``, ``found_inf``, the gradients that were taken away from a step to be skipped) is put back when the
+    next step begins, or by ``detach()``. ``scaler.step`` leaves its own ``grad_scale`` behind then, with fastclip or
+    without, and multiplies it by the next one unless ``scaler.unscale_`` has been called: so before that,
+    ``del optimizer.grad_scale, optimizer.found_inf``.
 
     Args:
         optimizer: Any `torch.optim.Optimizer`.
@@ -111,7 +118,8 @@ def attach(
             because other optimizers have stepped there; or values are clipped, and carry the scale of a GradScaler.
         TypeError: `optimizer` is no `torch.optim.Optimizer`, `rule` no rule, or `monitor` no monitor.
         ValueError: Not exactly one rule is given, its bounds do not fit, the optimizer has an attachment already,
-            `names` or the monitor has not its parameters, or the optimizer or the rule is none for `fold`.
+            `names` or the monitor has not its parameters, or the optimizer or the rule is none for `fold`. In
+            ``optimizer.load_state_dict``: with `fold`, a group of the state dict is not fused.
 
     Example:
         >>> optimizer = torch.optim.Adam(model.parameters())

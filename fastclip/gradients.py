@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
@@ -140,7 +141,8 @@ def _has_hook(parameter: Tensor) -> bool:
 def _steps_in_backward(parameter: Tensor) -> bool:
     """Whether a hook steps for certain: it is by `torch.distributed.optim`, or its code names a `step`."""
     hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-    codes = [getattr(getattr(hook, "func", hook), "__code__", None) for hook in hooks.values()]  # `func`: of a partial
+    functions = [inspect.unwrap(getattr(hook, "func", hook)) for hook in hooks.values()]  # `func`: a partial's
+    codes = [getattr(function, "__code__", None) for function in functions]
     return hasattr(parameter, "_in_backward_optimizers") or any("step" in code.co_names for code in codes if code)
 
 

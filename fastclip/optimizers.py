@@ -119,6 +119,8 @@ def check_layout(grads: Gradients) -> None:
     """
     for index, (grad, position) in enumerate(zip(grads.tensors, grads.positions, strict=True)):
         parameter = grads.owners.tensors[position]
+        if grad.layout is not torch.strided:
+            continue  # sparse: torch refuses it
         if grad.stride() != parameter.stride() and any(
             size > 1 and own != other
             for size, own, other in zip(grad.shape, grad.stride(), parameter.stride(), strict=True)
@@ -163,9 +165,10 @@ def skip_step(optimizer: Optimizer, owners: Owners, skip: Tensor) -> list[Callab
         parameter.grad = None
 
     def give_back() -> None:
+        if any(parameter.grad is not None for parameter in owners.tensors):
+            return  # after a step that raised there has been another backward
         for parameter, grad in zip(owners.tensors, grads, strict=True):
-            if parameter.grad is None:
-                parameter.grad = grad
+            parameter.grad = grad
 
     return [give_back]
 

@@ -722,8 +722,8 @@ class Calling(torch.optim.AdamW):
 class CallingLBFGS(torch.optim.LBFGS):
     """The same for an optimizer that evaluates its closure several times."""
 
-    def step(self, closure: Any) -> Any:
-        return super().step(closure)
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)  # type: ignore[no-untyped-call]  # torch leaves it so
 
 
 CALLING: dict[str, tuple[Callable[[Any], Optimizer], Callable[[Any], Optimizer]]] = {
@@ -802,7 +802,7 @@ def test_a_step_that_calls_another_again_where_that_raised() -> None:
     theirs, ours = Training(plain), Training(calling)
     monitor = StubMonitor(ours.model, 99)
     fastclip.attach(ours.optimizer, lambda norms: torch.full_like(norms, 0.5), monitor=monitor)  # type: ignore[arg-type]
-    raised = []
+    raised: list[int] = []
 
     def fails_inside(*_: object) -> None:
         raised.append(len(raised))
@@ -839,6 +839,38 @@ def test_detached_after_a_step_that_raised(optimizer: str) -> None:
     assert not training.optimizer._optimizer_step_pre_hooks
     assert not training.optimizer._optimizer_step_post_hooks
     assert "fastclip" not in training.optimizer.state_dict()
+
+
+def test_gradients_of_a_step_that_raised_do_not_come_back_beside_new_ones() -> None:
+    """Not where the caller went on with another backward, which reached some parameters only."""
+    training = Training()
+    fastclip.attach(training.optimizer, clipnorm=1.0, monitor=StubMonitor(training.model, 0))  # type: ignore[arg-type]
+    Failing(training.optimizer).times = 1
+    training.backward(0)
+    with pytest.raises(MemoryError):
+        training.optimizer.step()
+    training.optimizer.zero_grad()
+    first, *others = training.model.parameters()
+    before = [parameter.detach().clone() for parameter in others]
+    first.grad = torch.ones_like(first)
+    training.optimizer.step()
+    assert all(parameter.grad is None for parameter in others)
+    for parameter, old in zip(others, before, strict=True):
+        oracle.assert_same_bits(parameter.detach(), old)
+
+
+def test_a_step_is_skipped_where_a_state_dict_brought_groups_that_are_not_fused() -> None:
+    """Torch's step fails then with `found_inf` set."""
+    training = Training(OPTIMIZERS["fused_adamw"])
+    fastclip.attach(training.optimizer, monitor=StubMonitor(training.model, 0))  # type: ignore[arg-type]
+    not_fused = Training(lambda named: torch.optim.AdamW(named, lr=0.01))
+    training.optimizer.load_state_dict(not_fused.optimizer.state_dict())
+    for step in range(2):
+        training.backward(0)
+        before = [parameter.detach().clone() for parameter in training.model.parameters()]
+        training.optimizer.step()
+        is_same = [torch.equal(p, old) for p, old in zip(training.model.parameters(), before, strict=True)]
+        assert is_same == [step == 0] * 4
 
 
 def test_a_step_that_raised_keeps_nothing_of_its_caller_s() -> None:

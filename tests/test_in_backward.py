@@ -126,7 +126,9 @@ def test_hooks_that_only_look_are_no_error_before_backward(call: str) -> None:
     assert caught[0].filename == __file__
 
 
-@pytest.mark.parametrize("wrap", [lambda hook: hook, functools.partial], ids=["function", "partial"])
+@pytest.mark.parametrize(
+    "wrap", [lambda hook: hook, functools.partial, torch.no_grad()], ids=["function", "partial", "decorated"]
+)
 def test_hooks_that_step_are_an_error_before_backward_too(wrap: Callable[[Any], Any]) -> None:
     training = Training()
 
