@@ -174,7 +174,7 @@ class Attachment:
         self._undo: list[Callable[[], None]] = []
         self._restored: dict[str, Any] | None = None
         self._stepping: Optimizer | None = None  # stays where a step raises
-        self._calls_another = False
+        self._calls_another = False  # whether a step was seen to call that of a base class
         self.is_attached = True
         _, groups = self._find_members(optimizer)  # what does not fit is refused here rather than at the first step
         if fold:
@@ -213,7 +213,7 @@ class Attachment:
         """Clip; or, where there is a closure, have the gradients clipped that it will leave."""
         if self._stepping is not None and is_inside_step(optimizer, sys._getframe(1).f_back):
             self._calls_another = True
-            return None  # a step that calls that of its base class has clipped already
+            return None  # the gradients were clipped ahead of the outer step
         self._end_step()  # a step that raised did not get there
         self._stepping = optimizer
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -272,7 +272,7 @@ class Attachment:
             self._end_step()
 
     def _end_step(self) -> None:
-        self._stepping, self._calls_another = None, False
+        self._stepping = None
         self._put_back()
 
     def _put_back(self) -> None:

@@ -784,6 +784,49 @@ def test_a_step_that_calls_another_is_skipped_as_a_whole(optimizer: str) -> None
     ours.assert_same_as(theirs)
 
 
+class Twice(torch.optim.AdamW):
+    """An optimizer that evaluates its closure twice, if it has one, and then steps twice."""
+
+    def step(self, closure: Any = None) -> Any:
+        for _ in range(0 if closure is None else 2):
+            with torch.enable_grad():
+                closure()
+        for _ in range(2):
+            super().step()
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
+def test_a_step_that_calls_another_twice(fused: bool) -> None:
+    theirs = Training(lambda named: torch.optim.AdamW(named, fused=fused))
+    ours = Training(lambda named: Twice(named, fused=fused))
+    monitor = StubMonitor(ours.model, 1)
+    fastclip.attach(ours.optimizer, lambda norms: torch.full_like(norms, 0.5), monitor=monitor)  # type: ignore[arg-type]
+    for batch in range(3):
+        for training in (ours, theirs):
+            backward(training, batch)
+        ours.optimizer.step()
+        if batch != 1:
+            fastclip.clip_grads_(theirs.model, lambda norms: torch.full_like(norms, 0.5))
+            theirs.optimizer.step()
+            theirs.optimizer.step()
+    assert len(monitor.norms) == 3
+    ours.assert_same_as(theirs)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
+def test_only_the_last_evaluation_of_a_closure_says_whether_the_step_is_skipped(fused: bool) -> None:
+    theirs = Training(lambda named: torch.optim.AdamW(named, fused=fused))
+    ours = Training(lambda named: Twice(named, fused=fused))
+    fastclip.attach(ours.optimizer, clipnorm=0.01, monitor=StubMonitor(ours.model, 0))  # type: ignore[arg-type]
+    ours.optimizer.step(lambda: ours.backward(0))  # type: ignore[arg-type, return-value]  # as the other closures
+    for _ in range(2):
+        theirs.backward(0)
+        fastclip.clip_by_norm_(theirs.model, 0.01)
+    for _ in range(2):
+        theirs.optimizer.step()
+    ours.assert_same_as(theirs)
+
+
 class Failing:
     """A hook that raises when it is told to, after the rule was applied, as when memory runs out."""
 
@@ -871,6 +914,52 @@ def test_a_step_is_skipped_where_a_state_dict_brought_groups_that_are_not_fused(
         training.optimizer.step()
         is_same = [torch.equal(p, old) for p, old in zip(training.model.parameters(), before, strict=True)]
         assert is_same == [step == 0] * 4
+
+
+class OwnFused(Optimizer):
+    """One that is not torch's, and looks at `found_inf` as torch's fused ones do."""
+
+    _step_supports_amp_scaling = True
+    found_inf: Tensor
+
+    def step(self, *_: object) -> None:  # type: ignore[override]
+        self.seen = self.found_inf.item()
+
+
+def test_other_optimizers_that_look_at_found_inf_are_left_to_do_so() -> None:
+    training = Training(lambda named: OwnFused([tensor for _, tensor in named], {}))
+    fastclip.attach(training.optimizer, monitor=StubMonitor(training.model, 1))  # type: ignore[arg-type]
+    for step in range(2):
+        training.backward(0)
+        training.optimizer.step()
+        assert training.optimizer.seen == step  # type: ignore[attr-defined]
+
+
+class Averaging(torch.optim.SGD):
+    """An optimizer around another one, of the same parameters."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        super().__init__(inner.param_groups[0]["params"], lr=0.1)
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+def test_a_step_inside_of_another_optimizer_s_is_clipped_also_after_one_that_raised() -> None:
+    training = Training()
+    clipper = fastclip.attach(training.optimizer, clipnorm=0.01)
+    Failing(training.optimizer).times = 1
+    outer = Averaging(training.optimizer)
+    training.backward(0)
+    with pytest.raises(MemoryError):
+        outer.step()
+    backward(training, 1)
+    outer.step()
+    assert clipper.norm is not None
+    norms = fastclip.measure_grads(training.model, by="parameter").norms
+    assert norms is not None
+    assert norms.max().item() == pytest.approx(0.01, rel=1e-6)
 
 
 def test_a_step_that_raised_keeps_nothing_of_its_caller_s() -> None:

@@ -509,8 +509,12 @@ def test_a_state_that_is_not_fused_is_refused_before_any_of_it_is_restored() -> 
 
 
 def test_a_state_without_fused_loads_once_detached() -> None:
+    """Also inside of a step, where the hooks stay."""
     ours, plain = Training(FUSED["adam"]), Training(lambda parameters: torch.optim.Adam(parameters, lr=0.01))
-    fastclip.attach(ours.optimizer, fastclip.ClipGradNorm(0.02), fold=True).detach()
+    clipper = fastclip.attach(ours.optimizer, fastclip.ClipGradNorm(0.02), fold=True)
+    handle = ours.optimizer.register_step_pre_hook(lambda *_: clipper.detach())
+    ours.optimizer.step()
+    handle.remove()
     ours.optimizer.load_state_dict(plain.optimizer.state_dict())
     for training in (ours, plain):
         training.steps()

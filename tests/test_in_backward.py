@@ -84,10 +84,17 @@ def test_a_rule_attached_to_an_optimizer_that_steps_afterwards_is_an_error() -> 
         training.optimizer.step()
 
 
-def test_where_some_step_it_warns_and_clips_the_rest() -> None:
+@pytest.mark.parametrize("steps", [False, True], ids=["frees", "steps"])
+def test_where_some_step_it_warns_and_clips_the_rest(steps: bool) -> None:
     training = Training()
     hooked, *others = training.model.parameters()
-    on_accumulation(hooked, lambda parameter: setattr(parameter, "grad", None))
+    optimizer = torch.optim.SGD([hooked], lr=0.5)
+
+    def step(_: Tensor) -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    on_accumulation(hooked, step if steps else lambda parameter: setattr(parameter, "grad", None))
     training.backward(0)
     exact = oracle.norm([p.grad for p in others if p.grad is not None], 2)
     with pytest.warns(UserWarning, match="1 of 4 parameters have no gradient, but a hook") as caught:
