@@ -93,9 +93,9 @@ def attach(
 
     Where a step raises once the rule has been applied (in another hook, say), what was set for that step
     (``grad_scale``, ``found_inf``, the gradients that were taken away from a step to be skipped) is put back when the
-    next step begins, or by ``detach()``. ``scaler.step`` leaves its own ``grad_scale`` behind then, with fastclip or
-    without, and multiplies it by the next one unless ``scaler.unscale_`` has been called: so before that,
-    ``del optimizer.grad_scale, optimizer.found_inf``.
+    next step begins, or by ``detach()``. ``scaler.step`` is ahead of that: it multiplies its scale into the
+    ``grad_scale`` that is still there (that of `fold`, or, with fastclip or without, its own), unless
+    ``scaler.unscale_`` has been called. So ``del optimizer.grad_scale`` first.
 
     Args:
         optimizer: Any `torch.optim.Optimizer`.

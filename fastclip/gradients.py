@@ -139,7 +139,7 @@ def _has_hook(parameter: Tensor) -> bool:
 
 
 def _steps_in_backward(parameter: Tensor) -> bool:
-    """Whether a hook steps for certain: it is by `torch.distributed.optim`, or its code names a `step`."""
+    """Whether a hook is taken to step: it is by `torch.distributed.optim`, or its code names a `step`."""
     hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
     functions = [inspect.unwrap(getattr(hook, "func", hook)) for hook in hooks.values()]  # `func`: a partial's
     codes = [getattr(function, "__code__", None) for function in functions]
