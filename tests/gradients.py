@@ -38,6 +38,12 @@ def twin(tensor: Tensor) -> Tensor:
     return copy.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
+def grad_of(parameter: Tensor) -> Tensor:
+    """The gradient, which is there."""
+    assert parameter.grad is not None
+    return parameter.grad
+
+
 def parameters(gradients: Sequence[Tensor]) -> list[nn.Parameter]:
     """A parameter for each gradient, which becomes its `.grad`."""
     made = []

@@ -22,7 +22,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from gradients import parameters, random_values
+from gradients import grad_of, parameters, random_values
 from legs import Leg
 from torch import Tensor, nn
 
@@ -33,11 +33,6 @@ from fastclip.backends import interface
 INF = float("inf")
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system, and nothing to test")
-
-
-def grad_of(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
 
 
 def clip_two() -> Tensor:

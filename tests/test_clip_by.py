@@ -11,7 +11,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from gradients import assert_untouched_around, embedded, parameters, random_values, twin
+from gradients import assert_untouched_around, embedded, grad_of, parameters, random_values, twin
 from legs import AVAILABLE, Leg
 from torch import Tensor, nn
 
@@ -25,11 +25,6 @@ INF = math.inf
 NAN = math.nan
 KINDS: dict[str, Any] = {kind.__name__: kind for kind in (ClipByNorm, ClipByGlobalNorm, ClipGradNorm, ClipAtThreshold)}
 DTYPES = {"fp32": (torch.float32,), "mixed": (torch.bfloat16, torch.float32, torch.float16, torch.float64)}
-
-
-def grad_of(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
 
 
 def named(grads: dict[str, Tensor | None]) -> list[tuple[str, nn.Parameter]]:

@@ -16,7 +16,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from gradients import parameters
+from gradients import grad_of, parameters
 from legs import Leg
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad as torchs
@@ -38,11 +38,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 def one(values: list[Any] | float, leg: Leg, dtype: torch.dtype = torch.float32) -> nn.Parameter:
     """A parameter with a gradient of these values."""
     return parameters([torch.tensor(values, dtype=dtype, device=leg.device)])[0]
-
-
-def grad_of(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
 
 
 def values_of(parameter: Tensor) -> list[Any]:
