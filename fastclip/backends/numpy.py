@@ -8,7 +8,8 @@ NumPy does what is small; it computes in the thread that asks. What is long enou
 through with its own: they obey `torch.set_num_threads`, and no thread of ours competes with them for cores or the GIL.
 So do 16-bit floats, since NumPy has no bfloat16, and is slow with its float16.
 
-Squares are summed in fp32 over at most ROW elements and from there on in fp64. A norm that fp32 could not get right to
+Squares are summed in fp32 over at most ROW elements, in so many lanes that each passes through 64 additions or fewer,
+and from there on in fp64. A norm that fp32 could not get right to
 rounding, because squares left its range, is taken again in fp64.
 """
 
@@ -43,14 +44,15 @@ from fastclip.backends.interface import (
 
 Array: TypeAlias = npt.NDArray[Any]
 
-ROW = 2048  # elements whose squares are summed in fp32
+ROW = 2048  # elements whose squares BLAS sums in fp32, in 32 lanes or more
+SHORT_ROW = 256  # the same for torch, which has 8 or 16
 SMALL = 1024  # elements: up to here a tensor is gathered with others of its size
 FEW = 4  # tensors: fewer are done one by one, in less time than gathering takes
 GATHERED = 1 << 15  # elements that are gathered at once
 BY_TORCH = 1 << 18  # elements: for more, several threads save more time than it takes to wake them
 LOOKED_AT_TWICE = 1 << 20  # elements that are read, and perhaps written: 4 MB, which the cache still has by then
 WRITTEN = 1 << 22  # elements that are written at once; the last of them come first
-LONG = 1 << 25  # elements whose norms by row are added at once: 16,384 of them, by one thread
+LONG = 1 << 22  # elements whose norms by row are added at once: 16,384 of them, by one thread
 BLOCK = 3 << 18  # elements of 16 bits that are converted at once, to 3 MB of fp32
 WIDE_BLOCK = BLOCK // 2  # elements that are converted to fp64 at once, in the same memory
 
@@ -117,7 +119,7 @@ class NumpyPlan:
     def _total(self, p: float) -> float:
         if p == 2:
             squares = sum([piece.sum_of_squares() for piece in self.pieces])
-            if TINY < squares < math.inf:
+            if _is_in_range(squares):
                 return math.sqrt(squares)
         norms = self._norms(p)
         if p == 0:  # a tensor's 0-norm counts nonzero elements; the set's counts the tensors that have any
@@ -157,7 +159,7 @@ class Piece(Protocol):
     owners: Int64s
 
     def sum_of_squares(self) -> float:
-        """The sum of the squares of all elements; of use above TINY and below infinity."""
+        """The sum of the squares of all elements; of use if `_is_in_range`."""
 
     def norms(self, p: float) -> Array:
         """The p-norm of each tensor, in fp64; for p = 0 the number of its nonzero elements."""
@@ -178,12 +180,14 @@ class Single:
     view: Array
 
     def sum_of_squares(self) -> float:
-        rows, rest = self._rows
         if not self._is_long:
-            return _sum_of_squares(_widened(rows, self.dtype), _widened(rest, self.dtype))
+            return _sum_of_squares(
+                *(self._rows if self.dtype.itemsize > 2 else _rows(_thread.converted(self._tensor())))
+            )
+        rows, rest = self._rows
         squares = _square(_widened(rest, self.dtype)) if len(rest) else 0.0
         for part in _parts(torch.from_numpy(rows).view(self.dtype), LONG // ROW):
-            squares += _norms_of_long_rows(part).double().square_().sum().item()
+            squares += _norms_of_short_rows(part).double().square_().sum().item()
         return squares
 
     def norms(self, p: float) -> Array:
@@ -195,7 +199,7 @@ class Single:
             return float(torch.count_nonzero(x))
         if p == 2:
             squares = self.sum_of_squares()
-            if TINY < squares < math.inf:
+            if _is_in_range(squares):
                 return math.sqrt(squares)
         if p in (2, math.inf):
             smallest, largest = _extremes(x)
@@ -304,7 +308,12 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         with torch.inference_mode(False):  # which would mark it for good
             self.rows = torch.empty(BLOCK // ROW, ROW, dtype=torch.float32, device="cpu")
-            self.wide = self.rows.flatten().view(torch.float64)
+            self.flat = self.rows.flatten()
+            self.wide = self.flat.view(torch.float64)
+
+    def converted(self, x: Tensor) -> Array:
+        """Up to a BLOCK of elements in fp32, until the next call."""
+        return self.flat[: len(x)].copy_(x).numpy()
 
 
 _thread = _Thread()
@@ -371,6 +380,11 @@ def _sum_of_squares(rows: Array, rest: Array) -> float:
     return squares + _square(rest) if len(rest) else squares
 
 
+def _is_in_range(squares: float) -> bool:
+    """Whether a sum of squares is right: no square overflowed, or underflowed where it mattered. A NaN comes of one."""
+    return not (squares <= TINY or squares == math.inf)
+
+
 def _square(x: Array) -> float:
     return float(np.dot(x, x))
 
@@ -386,13 +400,13 @@ def _parts(x: Tensor, length: int) -> Iterator[Tensor]:
     return (x[begin : begin + length] for begin in range(0, len(x), length))
 
 
-def _norms_of_long_rows(rows: Tensor) -> Tensor:
-    """The 2-norm of each row of ROW elements, in fp32 or fp64, by torch's threads."""
+def _norms_of_short_rows(rows: Tensor) -> Tensor:
+    """The 2-norm of each SHORT_ROW of rows of ROW elements, in fp32 or fp64, by torch's threads."""
     if rows.dtype.itemsize > 2:
-        norms: Tensor = torch.linalg.vector_norm(rows, 2, 1)
+        norms: Tensor = torch.linalg.vector_norm(rows.view(-1, SHORT_ROW), 2, 1)
         return norms
     blocks = (_thread.rows[: len(part)].copy_(part) for part in _parts(rows, BLOCK // ROW))
-    return torch.cat([torch.linalg.vector_norm(block, 2, 1) for block in blocks])
+    return torch.cat([torch.linalg.vector_norm(block.view(-1, SHORT_ROW), 2, 1) for block in blocks])
 
 
 def _power_norm(x: Tensor, p: float) -> float:
@@ -424,10 +438,11 @@ def _factors(coefficient: Scalar, dtype: torch.dtype) -> list[Array]:
     wide = np.float64 if dtype == torch.float64 else np.float32
     small = 2.0**-900 if dtype == torch.float64 else 2.0**-100
     coefficients = np.asarray(coefficient, np.float64)
-    least = abs(coefficient) if isinstance(coefficient, float) else np.fmin.reduce(np.abs(coefficients), axis=None)
-    if not least < small:
+    if isinstance(coefficient, float) and (coefficient == 0 or not abs(coefficient) < small):  # in less time
         return [coefficients.astype(wide)]
-    is_small = np.abs(coefficients) < small
+    is_small = (coefficients != 0) & (np.abs(coefficients) < small)
+    if not is_small.any():
+        return [coefficients.astype(wide)]
     return [np.where(is_small, coefficients / small, coefficients).astype(wide), np.where(is_small, wide(small), 1)]
 
 
