@@ -20,6 +20,7 @@ from fastclip.backends.interface import Unscaling
 from fastclip.clipping import as_float, check_norm_dtype, clip_grad_norm_
 from fastclip.dynamo import untraced
 from fastclip.gradients import Gradients, Parameters, collect, has_dtensors
+from fastclip.optimizers import check_initialized
 from fastclip.plans import prepare
 
 
@@ -62,7 +63,7 @@ def unscale_and_clip_grad_norm_(
         RuntimeError: The optimizer's gradients were unscaled, or it stepped, since the last ``scaler.update()``; or a
             gradient cannot be written in place.
         TypeError: `scaler` is a scaler with an `unscale_` of its own, such as FSDP1's, or none at all; or `optimizer`
-            is no `torch.optim.Optimizer`.
+            is no `torch.optim.Optimizer`, or wraps one, which `scaler.step` would take for another.
         ValueError: A gradient is fp16, which torch's scaler does not unscale; or `norm_type` is below 1.
 
     Example:
@@ -134,8 +135,8 @@ def clip_scaled_grad_norm_(
         NotImplementedError: A gradient is a DTensor.
         RuntimeError: A gradient cannot be written in place.
         TypeError: `parameters` holds something other than tensors, or `found_inf` is no fp32 tensor.
-        ValueError: `inv_scale` is a number that is not above 0 and finite; or it or `found_inf` has more than one
-            element; or `norm_type` is below 1.
+        ValueError: `inv_scale` is a number that is not above 0 and finite in fp32; or it or `found_inf` has more than
+            one element; or `norm_type` is below 1.
     """
     limit, p = as_float("max_norm", max_norm), _order(norm_type)
     check_norm_dtype(norm_dtype)
@@ -143,10 +144,9 @@ def clip_scaled_grad_norm_(
         raise TypeError(f"`found_inf` must be a tensor of torch.float32, not {found_inf!r}")
     inverse = inv_scale
     if not isinstance(inverse, Tensor):
-        number = as_float("inv_scale", inv_scale)
-        if not 0 < number < math.inf:
-            raise ValueError(f"`inv_scale` must be above 0 and finite, not {number}")
-        inverse = torch.tensor(number, dtype=torch.float32, device="cpu")
+        inverse = torch.tensor(as_float("inv_scale", inv_scale), device="cpu", dtype=torch.float64).float()
+        if not 0 < inverse < math.inf:
+            raise ValueError(f"`inv_scale` must be above 0 and finite in fp32, not {inv_scale}")
     for name, tensor in (("inv_scale", inverse), ("found_inf", found_inf)):
         if tensor.numel() != 1:
             raise ValueError(f"`{name}` must be one number, not a tensor of shape {tuple(tensor.shape)}")
@@ -177,6 +177,7 @@ def _clip(
 def _check(scaler: GradScaler, optimizer: Optimizer) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+    check_initialized(optimizer)
     kind = type(scaler)
     names = ("unscale_", "_unscale_grads_")
     if not isinstance(scaler, GradScaler) or any(

@@ -11,7 +11,6 @@ quotient back. Folded into them, clipping is no more than a norm, and that numbe
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +28,9 @@ from fastclip.optimizers import (
     check_foldable,
     check_fused,
     check_fused_state,
+    check_initialized,
     check_layout,
-    is_inside_step,
+    is_in_another_step,
     is_stepping,
     lend,
     skip_step,
@@ -76,7 +76,7 @@ def attach(
     (fused SGD once it has its momentum). With any other the host waits for the device in each step.
 
     An optimizer that steps inside of backward, in a hook on the accumulation of a gradient, can clip by parameter or by
-    value. A rule by the global norm is an error then.
+    value. Any other rule is an error then.
 
     With `fold` the optimizer itself does the scaling. That costs a read of the gradients for the norm, and the write
     that torch's fused kernels make of what they divide; clipping ahead of the step costs a read, and a second read and
@@ -114,9 +114,10 @@ def attach(
         The attachment: ``norm`` and ``clipped`` tell of the last step, ``detach()`` ends it.
 
     Raises:
-        RuntimeError: In a step: it is inside of backward, and the rule is by the global norm; or no gradient is left,
-            because other optimizers have stepped there; or values are clipped, and carry the scale of a GradScaler.
-        TypeError: `optimizer` is no `torch.optim.Optimizer`, `rule` no rule, or `monitor` no monitor.
+        RuntimeError: In a step: it is inside of backward, and the rule is neither by parameter nor by value; or no
+            gradient is left, because other optimizers have stepped there; or values are clipped, and carry the scale of
+            a GradScaler.
+        TypeError: `optimizer` is no `torch.optim.Optimizer`, or wraps one; `rule` is no rule, or `monitor` no monitor.
         ValueError: Not exactly one rule is given, its bounds do not fit, the optimizer has an attachment already,
             `names` or the monitor has not its parameters, or the optimizer or the rule is none for `fold`. In
             ``optimizer.load_state_dict``: with `fold`, a group of the state dict is not fused.
@@ -132,6 +133,7 @@ def attach(
         raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
     if monitor is not None and not isinstance(getattr(monitor, "owners", None), Owners):
         raise TypeError(f"`monitor` must be a fastclip.Monitor, not {monitor!r}")
+    check_initialized(optimizer)
     owners_of_hooks = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()]
     if any(isinstance(owner, Attachment) and owner.is_attached for owner in owners_of_hooks):
         raise ValueError("the optimizer has a rule attached already: detach() it first")
@@ -211,7 +213,7 @@ class Attachment:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Clip; or, where there is a closure, have the gradients clipped that it will leave."""
-        if self._stepping is not None and is_inside_step(optimizer, sys._getframe(1).f_back):
+        if self._stepping is not None and is_in_another_step(optimizer):
             self._calls_another = True
             return None  # the gradients were clipped ahead of the outer step
         self._end_step()  # a step that raised did not get there
@@ -240,7 +242,7 @@ class Attachment:
             return
         owners, groups = self._find_members(optimizer)
         rule = None if isinstance(self.rule, ClipByValue) else self.rule
-        if rule is not None and rule.by == "global" and torch._C._current_graph_task_id() >= 0:
+        if rule is not None and rule.by != "parameter" and torch._C._current_graph_task_id() >= 0:
             raise RuntimeError(
                 f"{rule} is attached to an optimizer that steps inside of backward, where the other gradients are "
                 "not there yet: attach a rule by parameter (clipnorm=1.0) or by value (clipvalue=1.0), or step after "
@@ -268,7 +270,7 @@ class Attachment:
             self._undo += skip_step(optimizer, owners, skip)
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
-        if not (self._calls_another and is_inside_step(optimizer, sys._getframe(1).f_back)):
+        if not (self._calls_another and is_in_another_step(optimizer)):
             self._end_step()
 
     def _end_step(self) -> None:

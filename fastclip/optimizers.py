@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
+from fastclip.dynamo import untraced
 from fastclip.gradients import Gradients, Owners
 from fastclip.groups import Groups
 from fastclip.rules import AnyRule, ClipByValue
@@ -22,22 +23,50 @@ from fastclip.rules import AnyRule, ClipByValue
 _DIVIDING = (Adam, AdamW, SGD, Adagrad)
 """Those whose steps divide gradients by ``grad_scale``, as long as they are fused."""
 
-_STEP_WITH_HOOKS = Optimizer.profile_hook_step(lambda: None).__code__
-"""Of the function that torch puts around each class's step, to call the hooks ahead of it and after it."""
-
-
-def is_inside_step(optimizer: Optimizer, frame: FrameType | None) -> bool:
-    """Whether a frame, or one that led to it, is a step of the optimizer with the hooks around it."""
-    while frame is not None:
-        if frame.f_code is _STEP_WITH_HOOKS and any(value is optimizer for value in frame.f_locals.values()):
-            return True
-        frame = frame.f_back
-    return False
-
 
 def is_stepping(optimizer: Optimizer) -> bool:
     """Whether a thread is inside of a step of the optimizer."""
-    return any(is_inside_step(optimizer, frame) for frame in sys._current_frames().values())
+    return any(_steps_on(frame, optimizer) for frame in sys._current_frames().values())
+
+
+@untraced
+def is_in_another_step(optimizer: Optimizer) -> bool:
+    """Whether the step whose hooks ask was called by another step of the optimizer."""
+    return _steps_on(sys._getframe(), optimizer) > 1
+
+
+def _steps_on(frame: FrameType | None, optimizer: Optimizer) -> int:
+    """How many of a frame, and of those that led to it, are steps of the optimizer with the hooks around them."""
+    count = 0
+    while frame is not None:
+        count += _is_step_with_hooks(frame.f_code) and any(value is optimizer for value in frame.f_locals.values())
+        frame = frame.f_back
+    return count
+
+
+def _is_step_with_hooks(code: CodeType | None) -> bool:
+    """Whether it is what torch puts around each class's step, to call the hooks ahead of it and after it.
+
+    It is told by its place in torch: `torch.compile` makes other code of it, of the same place.
+    """
+    return code is not None and (code.co_name, code.co_filename, code.co_firstlineno) == _PLACE_OF_HOOKS
+
+
+_step_with_hooks = Optimizer.profile_hook_step(lambda: None).__code__
+_PLACE_OF_HOOKS = (_step_with_hooks.co_name, _step_with_hooks.co_filename, _step_with_hooks.co_firstlineno)
+
+
+def check_initialized(optimizer: Optimizer) -> None:
+    """Refuse what is an optimizer by its type only.
+
+    Raises:
+        TypeError: It wraps one, as accelerate's does, and steps that one, whose hooks and scaler do not know of it.
+    """
+    if "_optimizer_step_pre_hooks" not in vars(optimizer):
+        raise TypeError(
+            f"`optimizer` is a {type(optimizer).__name__} that torch.optim.Optimizer never initialized, a wrapper: "
+            "pass the optimizer that it wraps (with accelerate, optimizer.optimizer)"
+        )
 
 
 def check_divides(optimizer: Optimizer) -> None:
@@ -60,7 +89,7 @@ def check_divides(optimizer: Optimizer) -> None:
 def _step_itself(kind: type[Optimizer]) -> Callable[..., Any]:
     """The step of a class without torch's hooks, which a step of its own may be wrapped to look like."""
     step: Any = kind.step
-    while getattr(step, "__code__", None) is _STEP_WITH_HOOKS:
+    while _is_step_with_hooks(getattr(step, "__code__", None)):
         step = step.__wrapped__
     return step  # type: ignore[no-any-return]
 

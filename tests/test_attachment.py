@@ -999,3 +999,22 @@ def test_detached_by_another_thread_inside_of_a_step() -> None:
     assert not hasattr(ours.optimizer, "found_inf")
     for training in (ours, plain):
         training.steps()
+
+
+def test_a_wrapper_is_refused() -> None:
+    """As accelerate makes it: an optimizer by its type, whose step is that of another."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+        @property
+        def param_groups(self) -> Any:
+            return self.optimizer.param_groups
+
+    wrapper = Wrapper(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
+    scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(TypeError, match=r"is a Wrapper that .* pass the optimizer that it wraps"):
+        fastclip.attach(wrapper, clipnorm=1.0)
+    with pytest.raises(TypeError, match=r"is a Wrapper that .* pass the optimizer that it wraps"):
+        fastclip.unscale_and_clip_grad_norm_(scaler, wrapper, 1.0)

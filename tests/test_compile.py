@@ -54,6 +54,31 @@ def test_a_step_compiled_by_torch_s_default_backend(tmp_path: Path, monkeypatch:
     assert losses("clip_grad_norm_", torch.compile()) == pytest.approx(plain, rel=1e-5)  # sums in another order
 
 
+def test_a_compiled_step_that_calls_its_base_class_s_with_a_closure() -> None:
+    import torch._dynamo
+
+    class Derived(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    torch._dynamo.reset()
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)  # from now on torch calls the hooks of this class, too
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = Derived([parameter], lr=1.0)
+    fastclip.attach(optimizer, fastclip.Rule(lambda norms: torch.full_like(norms, 0.5), by="global"))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = parameter.sum()
+        loss.backward()
+        return loss
+
+    step = torch.compile(lambda: optimizer.step(closure), backend="eager")
+    for i in range(3):
+        step()
+        assert parameter.item() == -0.5 * (i + 1)
+
+
 def test_functions_that_are_met_one_after_another() -> None:
     """Each is left as it is, however often others were called before."""
     import torch._dynamo

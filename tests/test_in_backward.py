@@ -197,11 +197,14 @@ def test_a_rule_by_value_attached_to_each_optimizer() -> None:
     ours.assert_same_as(theirs)
 
 
-def test_a_rule_by_the_global_norm_is_an_error_there() -> None:
+@pytest.mark.parametrize(
+    "rule", [fastclip.ClipByGlobalNorm(1.0), fastclip.ClipByNorm(1.0, by="group"), fastclip.ClipByNorm(1.0, by=["one"])]
+)
+def test_a_rule_that_takes_gradients_together_is_an_error_there(rule: fastclip.rules.AnyRule) -> None:
     ours = Training()
     before = [parameter.detach().clone() for parameter in ours.model.parameters()]
-    step_in_backward(ours, attach=lambda optimizer: fastclip.attach(optimizer, global_clipnorm=1.0))
-    with pytest.raises(RuntimeError, match=r"ClipByGlobalNorm.* steps inside of backward, where the other gradients"):
+    step_in_backward(ours, attach=lambda optimizer: fastclip.attach(optimizer, rule))
+    with pytest.raises(RuntimeError, match=r"ClipBy.*Norm.* steps inside of backward, where the other gradients"):
         ours.backward(0)
     for parameter, old in zip(ours.model.parameters(), before, strict=True):
         oracle.assert_same_bits(parameter.detach(), old)

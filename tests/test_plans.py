@@ -48,7 +48,16 @@ def assert_norms(tensors: Sequence[Tensor]) -> None:
 def cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the NumPy backend cut gradients into rows, blocks and parts of a few elements each."""
     numpy_backend = importlib.import_module("fastclip.backends.numpy")
-    sizes = {"ROW": 10, "SHORT_ROW": 5, "SMALL": 16, "GATHERED": 30, "BY_TORCH": 60, "LONG": 80, "BLOCK": 40, "WIDE_BLOCK": 20}
+    sizes = {
+        "ROW": 10,
+        "SHORT_ROW": 5,
+        "SMALL": 16,
+        "GATHERED": 30,
+        "BY_TORCH": 60,
+        "LONG": 80,
+        "BLOCK": 40,
+        "WIDE_BLOCK": 20,
+    }
     for name, value in {**sizes, "LOOKED_AT_TWICE": 50, "WRITTEN": 70}.items():
         monkeypatch.setattr(numpy_backend, name, value)
     monkeypatch.setattr(numpy_backend, "_thread", numpy_backend._Thread())  # whose memory is of a BLOCK
