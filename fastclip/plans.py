@@ -52,8 +52,8 @@ TensorGuards: Any = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGu
 _PLAIN_TYPES = {Tensor, nn.Parameter}
 _PLAIN_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 _Key: TypeAlias = tuple[object, ...]
-_KEPT = 65_536  # gradients, a thread: a few large models that are trained in turns, or each parameter by itself
-_LEAST = 32  # what a list of gradients counts as at least: a GPU's smallest piece of memory has 512 bytes, 16 for each
+_KEPT = 16_384  # gradients, a thread, of some 1 KB each: a few large models that are trained in turns
+_LEAST = 8  # what a list of gradients counts as at least, so that 2048 parameters may be clipped each by itself
 
 
 class Arrangement:

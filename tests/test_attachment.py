@@ -1008,10 +1008,6 @@ def test_a_wrapper_is_refused() -> None:
         def __init__(self, optimizer: torch.optim.Optimizer) -> None:
             self.optimizer = optimizer
 
-        @property
-        def param_groups(self) -> Any:
-            return self.optimizer.param_groups
-
     wrapper = Wrapper(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
     scaler = torch.amp.GradScaler("cpu")
     with pytest.raises(TypeError, match=r"is a Wrapper that .* pass the optimizer that it wraps"):

@@ -70,7 +70,7 @@ def test_a_compiled_step_that_calls_its_base_class_s_with_a_closure() -> None:
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = parameter.sum()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     step = torch.compile(lambda: optimizer.step(closure), backend="eager")

@@ -52,10 +52,11 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> None:
         "ROW": 10,
         "SHORT_ROW": 5,
         "SMALL": 16,
+        "CHUNK": 30,
         "GATHERED": 30,
         "BY_TORCH": 60,
         "LONG": 80,
-        "BLOCK": 40,
+        "BLOCK": 70,
         "WIDE_BLOCK": 20,
     }
     for name, value in {**sizes, "LOOKED_AT_TWICE": 50, "WRITTEN": 70}.items():
@@ -170,7 +171,7 @@ def test_pieces_of_every_kind(
 ) -> None:
     """Each piece finds its own gradient's coefficient and bounds; one value outside is noticed wherever it is."""
     cut(monkeypatch)
-    sizes = [350, 5, 16, 17, 210, 1, *[7] * 30, 500]
+    sizes = [350, 5, 16, 17, 210, 1, *[7] * 30, 50, 500, 45, 33]
     originals = [random_values(rng, (size,), dtype).clamp(-2, 2) for size in sizes]
     assert_norms([original.clone() for original in originals])
     coefficients = torch.tensor([2.0 ** (i % 5 - 2) for i in range(len(sizes))], dtype=torch.float64)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -48,7 +48,8 @@ ROW = 2048  # elements whose squares BLAS sums in fp32, in 32 lanes or more
 SHORT_ROW = 256  # the same for torch, which has 8 or 16
 SMALL = 1024  # elements: up to here a tensor is gathered with others of its size
 FEW = 4  # tensors: fewer are done one by one, in less time than gathering takes
-GATHERED = 1 << 15  # elements that are gathered at once
+CHUNK = 1 << 15  # elements: the most that torch does in the thread that asks
+GATHERED = CHUNK  # elements that are gathered at once
 BY_TORCH = 1 << 18  # elements: for more, several threads save more time than it takes to wake them
 LOOKED_AT_TWICE = 1 << 20  # elements that are read, and perhaps written: 4 MB, which the cache still has by then
 WRITTEN = 1 << 22  # elements that are written at once; the last of them come first
@@ -88,9 +89,10 @@ class NumpyPlan:
         self.owners = np.concatenate([piece.owners for piece in self.pieces])
 
     def _place(self, addresses: Int64s) -> None:
-        self.pieces: list[Piece] = []
+        pieces: list[Single | Gathered] = []
         for (dtype, size), owners in self._alike.items():
-            self.pieces += _pieces(dtype, size, owners, addresses[owners])
+            pieces += _pieces(dtype, size, owners, addresses[owners])
+        self.pieces: list[Piece] = list(_batched(pieces))
 
     def moved(self, addresses: Int64s) -> NumpyPlan:
         plan = copy.copy(self)
@@ -181,9 +183,7 @@ class Single:
 
     def sum_of_squares(self) -> float:
         if not self._is_long:
-            return _sum_of_squares(
-                *(self._rows if self.dtype.itemsize > 2 else _rows(_thread.converted(self._tensor())))
-            )
+            return _sum_of_squares(*(self._rows if self.dtype.itemsize > 2 else _converted([self._tensor()])))
         rows, rest = self._rows
         squares = _square(_widened(rest, self.dtype)) if len(rest) else 0.0
         for part in _parts(torch.from_numpy(rows).view(self.dtype), LONG // ROW):
@@ -252,6 +252,33 @@ class Single:
 
 
 @dataclass
+class Batch:
+    """Tensors of 16-bit floats of one dtype, up to a BLOCK together, which torch goes through by one call for all."""
+
+    dtype: torch.dtype
+    owners: Int64s
+    singles: list[Single]
+
+    def sum_of_squares(self) -> float:
+        return _sum_of_squares(*_converted([single._tensor() for single in self.singles]))
+
+    def norms(self, p: float) -> Array:
+        return np.concatenate([single.norms(p) for single in self.singles])
+
+    def scale_(self, factors: Array) -> None:
+        own = np.broadcast_to(factors[self.owners] if factors.ndim else factors, len(self.singles))
+        changes = np.flatnonzero(own != 1)[::-1]
+        if len(changes):
+            # Tensors without dimensions take part in fp32, and the product is rounded once.
+            tensors = [self.singles[i]._tensor() for i in changes.tolist()]
+            torch._foreach_mul_(tensors, list(torch.from_numpy(own[changes]).unbind()))
+
+    def clamp_(self, minimums: Array, maximums: Array) -> bool:
+        changed = [single.clamp_(minimums, maximums) for single in self.singles]
+        return any(changed)
+
+
+@dataclass
 class Gathered:
     """Small tensors of one size and dtype, which are copied next to one another, and back where they change.
 
@@ -311,15 +338,11 @@ class _Thread(threading.local):
             self.flat = self.rows.flatten()
             self.wide = self.flat.view(torch.float64)
 
-    def converted(self, x: Tensor) -> Array:
-        """Up to a BLOCK of elements in fp32, until the next call."""
-        return self.flat[: len(x)].copy_(x).numpy()
-
 
 _thread = _Thread()
 
 
-def _pieces(dtype: torch.dtype, size: int, owners: Int64s, addresses: Int64s) -> Iterator[Piece]:
+def _pieces(dtype: torch.dtype, size: int, owners: Int64s, addresses: Int64s) -> Iterator[Single | Gathered]:
     """Make pieces of tensors of one dtype and size."""
     places = (addresses - _LOWEST_ADDRESS) // dtype.itemsize
     if size <= SMALL and len(owners) >= FEW:
@@ -331,6 +354,25 @@ def _pieces(dtype: torch.dtype, size: int, owners: Int64s, addresses: Int64s) ->
     memory = _all_memory(dtype)
     for i, place in enumerate(places.tolist()):
         yield Single(dtype, owners[i : i + 1], memory[place : place + size])
+
+
+def _batched(pieces: Sequence[Single | Gathered]) -> Iterator[Piece]:
+    """Pieces, with tensors of 16-bit floats that are neither gathered nor long in batches."""
+    batches: dict[torch.dtype, list[Single]] = {}
+    for piece in pieces:
+        if isinstance(piece, Gathered) or piece._is_long or piece.dtype.itemsize > 2:
+            yield piece
+            continue
+        batch = batches.setdefault(piece.dtype, [])
+        if sum(len(single.view) for single in batch) + len(piece.view) > BLOCK:
+            yield _batch(batch)
+            batch = batches[piece.dtype] = []
+        batch.append(piece)
+    yield from map(_batch, batches.values())
+
+
+def _batch(singles: list[Single]) -> Batch:
+    return Batch(singles[0].dtype, np.concatenate([single.owners for single in singles]), singles)
 
 
 _LOWEST_ADDRESS = 64  # nothing is ever mapped there, and it is a multiple of every element's size
@@ -361,6 +403,20 @@ def _all_memory(dtype: torch.dtype, size: int | None = None) -> Array:
 def _widened(x: Array, dtype: torch.dtype) -> Array:
     """Elements of a dtype as NumPy can compute with them: 16-bit floats in fp32, others as they are."""
     return torch.from_numpy(x).view(dtype).float().numpy() if dtype.itemsize == 2 else x
+
+
+def _converted(tensors: Sequence[Tensor]) -> tuple[Array, Array]:
+    """The elements of 16-bit tensors, up to a BLOCK of them, in fp32 and as `_rows`, until the next call.
+
+    In chunks that torch does in this thread: it takes long to read what another core has just written.
+    """
+    chunks = [
+        chunk for tensor in tensors for chunk in ((tensor,) if len(tensor) <= CHUNK else torch.split(tensor, CHUNK))
+    ]
+    sizes = [len(chunk) for chunk in chunks]
+    block = _thread.flat[: sum(sizes)]
+    torch._foreach_copy_(torch.split(block, sizes), chunks)
+    return _rows(block.numpy())
 
 
 def _narrowed(x: Array, dtype: torch.dtype) -> Array:
