@@ -360,6 +360,7 @@ def test_the_same_memory_with_another_shape_or_dtype(leg: Leg) -> None:
 def test_what_is_kept_is_bounded(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients of ever new sizes do not pile up plans, and a short list counts as what its memory has room for."""
     monkeypatch.setattr(plans, "_KEPT", 8 * 32)
+    monkeypatch.setattr(plans, "_LEAST", 32)
     monkeypatch.setattr(plans, "_kept", plans._Kept())
     if leg.backend == "triton":
         monkeypatch.setattr("fastclip.backends.triton.TABLES_KEPT", 8)

@@ -33,7 +33,7 @@ def prepared(tensors: Sequence[Tensor]) -> tuple[Prepared, Gradients]:
 
 
 def assert_norms(tensors: Sequence[Tensor]) -> None:
-    """The norm of each, right to rounding, and in memory that the next call leaves alone."""
+    """The norm of each, right to rounding, and in memory that the next call leaves alone; and that of all."""
     plans, _ = prepared(tensors)
     norms = plans.norms()
     assert (norms.dtype, norms.shape) == (torch.float64, (len(tensors),))
@@ -43,6 +43,9 @@ def assert_norms(tensors: Sequence[Tensor]) -> None:
     for norm, tensor in zip(before, tensors, strict=True):
         exact = oracle.norm([tensor], 2)
         assert norm == pytest.approx(exact, rel=oracle.NORM_TOLERANCE[tensor.dtype], abs=0, nan_ok=True)
+    tolerance = max(oracle.NORM_TOLERANCE[tensor.dtype] for tensor in tensors)
+    total = plans.reduce(2.0, 1.0, torch.float64).norm.item()
+    assert total == pytest.approx(oracle.norm(tensors, 2), rel=tolerance, abs=0, nan_ok=True)
 
 
 def cut(monkeypatch: pytest.MonkeyPatch) -> None:
