@@ -1,16 +1,17 @@
 """The NumPy backend: zero-copy views of the gradients, in pieces.
 
 The same three steps as on the GPU: each piece is reduced to sums of squares, these are added in fp64, and only where
-the coefficient is not 1 (where a value is out of bounds) is anything written. A piece is one tensor, or many small ones
-of one size, which NumPy's indexing gathers from all of memory at once, and scatters back if they change.
+the coefficient is not 1 (where a value is out of bounds) is anything written. A piece is one tensor, or several of
+16-bit floats, or many small ones of one size, which NumPy's indexing gathers from all of memory at once, and scatters
+back if they change.
 
 NumPy does what is small; it computes in the thread that asks. What is long enough for several threads, torch goes
 through with its own: they obey `torch.set_num_threads`, and no thread of ours competes with them for cores or the GIL.
 So do 16-bit floats, since NumPy has no bfloat16, and is slow with its float16.
 
-Squares are summed in fp32 over at most ROW elements, in so many lanes that each passes through 64 additions or fewer,
-and from there on in fp64. A norm that fp32 could not get right to
-rounding, because squares left its range, is taken again in fp64.
+Squares are summed in fp32 over at most ROW elements, in so many lanes that none passes through more than 64 additions,
+and from there on in fp64. A norm that fp32 could not get right to rounding, because squares left its range, is taken
+again in fp64.
 """
 
 from __future__ import annotations
@@ -215,7 +216,7 @@ class Single:
         factor = self._own(factors)
         if factor == 1:
             return
-        if self._is_long or self.dtype.itemsize == 2:
+        if self._is_long:
             # A tensor without dimensions takes part in fp32 at least, and the product is rounded once.
             own = torch.from_numpy(np.asarray(factor))
             for part in reversed(list(_parts(self._tensor(), WRITTEN))):
