@@ -22,7 +22,7 @@ from functools import cache
 from itertools import count, pairwise
 from pathlib import Path
 from statistics import median
-from timeit import timeit
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -99,11 +99,12 @@ class Workload:
 
     Attributes:
         gradients: Makes them.
-        idle: The ratio that is asked for where nothing is clipped, 0 for none.
+        idle: The ratio that is asked for where nothing is clipped; 0 for none.
         clipping: The same where something is.
         function: The name of the function to call.
         more: What it takes after parameters and bound.
         bounds: Makes a bound for each round.
+        moves: Whether each round has its gradients elsewhere.
     """
 
     gradients: Callable[[], list[Tensor]]
@@ -112,6 +113,7 @@ class Workload:
     function: str = "clip_grad_norm_"
     more: tuple[float, ...] = ()
     bounds: Callable[[list[Tensor], bool], Iterator[float]] = _EUCLIDEAN
+    moves: bool = False
 
 
 WORKLOADS = {
@@ -120,11 +122,19 @@ WORKLOADS = {
     "GPT-2 124M, fp32, by value": Workload(_gpt2, 2, 1.2, "clip_grad_value_", bounds=_value_bounds),
     "GPT-2 124M, bf16": Workload(lambda: _gpt2(torch.bfloat16), 1.2, 1),
     "GPT-2 124M, fp16": Workload(lambda: _gpt2(torch.float16), 2, 1.2),
+    "GPT-2 124M, fp32, 3-norm": Workload(_gpt2, 0, 0, more=(3.0,), bounds=_norm_bounds(3.0)),
+    "GPT-2 124M, fp32, 1-norm": Workload(_gpt2, 0, 0, more=(1.0,), bounds=_norm_bounds(1.0)),
     "ResNet-50 25.6M, fp32": Workload(_resnet50, 2.3, 1.1),
     "the demo's model, 1M": Workload(_demo, 1, 1),
     "2000 x 64": Workload(lambda: _normal([(64,)] * 2000), 4, 3),
     "10000 x 4": Workload(lambda: _normal([(4,)] * 10_000), 4, 3),
     "1 x 64": Workload(lambda: _normal([(64,)]), 3, 3),
+    "400 x 4000": Workload(lambda: _normal([(4000,)] * 400), 0, 0),
+    "400 x 4000, bf16": Workload(lambda: _normal([(4000,)] * 400, torch.bfloat16), 0, 0),
+    "40 x 200000": Workload(lambda: _normal([(200_000,)] * 40), 0, 0),
+    "40 x 200000, bf16": Workload(lambda: _normal([(200_000,)] * 40, torch.bfloat16), 0, 0),
+    "1 x 64, moved": Workload(lambda: _normal([(64,)]), 0, 0, moves=True),
+    "10 of 64 to 640, moved": Workload(lambda: _normal([(64 * i,) for i in range(1, 11)]), 0, 0, moves=True),
 }
 
 
@@ -157,6 +167,9 @@ CONTENDERS: dict[str, Callable[[Workload, list[Tensor]], Callable[..., object]]]
 }
 
 
+_left: list[Any] = []  # gradients that moved away; kept, so that none comes to lie where one was
+
+
 @cache
 def _parameters(workload: str) -> list[Tensor]:
     _parameters.cache_clear()  # one workload at a time: the largest takes half a gigabyte
@@ -182,7 +195,14 @@ def test_call(benchmark: Any, workload: str, clips: bool, turn: int, contender: 
         pytest.skip("a read is compared with large gradients that are not clipped")
     bounds = row.bounds(_grads(parameters), clips)
     call = CONTENDERS[contender](row, parameters)
-    benchmark.pedantic(call, setup=lambda: ((parameters, next(bounds), *row.more), {}), rounds=ROUNDS, warmup_rounds=2)
+
+    def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for parameter in parameters if row.moves else ():
+            _left.append(parameter.grad)
+            parameter.grad = _left[-1].clone()
+        return (parameters, next(bounds), *row.more), {}
+
+    benchmark.pedantic(call, setup=setup, rounds=ROUNDS, warmup_rounds=2)
 
 
 def main(arguments: list[str]) -> int:
@@ -258,7 +278,7 @@ def _table(lines: Sequence[Line]) -> str:
     rows = []
     for line in lines:
         read = f"{line.read:7.3f} ms {line.read / line.fastclip:6.0%}" if line.read else ""
-        bar = f"{line.bar:5.2f}" + ("" if line.ratio >= line.bar else " missed")
+        bar = f"{line.bar or '':5}" + ("" if line.ratio >= line.bar else " missed")
         times = f"{line.torch:7.3f} ms {line.fastclip:7.3f} ms {line.ratio:6.2f}"
         rows.append(f"{line.workload:27}{line.what:9}{times} {bar} {read}".rstrip() + "\n")
     return head + "".join(rows)
@@ -267,7 +287,9 @@ def _table(lines: Sequence[Line]) -> str:
 def _profile(workloads: Collection[str]) -> str:
     """A table of the steps that a clip by the 2-norm is made of."""
     text = f"{'us':27}{'collect':>10} {'prepare':>10} {'reduce':>10} {'scale':>10}\n"
-    for name in (name for name, row in WORKLOADS.items() if name in workloads and row.bounds is _EUCLIDEAN):
+    for name, row in WORKLOADS.items():
+        if name not in workloads or row.bounds is not _EUCLIDEAN or row.moves:
+            continue
         parameters = _parameters(name)
         grads = collect(parameters)
         prepared = prepare(grads, in_place=True)
@@ -277,9 +299,15 @@ def _profile(workloads: Collection[str]) -> str:
             lambda: prepared.reduce(2.0, 1.0, prepared.dtype),  # noqa: B023
             lambda: prepared.scale_(grads, 0.999),  # noqa: B023
         ]
-        rounds = [[1e6 * timeit(step, number=1) for step in steps] for _ in range(TURNS * ROUNDS)]
+        rounds = [[_microseconds(step) for step in steps] for _ in range(TURNS * ROUNDS)]
         text += f"{name:27}" + " ".join(f"{median(times):10.1f}" for times in zip(*rounds, strict=True)) + "\n"
     return text
+
+
+def _microseconds(step: Callable[[], object]) -> float:
+    start = perf_counter()
+    step()
+    return 1e6 * (perf_counter() - start)
 
 
 def _draw(lines: Sequence[Line], path: Path) -> None:
@@ -289,7 +317,7 @@ def _draw(lines: Sequence[Line], path: Path) -> None:
     places = range(len(lines), 0, -1)
     colours = ["#c8553d" if line.clips else "#1b3a5c" for line in lines]
     axes.barh(places, [line.ratio for line in lines], color=colours, height=0.6)
-    axes.plot([line.bar for line in lines], places, "|", color="black", markersize=14, label="asked for")
+    axes.plot([line.bar or np.nan for line in lines], places, "|", color="black", markersize=14, label="asked for")
     axes.axvline(1, color="gray", linestyle=":", label="torch")
     axes.set_yticks(places, [f"{line.workload}, {line.what}" for line in lines])
     axes.set(title=_versions(), xlabel="torch's time / fastclip's time", xlim=(0, None))

@@ -20,7 +20,7 @@ from fastclip.backends.interface import Unscaling
 from fastclip.clipping import as_float, check_norm_dtype, clip_grad_norm_
 from fastclip.dynamo import untraced
 from fastclip.gradients import Gradients, Parameters, collect, has_dtensors
-from fastclip.optimizers import check_initialized
+from fastclip.optimizers import check_is_optimizer
 from fastclip.plans import prepare
 
 
@@ -175,9 +175,7 @@ def _clip(
 
 
 def _check(scaler: GradScaler, optimizer: Optimizer) -> None:
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
-    check_initialized(optimizer)
+    check_is_optimizer(optimizer)
     kind = type(scaler)
     names = ("unscale_", "_unscale_grads_")
     if not isinstance(scaler, GradScaler) or any(

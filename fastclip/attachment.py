@@ -28,7 +28,7 @@ from fastclip.optimizers import (
     check_foldable,
     check_fused,
     check_fused_state,
-    check_initialized,
+    check_is_optimizer,
     check_layout,
     is_in_another_step,
     is_stepping,
@@ -129,11 +129,9 @@ def attach(
         >>> optimizer.step()
         >>> print(clipper.norm, clipper.clipped)
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+    check_is_optimizer(optimizer)
     if monitor is not None and not isinstance(getattr(monitor, "owners", None), Owners):
         raise TypeError(f"`monitor` must be a fastclip.Monitor, not {monitor!r}")
-    check_initialized(optimizer)
     owners_of_hooks = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()]
     if any(isinstance(owner, Attachment) and owner.is_attached for owner in owners_of_hooks):
         raise ValueError("the optimizer has a rule attached already: detach() it first")

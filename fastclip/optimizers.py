@@ -56,12 +56,15 @@ _step_with_hooks = Optimizer.profile_hook_step(lambda: None).__code__
 _PLACE_OF_HOOKS = (_step_with_hooks.co_name, _step_with_hooks.co_filename, _step_with_hooks.co_firstlineno)
 
 
-def check_initialized(optimizer: Optimizer) -> None:
-    """Refuse what is an optimizer by its type only.
+def check_is_optimizer(optimizer: object) -> None:
+    """Refuse what is no optimizer, or one by its type only.
 
     Raises:
-        TypeError: It wraps one, as accelerate's does, and steps that one, whose hooks and scaler do not know of it.
+        TypeError: It is none; or it wraps one, as accelerate's does, and steps that one, whose hooks and scaler do not
+            know of it.
     """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
     if "_optimizer_step_pre_hooks" not in vars(optimizer):
         raise TypeError(
             f"`optimizer` is a {type(optimizer).__name__} that torch.optim.Optimizer never initialized, a wrapper: "

@@ -237,7 +237,7 @@ class Single:
             part.clamp_(low, high)
         return changed
 
-    @cached_property
+    @property
     def _is_long(self) -> bool:
         return len(self.view) > BY_TORCH
 
@@ -359,17 +359,22 @@ def _pieces(dtype: torch.dtype, size: int, owners: Int64s, addresses: Int64s) ->
 
 def _batched(pieces: Sequence[Single | Gathered]) -> Iterator[Piece]:
     """Pieces, with tensors of 16-bit floats that are neither gathered nor long in batches."""
-    batches: dict[torch.dtype, list[Single]] = {}
+    middling: dict[torch.dtype, list[Single]] = {}
     for piece in pieces:
         if isinstance(piece, Gathered) or piece._is_long or piece.dtype.itemsize > 2:
             yield piece
-            continue
-        batch = batches.setdefault(piece.dtype, [])
-        if sum(len(single.view) for single in batch) + len(piece.view) > BLOCK:
-            yield _batch(batch)
-            batch = batches[piece.dtype] = []
-        batch.append(piece)
-    yield from map(_batch, batches.values())
+        else:
+            middling.setdefault(piece.dtype, []).append(piece)
+    for singles in middling.values():
+        batch: list[Single] = []
+        elements = 0
+        for single in singles:
+            if elements + len(single.view) > BLOCK:
+                yield _batch(batch)
+                batch, elements = [], 0
+            batch.append(single)
+            elements += len(single.view)
+        yield _batch(batch)
 
 
 def _batch(singles: list[Single]) -> Batch:
