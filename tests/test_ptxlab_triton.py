@@ -3,7 +3,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import math
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ptxlab
@@ -257,6 +259,32 @@ def test_fault_outside_recording_raises_at_the_launch_and_waits_for_check() -> N
     with pytest.raises(ptxlab.PtxError, match="out-of-bounds"):
         ptxlab.check()
     ptxlab.check()
+
+
+def test_looking_for_live_tensors_disturbs_no_other_thread() -> None:
+    """A tuple that another thread is just making from an iterator must have no other owner when it is resized."""
+    ptxlab.activate(90)
+    done = threading.Event()
+    others = [[i] for i in range(100_000)]  # so that the search takes longer than a thread's turn
+
+    def make() -> int:
+        made = 0
+        while not done.is_set():
+            made += len(tuple(i for i in range(30)))
+        return made
+
+    x = torch.randn(64)
+    with ThreadPoolExecutor(1) as pool:
+        making = pool.submit(make)
+        try:
+            for _ in range(40):
+                y = torch.full_like(x, torch.nan)
+                copy[(1,)](x, y, 64, BLOCK=64)
+                assert torch.equal(y, x)
+        finally:
+            done.set()
+        assert making.result() > 0
+    assert len(others) == 100_000
 
 
 def test_bounds_can_be_listed_and_extended() -> None:

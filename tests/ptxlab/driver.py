@@ -5,7 +5,6 @@ import ctypes
 import gc
 import importlib
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -233,14 +232,16 @@ def _live_tensors() -> list[Range]:
     """The memory of every CPU tensor that Python can reach."""
     import torch
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # looking at some objects' attributes warns of their deprecation
-        # By `type`, since some proxies run code when asked for their class. And by a set of types, since there are
-        # hundreds of thousands of objects, of a few thousand types.
-        things = gc.get_objects()
-        kinds = {kind for kind in set(map(type, things)) if issubclass(kind, torch.Tensor)}
-        tensors = [thing for thing in things if type(thing) in kinds]
-        return [extent for tensor in tensors if (extent := _extent(tensor))]
+    kinds: set[type] = set()
+    found: list[type] = [torch.Tensor]
+    while found:
+        kinds.update(found)
+        found = [kind for parent in found for kind in type.__subclasses__(parent) if kind not in kinds]
+    # An instance refers to its type. `gc.get_objects` would do as well, but for holding every object for a moment: what
+    # another Python thread is just making (a tuple from an iterator, say) must not have a second owner when it goes on.
+    # Told by `type`, since some proxies run code when asked for their class.
+    tensors = [thing for thing in gc.get_referrers(*kinds) if type(thing) in kinds]
+    return [extent for tensor in tensors if (extent := _extent(tensor))]
 
 
 def _extent(tensor: "torch.Tensor") -> Range | None:
