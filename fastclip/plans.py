@@ -66,8 +66,9 @@ class Arrangement:
         dtype: The gradients' own, real and promoted where they differ: that of torch's norm.
         fits: Tells whether as many other tensors differ from these in their addresses only; None where that cannot be
             told.
-        itemsizes: Bytes an element of each gradient, [gradients].
-        sizes: Bytes of each gradient, [gradients].
+        filled: The positions of the gradients that have elements.
+        itemsizes: Bytes an element of each of those.
+        sizes: Bytes of each of those.
     """
 
     def __init__(self, tensors: Sequence[Tensor], members: list[list[int]], fits: Callable[..., bool] | None) -> None:
@@ -76,13 +77,25 @@ class Arrangement:
         self.device = tensors[0].device
         self.dtype = promoted({tensor.dtype.to_real() for tensor in tensors})
         self.fits = fits
-        self.itemsizes = np.array([tensor.dtype.itemsize for tensor in tensors])
-        self.sizes = np.fromiter(map(Tensor.numel, tensors), np.int64, self.count) * self.itemsizes
+        sizes = np.array([tensor.numel() * tensor.dtype.itemsize for tensor in tensors])
+        self.filled = np.flatnonzero(sizes)
+        self.itemsizes = np.array([tensor.dtype.itemsize for tensor in tensors])[self.filled]
+        self.sizes = sizes[self.filled]
 
     @cached_property
     def is_in_order(self) -> bool:
         """Whether one plan has all gradients, in their order."""
         return self.members == [list(range(self.count))]
+
+    def may_be_at(self, addresses: Int64s) -> bool:
+        """Whether gradients at these addresses, [gradients], are aligned and share no memory."""
+        starts = addresses[self.filled]
+        if np.count_nonzero((starts <= 0) | (starts % self.itemsizes != 0)):
+            return False
+        order = starts.argsort()
+        starts = starts[order]
+        ends = starts + self.sizes[order]
+        return not np.count_nonzero(ends[:-1] > starts[1:])
 
     @cached_property
     def positions(self) -> list[Tensor]:
@@ -283,12 +296,10 @@ def _moved(kept: Prepared, addresses: list[int]) -> Prepared | None:
     """
     arrangement = kept.arrangement
     starts = np.array(addresses)
-    has_elements = arrangement.sizes > 0
-    is_addressable = (starts > 0) & (starts % arrangement.itemsizes == 0) | ~has_elements
-    if not is_addressable.all() or _overlapping(starts[has_elements], arrangement.sizes[has_elements]):
+    if not arrangement.may_be_at(starts):
         return None
     plans = [plan.moved(starts[members]) for plan, members in zip(kept.plans, arrangement.members, strict=True)]
-    return replace(kept, plans=plans, addresses=addresses)
+    return Prepared(plans, arrangement, kept.streams, addresses, [])
 
 
 def _prepared_anew(grads: Gradients, addresses: list[int] | None, *, in_place: bool) -> Prepared:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gradients import parameters
@@ -148,6 +149,15 @@ for dtype in (torch.float32, torch.bfloat16):
     print(fastclip.get_total_norm([parameter.grad for parameter in made], norm_dtype=torch.float64).item())
 """
     assert [float(norm) for norm in output_of(script)] == pytest.approx([1.0, 1.0], rel=2**-8)
+
+
+def test_no_row_is_longer_than_fp32_allows() -> None:
+    sizes = {*range(1, 20_000, 7), *(2**i + j for i in range(11, 22) for j in (-1, 0, 1))}
+    for size in sizes:
+        rows, rest = numpy_backend._rows(np.empty(size, np.float32))
+        assert rows.shape[1] <= numpy_backend.ROW, size
+        assert len(rest) < numpy_backend.ROW, size
+        assert rows.size + len(rest) == size
 
 
 @pytest.mark.parametrize("order", [2, 3])

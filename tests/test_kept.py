@@ -89,17 +89,42 @@ def test_lists_that_begin_alike_are_kept_both(leg: Leg, monkeypatch: pytest.Monk
         assert fastclip.get_total_norm(pair).item() == 4
 
 
-def test_gradients_that_moved_and_overlap_now(leg: Leg) -> None:
-    def clip(first: Tensor, second: Tensor) -> float:
-        return fastclip.clip_grad_norm_(parameters([first, second]), 1.0).item()
+@pytest.mark.parametrize(
+    ("sizes", "starts", "overlap"),
+    [
+        ((8, 8, 8, 8, 8), (32, 24, 0, 8, 16), False),
+        ((8, 8, 8, 8, 8), (0, 24, 48, 32, 7), True),
+        ((4, 20), (30, 10), False),
+        ((4, 20), (29, 10), True),
+        ((20, 0, 4, 6), (0, 13, 30, 9), True),
+        ((4, 0, 4), (0, 2, 4), False),
+    ],
+)
+def test_gradients_that_moved_next_to_one_another_or_into_one_another(
+    leg: Leg, sizes: tuple[int, ...], starts: tuple[int, ...], overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was prepared serves the former; the latter are scaled one after another, as torch does."""
+    monkeypatch.setattr(plans, "_kept", plans._Kept())
+    anew = []
+    prepare_anew = plans._prepared_anew
 
-    memory = torch.ones(12, device=leg.device)
-    clip(torch.ones(8, device=leg.device), torch.ones(8, device=leg.device))
+    def noted(*arguments: Any, **keywords: Any) -> plans.Prepared:
+        anew.append(arguments)
+        return prepare_anew(*arguments, **keywords)
+
+    monkeypatch.setattr(plans, "_prepared_anew", noted)
+    fastclip.clip_grad_norm_(parameters([torch.ones(size, device=leg.device) for size in sizes]), 1.0)
+    assert len(anew) == 1
+    memory = torch.linspace(1, 2, 60, device=leg.device)
     reference = memory.clone()
-    norm = clip(memory[:8], memory[4:])
-    expected = torch.nn.utils.clip_grad_norm_(parameters([reference[:8], reference[4:]]), 1.0)
-    assert norm == pytest.approx(expected.item(), rel=1e-6)
+    mine, theirs = (
+        parameters([flat[start : start + size] for size, start in zip(sizes, starts, strict=True)])
+        for flat in (memory, reference)
+    )
+    norm = fastclip.clip_grad_norm_(mine, 1.0)
+    assert norm.item() == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs, 1.0).item(), rel=1e-6)
     assert memory.tolist() == pytest.approx(reference.tolist(), rel=1e-6)
+    assert len(anew) == 1 + overlap or leg.backend == "torch"
 
 
 def test_gradients_that_moved_and_are_negated_views_now(leg: Leg) -> None:

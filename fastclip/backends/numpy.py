@@ -16,10 +16,9 @@ again in fp64.
 
 from __future__ import annotations
 
-import copy
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -47,6 +46,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 ROW = 2048  # elements whose squares BLAS sums in fp32, in 32 lanes or more
 SHORT_ROW = 256  # the same for torch, which has 8 or 16
+TRIES = 4  # numbers of rows that are looked at for one that divides the number of elements
 SMALL = 1024  # elements: up to here a tensor is gathered with others of its size
 FEW = 4  # tensors: fewer are done one by one, in less time than gathering takes
 CHUNK = 1 << 15  # elements: the most that torch does in the thread that asks
@@ -72,33 +72,35 @@ def obstacle(device: torch.device) -> str | None:
 
 def plan(tensors: list[Tensor]) -> NumpyPlan:
     """Prepare plain CPU tensors that do not overlap."""
-    return NumpyPlan(tensors)
+    itemsizes = np.array([tensor.dtype.itemsize for tensor in tensors])
+    places = _places(np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors)), itemsizes)
+    alike: dict[tuple[torch.dtype, int], list[int]] = {}
+    for position, tensor in enumerate(tensors):
+        alike.setdefault((tensor.dtype, tensor.numel()), []).append(position)
+    pieces = chain.from_iterable(_pieces(*kind, np.array(owners), places) for kind, owners in alike.items())
+    return NumpyPlan(tensors[0].device, {tensor.dtype for tensor in tensors}, itemsizes, list(_batched(pieces)))
 
 
+@dataclass
 class NumpyPlan:
-    """See `fastclip.backends.interface.Plan`. It holds addresses, and so keeps no gradient alive."""
+    """See `fastclip.backends.interface.Plan`. It holds addresses, and so keeps no gradient alive.
 
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self.device = tensors[0].device
-        self.members = len(tensors)
-        self.dtypes = {tensor.dtype for tensor in tensors}
-        alike: dict[tuple[torch.dtype, int], list[int]] = {}
-        for position, tensor in enumerate(tensors):
-            alike.setdefault((tensor.dtype, tensor.numel()), []).append(position)
-        self._alike = {kind: np.array(positions) for kind, positions in alike.items()}
-        self._place(np.fromiter(map(Tensor.data_ptr, tensors), np.int64, self.members))
-        self.owners = np.concatenate([piece.owners for piece in self.pieces])
+    Attributes:
+        device: The CPU.
+        dtypes: Those of the tensors.
+        itemsizes: Bytes an element of each tensor, [tensors].
+        pieces: All elements of all tensors.
+    """
 
-    def _place(self, addresses: Int64s) -> None:
-        pieces: list[Single | Gathered] = []
-        for (dtype, size), owners in self._alike.items():
-            pieces += _pieces(dtype, size, owners, addresses[owners])
-        self.pieces: list[Piece] = list(_batched(pieces))
+    device: torch.device
+    dtypes: set[torch.dtype]
+    itemsizes: Int64s
+    pieces: list[Piece]
 
     def moved(self, addresses: Int64s) -> NumpyPlan:
-        plan = copy.copy(self)
-        plan._place(addresses)
-        return plan
+        places = _places(addresses, self.itemsizes)
+        pieces = [piece.moved(places) for piece in self.pieces]
+        return NumpyPlan(self.device, self.dtypes, self.itemsizes, pieces)
 
     def captured(self) -> NumpyPlan:
         raise RuntimeError("a CUDA graph cannot clip gradients on the CPU: clip them outside of the graph")
@@ -114,9 +116,9 @@ class NumpyPlan:
         return Reduction(norm if norm.dtype == dtype else norm.to(dtype), total, clip_coefficient(total, max_norm))
 
     def norms(self) -> Tensor:
-        norms = np.empty(self.members)
+        norms = np.empty(len(self.itemsizes))
         with _quiet():
-            norms[self.owners] = self._norms(2.0)
+            norms[np.concatenate([piece.owners for piece in self.pieces])] = self._norms(2.0)
         return torch.from_numpy(norms)
 
     def _total(self, p: float) -> float:
@@ -130,10 +132,12 @@ class NumpyPlan:
         return stable_norm(torch.from_numpy(norms), p).item()
 
     def _norms(self, p: float) -> Array:
-        """The p-norm of each tensor, in the order of `owners`; for p = 0 the number of its nonzero elements."""
+        """The p-norm of each tensor, in the order of the owners; for p = 0 the number of its nonzero elements."""
         return np.concatenate([piece.norms(p) for piece in self.pieces])
 
     def scale_(self, coefficient: Scalar) -> None:
+        if isinstance(coefficient, Tensor) and not coefficient.dim():
+            coefficient = coefficient.item()
         if isinstance(coefficient, float) and coefficient == 1:
             return
         with _quiet():
@@ -161,6 +165,9 @@ class Piece(Protocol):
     dtype: torch.dtype
     owners: Int64s
 
+    def moved(self, places: Int64s) -> Piece:
+        """The same of tensors like these, at other `_places`, [tensors of the plan]."""
+
     def sum_of_squares(self) -> float:
         """The sum of the squares of all elements; of use if `_is_in_range`."""
 
@@ -168,7 +175,7 @@ class Piece(Protocol):
         """The p-norm of each tensor, in fp64; for p = 0 the number of its nonzero elements."""
 
     def scale_(self, factors: Array) -> None:
-        """Multiply the elements by a factor: one for all, 0-dim, or one for each tensor of the plan; not by 1."""
+        """Multiply the elements by a factor: one for all, 0-dim, or one for each tensor, of which 1 writes nothing."""
 
     def clamp_(self, minimums: Array, maximums: Array) -> bool:
         """Clamp the elements of tensors that have any out of bounds; tell whether one was. Bounds are as factors."""
@@ -182,9 +189,18 @@ class Single:
     owners: Int64s
     view: Array
 
+    @classmethod
+    def at(cls, dtype: torch.dtype, owners: Int64s, size: int, places: Int64s) -> Single:
+        """The tensor of `size` elements that is at its owner's place."""
+        place = places[owners[0]]
+        return cls(dtype, owners, _all_memory(dtype)[place : place + size])
+
+    def moved(self, places: Int64s) -> Single:
+        return Single.at(self.dtype, self.owners, len(self.view), places)
+
     def sum_of_squares(self) -> float:
         if not self._is_long:
-            return _sum_of_squares(*(self._rows if self.dtype.itemsize > 2 else _converted([self._tensor()])))
+            return _sum_of_squares(*(self._rows if self.dtype.itemsize > 2 else _Conversion([self._tensor()]).rows()))
         rows, rest = self._rows
         squares = _square(_widened(rest, self.dtype)) if len(rest) else 0.0
         for part in _parts(torch.from_numpy(rows).view(self.dtype), LONG // ROW):
@@ -214,7 +230,7 @@ class Single:
 
     def scale_(self, factors: Array) -> None:
         factor = self._own(factors)
-        if factor == 1:
+        if factors.ndim and factor == 1:
             return
         if self._is_long:
             # A tensor without dimensions takes part in fp32 at least, and the product is rounded once.
@@ -260,23 +276,37 @@ class Batch:
     owners: Int64s
     singles: list[Single]
 
+    def moved(self, places: Int64s) -> Batch:
+        return Batch(self.dtype, self.owners, [single.moved(places) for single in self.singles])
+
     def sum_of_squares(self) -> float:
-        return _sum_of_squares(*_converted([single._tensor() for single in self.singles]))
+        return _sum_of_squares(*self._conversion.rows())
 
     def norms(self, p: float) -> Array:
         return np.concatenate([single.norms(p) for single in self.singles])
 
     def scale_(self, factors: Array) -> None:
-        own = np.broadcast_to(factors[self.owners] if factors.ndim else factors, len(self.singles))
+        # Tensors without dimensions take part in fp32, and the product is rounded once.
+        if not factors.ndim:
+            torch._foreach_mul_(self._tensors[::-1], torch.from_numpy(factors))
+            return
+        own = factors[self.owners]
         changes = np.flatnonzero(own != 1)[::-1]
         if len(changes):
-            # Tensors without dimensions take part in fp32, and the product is rounded once.
-            tensors = [self.singles[i]._tensor() for i in changes.tolist()]
+            tensors = [self._tensors[i] for i in changes.tolist()]
             torch._foreach_mul_(tensors, list(torch.from_numpy(own[changes]).unbind()))
 
     def clamp_(self, minimums: Array, maximums: Array) -> bool:
         changed = [single.clamp_(minimums, maximums) for single in self.singles]
         return any(changed)
+
+    @cached_property
+    def _tensors(self) -> list[Tensor]:
+        return [single._tensor() for single in self.singles]
+
+    @cached_property
+    def _conversion(self) -> _Conversion:
+        return _Conversion(self._tensors)
 
 
 @dataclass
@@ -296,6 +326,9 @@ class Gathered:
     memory: Array
     places: Int64s
     size: int
+
+    def moved(self, places: Int64s) -> Gathered:
+        return Gathered(self.dtype, self.owners, self.memory, places[self.owners], self.size)
 
     def sum_of_squares(self) -> float:
         return _sum_of_squares(*_rows(self._load(self.places).reshape(-1)))
@@ -343,21 +376,43 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def _pieces(dtype: torch.dtype, size: int, owners: Int64s, addresses: Int64s) -> Iterator[Single | Gathered]:
+class _Conversion:
+    """Of 16-bit tensors, of up to a BLOCK of elements, to fp32 in this thread's memory.
+
+    In chunks that torch does in this thread: it takes long to read what another core has just written.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.chunks = list(chain.from_iterable(torch.split(x, CHUNK) if len(x) > CHUNK else (x,) for x in tensors))
+        sizes = [len(chunk) for chunk in self.chunks]
+        block = _thread.flat[: sum(sizes)]
+        self.converted = torch.split(block, sizes)
+        self._rows = _rows(block.numpy())
+
+    def rows(self) -> tuple[Array, Array]:
+        """The elements as they are now, as `_rows`, until the next conversion."""
+        torch._foreach_copy_(self.converted, self.chunks)
+        return self._rows
+
+
+def _places(addresses: Int64s, itemsizes: Int64s) -> Int64s:
+    """Where in `_all_memory` of a tensor's dtype it begins."""
+    return (addresses - _LOWEST_ADDRESS) // itemsizes
+
+
+def _pieces(dtype: torch.dtype, size: int, owners: Int64s, places: Int64s) -> Iterator[Single | Gathered]:
     """Make pieces of tensors of one dtype and size."""
-    places = (addresses - _LOWEST_ADDRESS) // dtype.itemsize
     if size <= SMALL and len(owners) >= FEW:
         memory = _all_memory(dtype, size)
         step = max(1, GATHERED // size)
-        for i in range(0, len(owners), step):
-            yield Gathered(dtype, owners[i : i + step], memory, places[i : i + step], size)
-        return
-    memory = _all_memory(dtype)
-    for i, place in enumerate(places.tolist()):
-        yield Single(dtype, owners[i : i + 1], memory[place : place + size])
+        for own in (owners[i : i + step] for i in range(0, len(owners), step)):
+            yield Gathered(dtype, own, memory, places[own], size)
+    else:
+        for i in range(len(owners)):
+            yield Single.at(dtype, owners[i : i + 1], size, places)
 
 
-def _batched(pieces: Sequence[Single | Gathered]) -> Iterator[Piece]:
+def _batched(pieces: Iterable[Single | Gathered]) -> Iterator[Piece]:
     """Pieces, with tensors of 16-bit floats that are neither gathered nor long in batches."""
     middling: dict[torch.dtype, list[Single]] = {}
     for piece in pieces:
@@ -411,29 +466,24 @@ def _widened(x: Array, dtype: torch.dtype) -> Array:
     return torch.from_numpy(x).view(dtype).float().numpy() if dtype.itemsize == 2 else x
 
 
-def _converted(tensors: Sequence[Tensor]) -> tuple[Array, Array]:
-    """The elements of 16-bit tensors, up to a BLOCK of them, in fp32 and as `_rows`, until the next call.
-
-    In chunks that torch does in this thread: it takes long to read what another core has just written.
-    """
-    chunks = [
-        chunk for tensor in tensors for chunk in ((tensor,) if len(tensor) <= CHUNK else torch.split(tensor, CHUNK))
-    ]
-    sizes = [len(chunk) for chunk in chunks]
-    block = _thread.flat[: sum(sizes)]
-    torch._foreach_copy_(torch.split(block, sizes), chunks)
-    return _rows(block.numpy())
-
-
 def _narrowed(x: Array, dtype: torch.dtype) -> Array:
     """The other way round."""
     return torch.from_numpy(x).to(dtype).view(torch.int16).numpy() if dtype.itemsize == 2 else x
 
 
 def _rows(x: Array) -> tuple[Array, Array]:
-    """A 1-d array as rows of ROW elements, and what is left of it."""
-    whole = len(x) // ROW * ROW
-    return x[:whole].reshape(-1, ROW), x[whole:]
+    """A 1-d array as rows of equal length, and what is left of it."""
+    length = _row_length(len(x))
+    whole = len(x) // length * length
+    return x[:whole].reshape(-1, length), x[whole:]
+
+
+def _row_length(size: int) -> int:
+    """ROW, or for what is neither short nor long a bit less where nothing is left over then, which saves a call."""
+    if not ROW < size <= BY_TORCH:
+        return ROW
+    rows = -(-size // ROW)
+    return next((size // count for count in range(rows, rows + TRIES) if size % count == 0), ROW)
 
 
 def _sum_of_squares(rows: Array, rest: Array) -> float:
