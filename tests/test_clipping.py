@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fastclip
 
-CHUNK_BYTES = 131_072  # of the kernels' table; the NumPy backend's pieces are of 262,144 bytes of fp32
+CHUNK_BYTES = 131_072  # of the kernels' table
 INF = math.inf
 
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {

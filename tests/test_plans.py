@@ -57,7 +57,7 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> None:
         "SMALL": 16,
         "CHUNK": 30,
         "GATHERED": 30,
-        "BY_TORCH": 60,
+        "BY_TORCH": 140,
         "LONG": 80,
         "BLOCK": 70,
         "WIDE_BLOCK": 20,

@@ -51,7 +51,7 @@ SMALL = 1024  # elements: up to here a tensor is gathered with others of its siz
 FEW = 4  # tensors: fewer are done one by one, in less time than gathering takes
 CHUNK = 1 << 15  # elements: the most that torch does in the thread that asks
 GATHERED = CHUNK  # elements that are gathered at once
-BY_TORCH = 1 << 18  # elements: for more, several threads save more time than it takes to wake them
+BY_TORCH = 1 << 20  # bytes: for more, several threads save more time than it takes to wake them
 LOOKED_AT_TWICE = 1 << 20  # elements that are read, and perhaps written: 4 MB, which the cache still has by then
 WRITTEN = 1 << 22  # elements that are written at once; the last of them come first
 LONG = 1 << 22  # elements whose norms by row are added at once: 16,384 of them, by one thread
@@ -255,7 +255,7 @@ class Single:
 
     @property
     def _is_long(self) -> bool:
-        return len(self.view) > BY_TORCH
+        return self.view.nbytes > BY_TORCH
 
     @cached_property
     def _rows(self) -> tuple[Array, Array]:
@@ -473,14 +473,17 @@ def _narrowed(x: Array, dtype: torch.dtype) -> Array:
 
 def _rows(x: Array) -> tuple[Array, Array]:
     """A 1-d array as rows of equal length, and what is left of it."""
-    length = _row_length(len(x))
+    if len(x) < ROW:  # in less time
+        return x[:0], x
+    length = _row_length(x)
     whole = len(x) // length * length
     return x[:whole].reshape(-1, length), x[whole:]
 
 
-def _row_length(size: int) -> int:
+def _row_length(x: Array) -> int:
     """ROW, or for what is neither short nor long a bit less where nothing is left over then, which saves a call."""
-    if not ROW < size <= BY_TORCH:
+    size = len(x)
+    if size <= ROW or x.nbytes > BY_TORCH:
         return ROW
     rows = -(-size // ROW)
     return next((size // count for count in range(rows, rows + TRIES) if size % count == 0), ROW)
