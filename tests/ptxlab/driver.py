@@ -236,7 +236,7 @@ def _live_tensors() -> list[Range]:
     found: list[type] = [torch.Tensor]
     while found:
         kinds.update(found)
-        found = [kind for parent in found for kind in type.__subclasses__(parent) if kind not in kinds]
+        found = [kind for parent in found for kind in parent.__subclasses__() if kind not in kinds]
     # An instance refers to its type. `gc.get_objects` would do as well, but for holding every object for a moment: what
     # another Python thread is just making (a tuple from an iterator, say) must not have a second owner when it goes on.
     # Told by `type`, since some proxies run code when asked for their class.
