@@ -232,16 +232,17 @@ def _live_tensors() -> list[Range]:
     """The memory of every CPU tensor that Python can reach."""
     import torch
 
-    kinds: set[type] = set()
-    found: list[type] = [torch.Tensor]
-    while found:
-        kinds.update(found)
-        found = [kind for parent in found for kind in parent.__subclasses__() if kind not in kinds]
+    kinds = _family(torch.Tensor)
     # An instance refers to its type. `gc.get_objects` would do as well, but for holding every object for a moment: what
     # another Python thread is just making (a tuple from an iterator, say) must not have a second owner when it goes on.
     # Told by `type`, since some proxies run code when asked for their class.
     tensors = [thing for thing in gc.get_referrers(*kinds) if type(thing) in kinds]
     return [extent for tensor in tensors if (extent := _extent(tensor))]
+
+
+def _family(kind: type) -> set[type]:
+    """A class and all that derive from it."""
+    return {kind}.union(*map(_family, kind.__subclasses__()))
 
 
 def _extent(tensor: "torch.Tensor") -> Range | None:
