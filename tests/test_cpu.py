@@ -151,6 +151,27 @@ for dtype in (torch.float32, torch.bfloat16):
     assert [float(norm) for norm in output_of(script)] == pytest.approx([1.0, 1.0], rel=2**-8)
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_nothing_of_a_call_under_fake_tensors_is_kept(is_first: bool) -> None:
+    """It raises, since fake tensors cannot be clipped by NumPy; the next one clips."""
+    script = f"""
+from torch._subclasses import FakeTensorMode
+if not {is_first}:
+    fastclip.clip_grad_norm_([parameter_of(6000, torch.bfloat16)], 1.0)
+made = [parameter_of(size, torch.bfloat16) for size in (50_000, 5000)]
+try:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fastclip.clip_grad_norm_(made, 1.0)
+except RuntimeError as error:
+    print("numpy" in str(error))
+fastclip.clip_grad_norm_(made, 1.0)
+print(torch.nn.utils.get_total_norm([parameter.grad.double() for parameter in made]).item())
+"""
+    raised, norm = output_of(script)
+    assert raised == "True"
+    assert float(norm) == pytest.approx(1.0, rel=2**-8)
+
+
 def test_no_row_is_longer_than_fp32_allows() -> None:
     sizes = {*range(1, 20_000, 7), *(2**i + j for i in range(11, 22) for j in (-1, 0, 1))}
     for size in sizes:

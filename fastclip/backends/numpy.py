@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -288,12 +288,12 @@ class Batch:
     def scale_(self, factors: Array) -> None:
         # Tensors without dimensions take part in fp32, and the product is rounded once.
         if not factors.ndim:
-            torch._foreach_mul_(self._tensors[::-1], torch.from_numpy(factors))
+            torch._foreach_mul_(self._conversion.tensors[::-1], torch.from_numpy(factors))
             return
         own = factors[self.owners]
         changes = np.flatnonzero(own != 1)[::-1]
         if len(changes):
-            tensors = [self._tensors[i] for i in changes.tolist()]
+            tensors = [self._conversion.tensors[i] for i in changes.tolist()]
             torch._foreach_mul_(tensors, list(torch.from_numpy(own[changes]).unbind()))
 
     def clamp_(self, minimums: Array, maximums: Array) -> bool:
@@ -301,12 +301,8 @@ class Batch:
         return any(changed)
 
     @cached_property
-    def _tensors(self) -> list[Tensor]:
-        return [single._tensor() for single in self.singles]
-
-    @cached_property
     def _conversion(self) -> _Conversion:
-        return _Conversion(self._tensors)
+        return _Conversion([single._tensor() for single in self.singles])
 
 
 @dataclass
@@ -370,6 +366,7 @@ class _Thread(threading.local):
         with torch.inference_mode(False):  # which would mark it for good
             self.rows = torch.empty(BLOCK // ROW, ROW, dtype=torch.float32, device="cpu")
             self.flat = self.rows.flatten()
+            self.flat.numpy()  # raises where a mode makes something else of tensors, ahead of keeping that
             self.wide = self.flat.view(torch.float64)
 
 
@@ -380,18 +377,22 @@ class _Conversion:
     """Of 16-bit tensors, of up to a BLOCK of elements, to fp32 in this thread's memory.
 
     In chunks that torch does in this thread: it takes long to read what another core has just written.
+
+    Attributes:
+        tensors: The 16-bit tensors, in their own memory.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.chunks = list(chain.from_iterable(torch.split(x, CHUNK) if len(x) > CHUNK else (x,) for x in tensors))
-        sizes = [len(chunk) for chunk in self.chunks]
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+        self._chunks = list(chain.from_iterable(torch.split(x, CHUNK) if len(x) > CHUNK else (x,) for x in tensors))
+        sizes = [len(chunk) for chunk in self._chunks]
         block = _thread.flat[: sum(sizes)]
-        self.converted = torch.split(block, sizes)
+        self._converted = torch.split(block, sizes)
         self._rows = _rows(block.numpy())
 
     def rows(self) -> tuple[Array, Array]:
         """The elements as they are now, as `_rows`, until the next conversion."""
-        torch._foreach_copy_(self.converted, self.chunks)
+        torch._foreach_copy_(self._converted, self._chunks)
         return self._rows
 
 
