@@ -152,24 +152,51 @@ for dtype in (torch.float32, torch.bfloat16):
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-def test_nothing_of_a_call_under_fake_tensors_is_kept(is_first: bool) -> None:
-    """It raises, since fake tensors cannot be clipped by NumPy; the next one clips."""
+@pytest.mark.parametrize("mode", ["FakeTensorMode(allow_non_fake_inputs=True)", "torch.func.functionalize"])
+def test_nothing_of_a_call_that_a_mode_made_impossible_is_kept(mode: str, is_first: bool) -> None:
+    """It raises, since NumPy does not see what becomes of tensors there; the next one clips."""
     script = f"""
 from torch._subclasses import FakeTensorMode
 if not {is_first}:
     fastclip.clip_grad_norm_([parameter_of(6000, torch.bfloat16)], 1.0)
 made = [parameter_of(size, torch.bfloat16) for size in (50_000, 5000)]
+def clip(x):
+    fastclip.clip_grad_norm_(made, 1.0)
+    return x
+mode = {mode}
 try:
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        fastclip.clip_grad_norm_(made, 1.0)
-except RuntimeError as error:
-    print("numpy" in str(error))
-fastclip.clip_grad_norm_(made, 1.0)
-print(torch.nn.utils.get_total_norm([parameter.grad.double() for parameter in made]).item())
+    if mode is torch.func.functionalize:
+        mode(clip)(torch.ones(3))
+    else:
+        with mode:
+            clip(None)
+except RuntimeError:
+    print("raised")
+for made in (made, [parameter_of(size, torch.bfloat16) for size in (7000, 5000)]):
+    clip(None)
+    print(torch.nn.utils.get_total_norm([parameter.grad.double() for parameter in made]).item())
 """
-    raised, norm = output_of(script)
-    assert raised == "True"
-    assert float(norm) == pytest.approx(1.0, rel=2**-8)
+    raised, *norms = output_of(script)
+    assert raised == "raised"
+    assert [float(norm) for norm in norms] == pytest.approx([1.0, 1.0], rel=2**-8)
+
+
+@needs_proc
+def test_what_is_kept_of_a_gradient_does_not_grow_with_it() -> None:
+    """Of 16-bit ones that lie elsewhere in each step, and so are prepared for each."""
+    script = """
+memory = torch.ones(8 * 500_000 + 400, dtype=torch.bfloat16)
+made = [torch.nn.Parameter(torch.zeros(500_000, dtype=torch.bfloat16)) for _ in range(8)]
+for step in range(400):
+    if step == 20:
+        before = mib("VmRSS")
+    for i, parameter in enumerate(made):
+        parameter.grad = memory[500_000 * i + step :][:500_000]
+    fastclip.clip_grad_norm_(made, 1e9)
+print((mib("VmRSS") - before) * 2**20 / (380 * 8))
+"""
+    [kept] = output_of(script)
+    assert 100 < float(kept) < 4000
 
 
 def test_no_row_is_longer_than_fp32_allows() -> None:

@@ -364,10 +364,16 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         with torch.inference_mode(False):  # which would mark it for good
-            self.rows = torch.empty(BLOCK // ROW, ROW, dtype=torch.float32, device="cpu")
-            self.flat = self.rows.flatten()
-            self.flat.numpy()  # raises where a mode makes something else of tensors, ahead of keeping that
+            self.rows = torch.zeros(BLOCK // ROW, ROW, dtype=torch.float32, device="cpu")
+            self.flat = self.rows.view(-1)
             self.wide = self.flat.view(torch.float64)
+            block = self.flat.numpy()
+            self.flat[:1] = 1.0
+        if block[0] != 1:  # ahead of keeping it
+            raise RuntimeError(
+                "16-bit gradients and general norms need tensors that NumPy sees, but a function transform makes "
+                "something else of tensors here: clip outside of it"
+            )
 
 
 _thread = _Thread()
@@ -384,16 +390,21 @@ class _Conversion:
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.tensors = tensors
-        self._chunks = list(chain.from_iterable(torch.split(x, CHUNK) if len(x) > CHUNK else (x,) for x in tensors))
-        sizes = [len(chunk) for chunk in self._chunks]
+        sizes = [tensor.numel() for tensor in tensors]
         block = _thread.flat[: sum(sizes)]
         self._converted = torch.split(block, sizes)
-        self._rows = _rows(block.numpy())
+        self._rows = _rows(
+            block.numpy()
+        )  # raises under a mode that makes something else of tensors, ahead of keeping it
 
     def rows(self) -> tuple[Array, Array]:
         """The elements as they are now, as `_rows`, until the next conversion."""
-        torch._foreach_copy_(self._converted, self._chunks)
+        torch._foreach_copy_(_chunks(self._converted), _chunks(self.tensors))
         return self._rows
+
+
+def _chunks(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list(chain.from_iterable(torch.split(x, CHUNK) if x.numel() > CHUNK else (x,) for x in tensors))
 
 
 def _places(addresses: Int64s, itemsizes: Int64s) -> Int64s:
