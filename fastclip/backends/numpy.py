@@ -393,9 +393,8 @@ class _Conversion:
         sizes = [tensor.numel() for tensor in tensors]
         block = _thread.flat[: sum(sizes)]
         self._converted = torch.split(block, sizes)
-        self._rows = _rows(
-            block.numpy()
-        )  # raises under a mode that makes something else of tensors, ahead of keeping it
+        # Under a mode that makes something else of tensors this raises, ahead of keeping them.
+        self._rows = _rows(block.numpy())
 
     def rows(self) -> tuple[Array, Array]:
         """The elements as they are now, as `_rows`, until the next conversion."""
