@@ -11,6 +11,7 @@ from typing import Any
 import ptxlab
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 triton: Any = pytest.importorskip("triton")
 tl: Any = pytest.importorskip("triton.language")
@@ -285,6 +286,17 @@ def test_looking_for_live_tensors_disturbs_no_other_thread() -> None:
             done.set()
         assert making.result() > 0
     assert len(others) == 100_000
+
+
+def test_fake_tensors_are_not_looked_for() -> None:
+    """They have no memory; to be asked for it they answer with a warning, which is an error here."""
+    with FakeTensorMode():
+        fakes = [torch.ones(64), torch.nn.Parameter(torch.ones(64))]
+    x = torch.randn(64)
+    y = torch.full_like(x, torch.nan)
+    copy[(1,)](x, y, 64, BLOCK=64)
+    assert torch.equal(y, x)
+    assert all(fake.shape == (64,) for fake in fakes)
 
 
 def test_bounds_can_be_listed_and_extended() -> None:

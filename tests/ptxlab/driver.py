@@ -231,8 +231,9 @@ def _ranges() -> list[Range] | None:
 def _live_tensors() -> list[Range]:
     """The memory of every CPU tensor that Python can reach."""
     import torch
+    from torch._subclasses import FakeTensor  # which has no memory, and warns when asked where it is
 
-    kinds = _family(torch.Tensor)
+    kinds = _family(torch.Tensor) - _family(FakeTensor)
     # An instance refers to its type. `gc.get_objects` would do as well, but for holding every object for a moment: what
     # another Python thread is just making (a tuple from an iterator, say) must not have a second owner when it goes on.
     # Told by `type`, since some proxies run code when asked for their class.
