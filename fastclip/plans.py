@@ -92,10 +92,7 @@ class Arrangement:
         starts = addresses[self.filled]
         if np.count_nonzero((starts <= 0) | (starts % self.itemsizes != 0)):
             return False
-        order = starts.argsort(kind="stable")  # which is quick where they are nearly in order
-        starts = starts[order]
-        ends = starts + self.sizes[order]
-        return not np.count_nonzero(ends[:-1] > starts[1:])
+        return not _overlapping(starts, self.sizes)
 
     @cached_property
     def positions(self) -> list[Tensor]:
@@ -393,6 +390,6 @@ def _fills_its_memory(grad: Tensor) -> bool:
 
 def _overlapping(starts: Int64s, sizes: Int64s) -> set[int]:
     """Positions of the tensors, of nonzero sizes in bytes, whose memory begins within that of another one."""
-    order = np.argsort(starts, kind="stable")
+    order = starts.argsort(kind="stable")  # which is quick where they are nearly in order
     ends = np.maximum.accumulate((starts + sizes)[order])
     return set(order[1:][starts[order][1:] < ends[:-1]].tolist())

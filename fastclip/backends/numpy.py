@@ -77,8 +77,9 @@ def plan(tensors: list[Tensor]) -> NumpyPlan:
     alike: dict[tuple[torch.dtype, int], list[int]] = {}
     for position, tensor in enumerate(tensors):
         alike.setdefault((tensor.dtype, tensor.numel()), []).append(position)
-    pieces = chain.from_iterable(_pieces(*kind, np.array(owners), places) for kind, owners in alike.items())
-    return NumpyPlan(tensors[0].device, {tensor.dtype for tensor in tensors}, itemsizes, list(_batched(pieces)))
+    pieces = list(_batched(chain.from_iterable(_pieces(*kind, np.array(own), places) for kind, own in alike.items())))
+    owners = np.concatenate([piece.owners for piece in pieces])
+    return NumpyPlan(tensors[0].device, {tensor.dtype for tensor in tensors}, itemsizes, owners, pieces)
 
 
 @dataclass
@@ -89,18 +90,20 @@ class NumpyPlan:
         device: The CPU.
         dtypes: Those of the tensors.
         itemsizes: Bytes an element of each tensor, [tensors].
+        owners: The positions of the tensors in the order of the pieces, [tensors].
         pieces: All elements of all tensors.
     """
 
     device: torch.device
     dtypes: set[torch.dtype]
     itemsizes: Int64s
+    owners: Int64s
     pieces: list[Piece]
 
     def moved(self, addresses: Int64s) -> NumpyPlan:
         places = _places(addresses, self.itemsizes)
         pieces = [piece.moved(places) for piece in self.pieces]
-        return NumpyPlan(self.device, self.dtypes, self.itemsizes, pieces)
+        return NumpyPlan(self.device, self.dtypes, self.itemsizes, self.owners, pieces)
 
     def captured(self) -> NumpyPlan:
         raise RuntimeError("a CUDA graph cannot clip gradients on the CPU: clip them outside of the graph")
@@ -118,7 +121,7 @@ class NumpyPlan:
     def norms(self) -> Tensor:
         norms = np.empty(len(self.itemsizes))
         with _quiet():
-            norms[np.concatenate([piece.owners for piece in self.pieces])] = self._norms(2.0)
+            norms[self.owners] = self._norms(2.0)
         return torch.from_numpy(norms)
 
     def _total(self, p: float) -> float:
@@ -132,7 +135,7 @@ class NumpyPlan:
         return stable_norm(torch.from_numpy(norms), p).item()
 
     def _norms(self, p: float) -> Array:
-        """The p-norm of each tensor, in the order of the owners; for p = 0 the number of its nonzero elements."""
+        """The p-norm of each tensor, in the order of `owners`; for p = 0 the number of its nonzero elements."""
         return np.concatenate([piece.norms(p) for piece in self.pieces])
 
     def scale_(self, coefficient: Scalar) -> None:
