@@ -68,16 +68,23 @@ def clip_grad_norm_(
         >>> norm = fastclip.clip_grad_norm_(model.parameters(), max_norm=1.0)
         >>> optimizer.step()
     """
-    limit = as_float("max_norm", max_norm)
-    p = as_float("norm_type", norm_type)
-    check_norm_dtype(norm_dtype)
+    # Cold, as it is inside of a training step, a call of a Python function takes most of a microsecond: there is none
+    # here that has nothing to do.
+    limit = max_norm if type(max_norm) is float else as_float("max_norm", max_norm)
+    p = norm_type if type(norm_type) is float else as_float("norm_type", norm_type)
+    if norm_dtype is not None:
+        check_norm_dtype(norm_dtype)
     grads = collect(parameters)
-    _warn_if_used_up(parameters, grads)
     if not grads.tensors and not has_dtensors(grads):
+        _warn_if_used_up(parameters, grads)
         return torch.zeros((), dtype=norm_dtype)
     prepared = prepare(grads, in_place=True)
-    _check_foreach(foreach, prepared)
-    reduced = prepared.reduce(p, limit, norm_dtype or prepared.dtype)
+    if foreach:
+        _check_foreach(prepared)
+    dtype = norm_dtype or prepared.dtype
+    if not error_if_nonfinite and type(prepared) is Prepared:
+        return prepared.clip_(grads, p, limit, dtype)
+    reduced = prepared.reduce(p, limit, dtype)
     if error_if_nonfinite:
         _raise_if_nonfinite(grads, p, reduced.total)
     prepared.scale_(grads, reduced.coefficient)
@@ -122,7 +129,8 @@ def get_total_norm(
     if not grads.tensors:
         return torch.zeros((), dtype=norm_dtype)
     prepared = prepare(grads, in_place=False)
-    _check_foreach(foreach, prepared)
+    if foreach:
+        _check_foreach(prepared)
     reduced = prepared.reduce(p, float("inf"), norm_dtype or prepared.dtype)
     if error_if_nonfinite:
         _raise_if_nonfinite(grads, p, reduced.total)
@@ -163,7 +171,8 @@ def clip_grads_with_norm_(
     if not grads.tensors:
         return
     prepared = prepare(grads, in_place=True)
-    _check_foreach(foreach, prepared)
+    if foreach:
+        _check_foreach(prepared)
     prepared.scale_(grads, clip_coefficient(on(prepared.device, total.detach().reshape(())), limit))
 
 
@@ -198,7 +207,8 @@ def clip_grad_value_(
         return
     check_bounds(grads, bound)
     prepared = prepare(grads, in_place=True)
-    _check_foreach(foreach, prepared)
+    if foreach:
+        _check_foreach(prepared)
     prepared.clamp_(grads, -bound, bound)
 
 
@@ -264,8 +274,7 @@ def _warn_if_used_up(parameters: object, grads: Gradients) -> None:
         warn_caller(message)
 
 
-def _check_foreach(foreach: bool | None, prepared: Prepared | Sharded) -> None:
+def _check_foreach(prepared: Prepared | Sharded) -> None:
     """Let torch itself raise where it has no foreach operations for a device, as it does for foreach=True."""
-    if foreach:
-        for device in (device for device in prepared.devices if device.type not in ("cpu", "cuda")):
-            originals.get_total_norm([torch.empty(1, device=device)], foreach=True)
+    for device in (device for device in prepared.devices if device.type not in ("cpu", "cuda")):
+        originals.get_total_norm([torch.empty(1, device=device)], foreach=True)

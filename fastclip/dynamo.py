@@ -6,37 +6,26 @@ they move. What clipping does takes two launches either way, so there would be n
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+# The compiler's own part in C, which is there without the compiler: to import that takes a second.
+_frames: Any = torch._C._dynamo.eval_frame
+_mark: Any = getattr(_frames, "set_code_exec_strategy", None)
 
 
-def _apply(function: Callable[_P, _T], *arguments: _P.args, **keywords: _P.kwargs) -> _T:
-    return function(*arguments, **keywords)
+def untraced(function: _Function) -> _Function:
+    """Have `torch.compile` leave a function, and all that it calls, as they are.
 
-
-_apply_untraced: list[Callable[..., Any]] = []
-"""`_apply` as `torch.compile` leaves it, once that is there. One for all functions: of a variable of each, the compiler
-would not notice that it is still to be set."""
-
-
-def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Have `torch.compile` leave a function, and all that it calls, as they are."""
-
-    @functools.wraps(function)
-    def call(*arguments: _P.args, **keywords: _P.kwargs) -> _T:
-        if not _apply_untraced:
-            # Nothing is being compiled where the compiler is not there; to import it takes a second.
-            if "torch._dynamo" not in sys.modules:
-                return function(*arguments, **keywords)
-            _apply_untraced.append(torch.compiler.disable(_apply))  # type: ignore[no-untyped-call]
-        result: _T = _apply_untraced[0](function, *arguments, **keywords)
-        return result
-
-    return call
+    As `torch.compiler.disable` does, of which the function would become a wrapper that takes 5 µs among cold caches.
+    """
+    if _mark is None:
+        return torch.compiler.disable(function)  # type: ignore[no-any-return,no-untyped-call]
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]  # what it calls is not looked into
+    skip = _frames._FrameAction.SKIP
+    _mark(function.__code__, _frames._FrameExecStrategy(skip, skip))  # nor compiled, once it is called
+    return function

@@ -16,8 +16,21 @@ from fastclip.caller import warn_caller
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+try:
+    from fastclip.kernels.native import gather
+except ImportError:  # it only saves time
+
+    def gather(_owners: list[Any], _types: tuple[type, ...]) -> tuple[list[Tensor], list[int]] | None:
+        """Leave it to Python's own way to gather gradients."""
+        return None
+
+
 Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 """A tensor, a module, tensors, (name, tensor) pairs, or parameter groups as in ``optimizer.param_groups``."""
+
+
+PLAIN_TYPES = (Tensor, nn.Parameter)
+"""Those of tensors that are what they seem."""
 
 
 class Owners(NamedTuple):
@@ -45,6 +58,7 @@ class Gradients(NamedTuple):
         positions: The position among the owners of each gradient's.
         kinds: The types of the gradients.
         argument: What the caller's argument is called.
+        addresses: Where the gradients are, if that is known already: then all owners have one, of `PLAIN_TYPES`.
     """
 
     tensors: list[Tensor]
@@ -52,6 +66,7 @@ class Gradients(NamedTuple):
     positions: Sequence[int]
     kinds: set[type]
     argument: str
+    addresses: list[int] | None = None
 
     def label(self, index: int) -> str:
         """Name one of `tensors` as the caller knows it."""
@@ -81,6 +96,7 @@ def _refuse_fsdp1(model: nn.Module) -> None:
         )
 
 
+_PLAIN_KINDS: set[type] = set(PLAIN_TYPES)
 _grad = attrgetter("grad")  # faster than a comprehension
 
 
@@ -91,6 +107,10 @@ def gradients_of(owners: Owners) -> Gradients:
         RuntimeError: No gradient is left, because optimizers have stepped inside of backward.
         TypeError: An owner is not a tensor.
     """
+    plain = gather(owners.tensors, PLAIN_TYPES)
+    if plain is not None:
+        grads, addresses = plain
+        return Gradients(grads, owners, range(len(grads)), _PLAIN_KINDS, "parameters", addresses)
     try:
         grads = list(map(_grad, owners.tensors))
     except AttributeError as error:
@@ -176,6 +196,8 @@ def listed(parameters: Parameters, argument: str) -> Owners:
         message = f"`{argument}` must be a tensor, an iterable of tensors or a module, not {type(parameters).__name__}"
         raise TypeError(message) from None
     items = list(iterator)
+    if items and isinstance(items[0], Tensor):
+        return Owners(items)
     if items and _is_named(items[0]) and all(map(_is_named, items)):
         return Owners([tensor for _, tensor in items], [name for name, _ in items])
     if items and _is_group(items[0]) and all(map(_is_group, items)):

@@ -1,17 +1,17 @@
-"""Gradients, grouped by the backend that serves them and made ready: prepared once, and kept while they stay put.
+"""Gradients, grouped by the backend that serves them and made ready: prepared once, and kept for the next call.
 
     Gradients --prepare--> Prepared: [Plan, Plan, ...]
 
 A gradient is *plain* when it fills its memory without gaps or overlaps and holds real floating-point numbers: then it
-is an address and a number of elements, which is all that the Triton and NumPy backends need. Everything else (complex,
-strided views, tensor subclasses, meta tensors) is left to torch's own operations; a sparse gradient takes part by its
-values. Whatever the mixture, one norm is taken over all of it.
+is an address and a number of elements, which is all that the kernels need. Everything else (complex, strided views,
+tensor subclasses, meta tensors) is left to torch's own operations; a sparse gradient takes part by its values. Whatever
+the mixture, one norm is taken over all of it.
 
-Training clips the same gradients again and again, so what was prepared is kept, together with what it rests on: the
-address of every gradient, and its type, dtype, device, sizes, strides and whatever else torch knows of it. All of that
-is compared on every call, and nothing is reused unless all of it is as it was. Where only the addresses differ
-(`zero_grad(set_to_none=True)` moves gradients), what does not depend on them is: who serves which gradient, and the
-tables of sizes.
+Training clips gradients that are alike again and again, and that lie elsewhere in each step
+(`zero_grad(set_to_none=True)` frees them). So what does not depend on their addresses is kept, their `Arrangement`: who
+serves which gradient, and the tables of sizes. With it is kept what it rests on: type, dtype, device, sizes and strides
+of every gradient, and whatever else torch knows of it. All of that is compared on every call, and nothing is reused
+unless all of it is as it was.
 """
 
 from __future__ import annotations
@@ -20,18 +20,16 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property, reduce
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastclip.backends import ENVIRONMENT_VARIABLE, TORCH, Backend, for_device
+from fastclip.backends import ENVIRONMENT_VARIABLE, TORCH, TRITON, Backend, for_device
 from fastclip.backends.interface import (
     Bounds,
-    Int64s,
     Plan,
     Reduction,
     Scalar,
@@ -39,17 +37,21 @@ from fastclip.backends.interface import (
     combine,
     is_capturing,
     on,
+    overlapping,
     reduction,
     stream_of,
     upload,
     wide_dtype,
 )
-from fastclip.gradients import Gradients, check_dtypes, check_writable
+from fastclip.gradients import PLAIN_TYPES, Gradients, check_dtypes, check_writable
 
 # A part of torch that is torch's own affair: without it nothing is kept, and every call prepares anew.
 TensorGuards: Any = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
 
-_PLAIN_TYPES = {Tensor, nn.Parameter}
+# Raw writes do not bump the version counters by which autograd knows that a saved tensor was changed. What is public is
+# a function of Python around this one.
+_increment_version: Any = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
+
 _PLAIN_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 _Key: TypeAlias = tuple[object, ...]
 _KEPT = 16_384  # gradients, a thread, of some 1 KB each: a few large models that are trained in turns
@@ -62,61 +64,50 @@ class Arrangement:
     Attributes:
         members: The positions, among the gradients, of each plan's members.
         count: The number of gradients.
+        is_in_order: Whether one plan has all gradients, in their order.
+        is_alone: Whether there is one plan only, on the first gradient's device.
         device: The first gradient's.
         dtype: The gradients' own, real and promoted where they differ: that of torch's norm.
-        fits: Tells whether as many other tensors differ from these in their addresses only; None where that cannot be
-            told.
-        filled: The positions of the gradients that have elements.
-        itemsizes: Bytes an element of each of those.
-        sizes: Bytes of each of those.
+        is_by_address: Whether plans for other gradients can be made from these plans; see `Backend.by_address`.
+        may_be_captured: Whether a plan launches kernels, which a CUDA graph may be capturing.
+        streams: The current stream of each GPU, for which the plans were made.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], members: list[list[int]], fits: Callable[..., bool] | None) -> None:
-        self.members = members
+    def __init__(self, tensors: Sequence[Tensor], groups: dict[tuple[Backend, torch.device], list[int]]) -> None:
+        self.members = list(groups.values())
         self.count = len(tensors)
+        self.is_in_order = self.members == [list(range(self.count))]
         self.device = tensors[0].device
+        self.is_alone = [device for _, device in groups] == [self.device]
         self.dtype = promoted({tensor.dtype.to_real() for tensor in tensors})
-        self.fits = fits
-        sizes = np.array([tensor.numel() * tensor.dtype.itemsize for tensor in tensors])
-        self.filled = np.flatnonzero(sizes)
-        self.itemsizes = np.array([tensor.dtype.itemsize for tensor in tensors])[self.filled]
-        self.sizes = sizes[self.filled]
-
-    @cached_property
-    def is_in_order(self) -> bool:
-        """Whether one plan has all gradients, in their order."""
-        return self.members == [list(range(self.count))]
-
-    def may_be_at(self, addresses: Int64s) -> bool:
-        """Whether gradients at these addresses, [gradients], are aligned and share no memory."""
-        starts = addresses[self.filled]
-        if np.count_nonzero((starts <= 0) | (starts % self.itemsizes != 0)):
-            return False
-        return not _overlapping(starts, self.sizes)
+        self.is_by_address = all(backend.by_address for backend, _ in groups)
+        self.may_be_captured = any(backend is TRITON for backend, _ in groups)
+        self.streams = {device: stream_of(device) for _, device in groups if device.type == "cuda"}
 
     @cached_property
     def positions(self) -> list[Tensor]:
         """`members` on the first gradient's device."""
         return [upload(np.array(members), self.device) for members in self.members]
 
+    def is_for_the_current_streams(self) -> bool:
+        """Whether the plans may be used on the streams that are current now."""
+        return all(stream_of(device) == stream for device, stream in self.streams.items())
 
-@dataclass(frozen=True)
+
 class Prepared:
     """Gradients made ready to be clipped together: what the plans do, done to all of them.
 
     Attributes:
-        plans: One for each backend and device, in the order of their first members; none if no gradient has elements.
         arrangement: Which plan serves which gradient.
-        streams: The current stream of each GPU, for which the plans were made.
-        addresses: Where the gradients were, or None where this must not be used again.
-        temporaries: Among others the coalesced values of sparse gradients, of which plans know but the addresses.
+        plans: One for each backend and device, in the order of their first members; none if no gradient has elements.
     """
 
-    plans: list[Plan]
-    arrangement: Arrangement
-    streams: tuple[tuple[torch.device, int], ...]
-    addresses: list[int] | None
-    temporaries: list[Tensor]
+    __slots__ = ("_temporaries", "arrangement", "plans")
+
+    def __init__(self, arrangement: Arrangement, plans: list[Plan], temporaries: Sequence[Tensor] = ()) -> None:
+        self.arrangement = arrangement
+        self.plans = plans
+        self._temporaries = temporaries
 
     @property
     def device(self) -> torch.device:
@@ -124,18 +115,27 @@ class Prepared:
         return self.arrangement.device
 
     @property
-    def devices(self) -> set[torch.device]:
-        """Where the gradients are."""
-        return {self.device, *(plan.device for plan in self.plans)}
-
-    @property
     def dtype(self) -> torch.dtype:
         """The gradients' own, real and promoted where they differ: that of torch's norm."""
         return self.arrangement.dtype
 
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where the gradients are."""
+        return {self.device, *(plan.device for plan in self.plans)}
+
+    def clip_(self, grads: Gradients, p: float, max_norm: float, dtype: torch.dtype) -> Tensor:
+        """Clip the gradients that this was prepared from by the norm of all, which is returned."""
+        if self.arrangement.is_alone:
+            _increment_version(grads.tensors)
+            return self.plans[0].clip_(p, max_norm, dtype)
+        reduced = self.reduce(p, max_norm, dtype)
+        self.scale_(grads, reduced.coefficient)
+        return reduced.norm
+
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype, unscaling: Unscaling | None = None) -> Reduction:
         """Reduce all plans to one norm, on the first gradient's device."""
-        if len(self.plans) == 1 and self.plans[0].device == self.device:
+        if self.arrangement.is_alone:
             return self.plans[0].reduce(p, max_norm, dtype, unscaling)
         totals = [on(self.device, plan.reduce(p, max_norm, dtype).total) for plan in self.plans]
         return reduction(combine(totals or [on(self.device, 0.0)], p), max_norm, dtype, unscaling)
@@ -151,8 +151,7 @@ class Prepared:
 
     def scale_(self, grads: Gradients, coefficient: Scalar) -> None:
         """Multiply the gradients that this was prepared from by one coefficient, or by one each."""
-        # Raw writes do not bump the version counters by which autograd knows that a saved tensor was changed.
-        torch.autograd.graph.increment_version(grads.tensors)
+        _increment_version(grads.tensors)
         if not isinstance(coefficient, Tensor) or coefficient.dim() == 0 or self.arrangement.is_in_order:
             for plan in self.plans:
                 plan.scale_(coefficient)
@@ -162,7 +161,7 @@ class Prepared:
 
     def clamp_(self, grads: Gradients, minimum: Bounds, maximum: Bounds, *, watch: bool = False) -> list[Tensor]:
         """Clamp the gradients that this was prepared from. Return flags if `watch`, as a plan does."""
-        torch.autograd.graph.increment_version(grads.tensors)
+        _increment_version(grads.tensors)
         flags = [
             plan.clamp_(_pick(minimum, members), _pick(maximum, members), watch=watch)
             for plan, members in zip(self.plans, self.arrangement.members, strict=True)
@@ -174,34 +173,65 @@ def _pick(bound: Bounds, members: list[int]) -> Bounds:
     return [bound[i] for i in members] if isinstance(bound, Sequence) else bound
 
 
+class _Pattern:
+    """An arrangement, what tells whether it fits, and the gradients that it was used for last."""
+
+    def __init__(self, tensors: Sequence[Tensor], addresses: list[int], prepared: Prepared) -> None:
+        self.arrangement = prepared.arrangement
+        self.fits = _guards(tensors)
+        self._addresses = addresses
+        self._prepared = prepared
+
+    def at(self, addresses: list[int]) -> Prepared | None:
+        """What is prepared for gradients like these at other addresses; None where they cannot be served alike."""
+        if addresses == self._addresses:
+            return self._prepared
+        arrangement, plans = self.arrangement, self._prepared.plans
+        if arrangement.is_in_order:
+            moved = [plans[0].moved(addresses)]
+        else:
+            members = arrangement.members
+            moved = [plan.moved([addresses[i] for i in own]) for plan, own in zip(plans, members, strict=True)]
+        if None in moved:
+            return None
+        self._addresses, self._prepared = addresses, Prepared(arrangement, cast("list[Plan]", moved))
+        return self._prepared
+
+
 class _Kept(threading.local):
-    """What was prepared, to be looked up by where it is or by what it is like; the oldest come first."""
+    """What is kept, by a sketch of the gradients: several may share one. The oldest is dropped first."""
 
     def __init__(self) -> None:
-        self.by_place: OrderedDict[_Key, Prepared] = OrderedDict()
-        self.by_sketch: dict[_Key, Prepared] = {}  # the last one of each
+        self.by_sketch: dict[_Key, list[_Pattern]] = {}
+        self._ages: OrderedDict[_Pattern, _Key] = OrderedDict()
         self.gradients = 0
 
-    def add(self, place: _Key, sketch: _Key, prepared: Prepared) -> None:
-        self._discard(place)
-        self.by_place[place] = self.by_sketch[sketch] = prepared
-        self.gradients += max(prepared.arrangement.count, _LEAST)
-        while self.gradients > _KEPT and len(self.by_place) > 1:
-            self._discard(next(iter(self.by_place)))
-
-    def _discard(self, place: _Key) -> None:
-        prepared = self.by_place.pop(place, None)
-        if prepared:
-            self.gradients -= max(prepared.arrangement.count, _LEAST)
-            for sketch in [sketch for sketch, last in self.by_sketch.items() if last is prepared]:
-                del self.by_sketch[sketch]
+    def add(self, sketch: _Key, pattern: _Pattern) -> None:
+        self.by_sketch.setdefault(sketch, []).insert(0, pattern)
+        self._ages[pattern] = sketch
+        self.gradients += max(pattern.arrangement.count, _LEAST)
+        while self.gradients > _KEPT and len(self._ages) > 1:
+            oldest, its_sketch = self._ages.popitem(last=False)
+            self.gradients -= max(oldest.arrangement.count, _LEAST)
+            self.by_sketch[its_sketch].remove(oldest)
+            if not self.by_sketch[its_sketch]:
+                del self.by_sketch[its_sketch]
 
 
 _kept = _Kept()
 
 
+def _may_use(arrangement: Arrangement) -> bool:
+    return is_capturing(arrangement.device) or arrangement.is_for_the_current_streams()
+
+
+# `os.environ.get` takes 7 µs among cold caches, and this 2.
+_variables: Any = getattr(os.environ, "_data", os.environ)
+_variable: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE) if hasattr(os.environ, "_data") else ENVIRONMENT_VARIABLE
+
+
 def prepare(grads: Gradients, *, in_place: bool) -> Prepared:
-    """Group gradients into plans, or find the plans of an earlier call that had the same.
+    """Group gradients into plans, or take over what was prepared for gradients like these in an earlier call.
 
     Gradients without elements contribute nothing and are left out. Of plain gradients that share memory (one listed
     twice, overlapping views) all but the first are left to torch, one after another: there they are counted and scaled
@@ -216,32 +246,30 @@ def prepare(grads: Gradients, *, in_place: bool) -> Prepared:
             serve its device.
     """
     tensors = grads.tensors
-    addresses = _addresses(grads)
+    addresses = _addresses(grads) if grads.addresses is None else grads.addresses
     if addresses is None:
-        return _prepared_anew(grads, None, in_place=in_place)
-    settings = (len(tensors), in_place, os.environ.get(ENVIRONMENT_VARIABLE))
-    place = (addresses[0], addresses[-1], *settings)
-    kept = _kept.by_place.get(place)
-    is_there = kept is not None and kept.addresses == addresses and _fits(kept, tensors)
-    if is_capturing(tensors[0].device):
-        return _captured(kept if is_there else None)
-    if kept is not None and is_there and _streams_are_current(kept):
-        return kept
-    sketch = (tensors[0].numel(), tensors[0].dtype, tensors[-1].numel(), *settings)
-    alike = _kept.by_sketch.get(sketch)
-    prepared = None
-    if alike is not None and _fits(alike, tensors) and _streams_are_current(alike):
-        prepared = _moved(alike, addresses)
+        return _prepared_anew(grads, in_place=in_place)
+    first = tensors[0]
+    sketch = (len(tensors), first.numel(), in_place, _variables.get(_variable))
+    prepared = pattern = None
+    for pattern in _kept.by_sketch.get(sketch, ()):
+        if pattern.fits(*tensors) and (not pattern.arrangement.streams or _may_use(pattern.arrangement)):
+            prepared = pattern.at(addresses)
+            break
+    else:
+        pattern = None
+    if (pattern is None or pattern.arrangement.may_be_captured) and is_capturing(first.device):
+        return _captured(prepared)
     if prepared is None:
-        prepared = _prepared_anew(grads, addresses, in_place=in_place)
-    if prepared.addresses is not None:
-        _kept.add(place, sketch, prepared)
+        prepared = _prepared_anew(grads, in_place=in_place)
+        if TensorGuards is not None and prepared.arrangement.is_by_address:
+            _kept.add(sketch, _Pattern(tensors, addresses, prepared))
     return prepared
 
 
 def _addresses(grads: Gradients) -> list[int] | None:
     """The gradients' addresses, or None where one is not of torch's own two classes or has no address."""
-    if not grads.kinds <= _PLAIN_TYPES:
+    if not grads.kinds.issubset(PLAIN_TYPES):
         return None
     try:
         return list(map(Tensor.data_ptr, grads.tensors))
@@ -249,20 +277,13 @@ def _addresses(grads: Gradients) -> list[int] | None:
         return None
 
 
-def _fits(kept: Prepared, tensors: Sequence[Tensor]) -> bool:
-    """Whether tensors, as many, differ in their addresses only from those that something was prepared for."""
-    return kept.arrangement.fits is not None and kept.arrangement.fits(*tensors)
-
-
-def _guards(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
+def _guards(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """What tells whether as many other tensors are like these: in all that torch knows of them, but for their memory.
 
     `torch.compile` looks at its inputs so: 40 ns a tensor, where a look by Python at each attribute takes 500. Types,
     dtypes, devices, sizes and strides are compared, and the dispatch keys, which tell sparse, negated, inference and
     other tensors apart; no tensor may be there twice.
     """
-    if TensorGuards is None:
-        return None
     sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
     guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
     check: Callable[..., bool] = guards.check
@@ -281,44 +302,23 @@ def _captured(kept: Prepared | None) -> Prepared:
             "once ahead of the capture, with the same gradients (a sparse or strided gradient, or one of another type, "
             "has to be clipped outside of the graph)"
         )
-    prepared = replace(kept, plans=[plan.captured() for plan in kept.plans])
+    prepared = Prepared(kept.arrangement, [plan.captured() for plan in kept.plans])
     _captures.append(prepared)
     return prepared
 
 
-def _moved(kept: Prepared, addresses: list[int]) -> Prepared | None:
-    """Take over what was prepared for gradients like these elsewhere, or None where these would not be served alike.
-
-    Those were plain gradients only; what their likeness does not tell of it is looked at again, for all at once.
-    """
-    arrangement = kept.arrangement
-    starts = np.array(addresses)
-    if not arrangement.may_be_at(starts):
-        return None
-    plans = [plan.moved(starts[members]) for plan, members in zip(kept.plans, arrangement.members, strict=True)]
-    return Prepared(plans, arrangement, kept.streams, addresses, [])
-
-
-def _prepared_anew(grads: Gradients, addresses: list[int] | None, *, in_place: bool) -> Prepared:
-    """Check and group gradients; `addresses` are None where they cannot be told, and nothing may be kept."""
+def _prepared_anew(grads: Gradients, *, in_place: bool) -> Prepared:
+    """Check and group gradients."""
     check_dtypes(grads)
     if in_place:
         check_writable(grads)
     tensors = grads.tensors
     values = [_values(t, in_place=in_place) if t.layout is torch.sparse_coo else t for t in tensors]
     groups = _group(values)
-    devices = {device for _, device in groups if device.type == "cuda"}
-    streams = tuple((device, stream_of(device)) for device in devices)
     plans = [backend.plan([values[i] for i in members]) for (backend, _), members in groups.items()]
-    # torch's plans hold the tensors themselves: kept, they would keep the gradients' memory alive.
-    keep = addresses is not None and all(backend is not TORCH for backend, _ in groups)
-    fits = _guards(tensors) if keep else None
-    arrangement = Arrangement(tensors, list(groups.values()), fits)
-    return Prepared(plans, arrangement, streams, addresses if fits else None, values if addresses is None else [])
-
-
-def _streams_are_current(prepared: Prepared) -> bool:
-    return not prepared.streams or all(stream_of(device) == stream for device, stream in prepared.streams)
+    # The coalesced values of sparse gradients have to stay: plans know but their addresses.
+    temporaries = [value for value, tensor in zip(values, tensors, strict=True) if value is not tensor]
+    return Prepared(Arrangement(tensors, groups), plans, temporaries)
 
 
 def promoted(dtypes: set[torch.dtype]) -> torch.dtype:
@@ -341,9 +341,9 @@ def _group(values: Sequence[Tensor]) -> dict[tuple[Backend, torch.device], list[
         backend = for_device(device)
         tensors = [values[position] for position in members]
         starts = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
-        overlapping = _overlapping(starts, np.array([tensor.nbytes for tensor in tensors]))
+        shared = overlapping(starts, np.array([tensor.nbytes for tensor in tensors]))
         for i, position in enumerate(members):
-            groups.setdefault((TORCH if i in overlapping else backend, device), []).append(position)
+            groups.setdefault((TORCH if i in shared else backend, device), []).append(position)
     return groups
 
 
@@ -359,7 +359,7 @@ def _values(grad: Tensor, *, in_place: bool) -> Tensor:
 
 def _is_plain(grad: Tensor) -> bool:
     return (
-        type(grad) in _PLAIN_TYPES
+        type(grad) in PLAIN_TYPES
         and grad.layout is torch.strided
         and grad.dtype in _PLAIN_DTYPES
         and grad.device.type != "meta"
@@ -386,10 +386,3 @@ def _fills_its_memory(grad: Tensor) -> bool:
                 return False
             expected *= size
     return True
-
-
-def _overlapping(starts: Int64s, sizes: Int64s) -> set[int]:
-    """Positions of the tensors, of nonzero sizes in bytes, whose memory begins within that of another one."""
-    order = starts.argsort(kind="stable")  # which is quick where they are nearly in order
-    ends = np.maximum.accumulate((starts + sizes)[order])
-    return set(order[1:][starts[order][1:] < ends[:-1]].tolist())

@@ -57,7 +57,9 @@ def prepare(grads: Gradients, *, in_place: bool) -> Prepared | Sharded:
         RuntimeError: A gradient has no norm or cannot be written, or the forced backend (`FASTCLIP_BACKEND`) cannot
             serve its device.
     """
-    return Sharded(grads, in_place=in_place) if has_dtensors(grads) else plans.prepare(grads, in_place=in_place)
+    if grads.addresses is not None or not has_dtensors(grads):
+        return plans.prepare(grads, in_place=in_place)
+    return Sharded(grads, in_place=in_place)
 
 
 def local_parts(grads: Gradients) -> Gradients:
@@ -78,7 +80,7 @@ def _local_parts(grads: Gradients) -> Gradients:
     if kinds != {Tensor}:  # one may be the result of a collective that is under way, and has a method to wait for it
         parts = [part.wait() if hasattr(part, "wait") else part for part in parts]
         kinds = set(map(type, parts))
-    return grads._replace(tensors=parts, kinds=kinds)
+    return grads._replace(tensors=parts, kinds=kinds, addresses=None)
 
 
 def present(grads: Gradients) -> Sequence[int]:
@@ -285,7 +287,7 @@ class Sharded:
             sums = sums.div_(addends.divisor).to(mine[0].device)
             for i, whole in zip(addends.members, torch.split(sums, [tensor.numel() for tensor in mine]), strict=True):
                 tensors[i] = whole
-        return self._parts._replace(tensors=tensors)
+        return self._parts._replace(tensors=tensors, addresses=None)
 
 
 def _norm(counted: Prepared | None, p: float, neutral: float) -> Scalar:
@@ -298,7 +300,7 @@ def _prepare_some(grads: Gradients, chosen: Sequence[int]) -> Prepared | None:
     if not chosen:
         return None
     tensors, positions = [grads.tensors[i] for i in chosen], [grads.positions[i] for i in chosen]
-    return plans.prepare(grads._replace(tensors=tensors, positions=positions), in_place=False)
+    return plans.prepare(grads._replace(tensors=tensors, positions=positions, addresses=None), in_place=False)
 
 
 _spec = attrgetter("_spec")

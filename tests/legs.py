@@ -100,6 +100,7 @@ _HAS_TRITON = find_spec("triton") is not None
 AVAILABLE = tuple(
     leg
     for leg, is_available in (
+        (Leg("native", "native"), find_spec("fastclip.kernels.native") is not None),
         (Leg("numpy", "numpy"), True),
         (Leg("torch", "torch"), True),
         (Leg("gpu", "triton", torch.device("cuda")), torch.cuda.is_available() and _HAS_TRITON),

@@ -65,11 +65,17 @@ def test_what_a_plan_does_beside_is_counted(counts: ModuleType, part: str, monke
     stay, moved = 0, 1
     row = moved if part == "moved" else stay
     plans = importlib.import_module("fastclip.plans")
-    monkeypatch.setattr(plans, "_kept", plans._Kept())  # nothing of gradients that lay where these do
-    frugal, _ = counts.main([3])[row]
+
+    def measured() -> Any:
+        """With nothing kept of gradients that lay where these do."""
+        monkeypatch.setattr(plans, "_kept", plans._Kept())
+        monkeypatch.setattr(triton, "_kept", triton._KeptTables())
+        counted, _ = counts.main([3])[row]
+        return counted
+
+    frugal = measured()
     monkeypatch.setattr(triton.TritonPlan, part, wasteful)
-    monkeypatch.setattr(plans, "_kept", plans._Kept())
-    wasted, _ = counts.main([3])[row]
+    wasted = measured()
     assert (wasted.syncs, wasted.allocations) == (frugal.syncs + 1, frugal.allocations + 2)
 
 

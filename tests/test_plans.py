@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -309,7 +308,9 @@ def test_two_streams_share_no_memory_that_is_written(
     prepare_anew = plans_module._prepared_anew
 
     def on_a_stream(*arguments: Any, **keywords: Any) -> Prepared:
-        return replace(prepare_anew(*arguments, **keywords), streams=((leg.device, current),))
+        made = prepare_anew(*arguments, **keywords)
+        made.arrangement.streams = {leg.device: current}
+        return made
 
     monkeypatch.setattr(plans_module, "_prepared_anew", on_a_stream)  # as of a GPU, which this may not be
     monkeypatch.setattr(plans_module, "_kept", plans_module._Kept())

@@ -1,7 +1,7 @@
 """The backends there are, and which one serves a device.
 
 `FASTCLIP_BACKEND` forces one on every device. A forced backend that cannot serve raises; one that was chosen
-automatically and cannot serve gives way to torch, and says so once.
+automatically and cannot serve gives way to the next one, in the end to torch, and says so once.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ class Backend:
     Attributes:
         name: What it is called in `FASTCLIP_BACKEND`.
         summary: How it works, in a few words.
-        devices: The types of device for which it is the first choice.
+        devices: The types of device that it is a choice for.
+        by_address: Whether its plans know gradients by their addresses only, and so may be kept, and moved to others.
     """
 
     name: str
     summary: str
     devices: frozenset[str]
+    by_address: bool
 
     @cached_property
     def _module(self) -> ModuleType:
@@ -44,16 +46,22 @@ class Backend:
         plan: Plan = self._module.plan(tensors)
         return plan
 
+    def here(self) -> str:
+        """How it works on this machine."""
+        return getattr(self._module, "HERE", self.summary)
+
     def obstacle(self, device: torch.device) -> str | None:
         """Why this backend cannot serve the device, or None."""
         reason: str | None = self._module.obstacle(device)
         return reason
 
 
-TRITON = Backend("triton", "fused Triton kernels over a chunk table", frozenset({"cuda"}))
-NUMPY = Backend("numpy", "NumPy over zero-copy views", frozenset({"cpu"}))
-TORCH = Backend("torch", "torch's own operations, tensor by tensor", frozenset())
-BACKENDS = {backend.name: backend for backend in (TRITON, NUMPY, TORCH)}
+TRITON = Backend("triton", "fused Triton kernels over a chunk table", frozenset({"cuda"}), by_address=True)
+NATIVE = Backend("native", "kernels in C over a table of gradients", frozenset({"cpu"}), by_address=True)
+NUMPY = Backend("numpy", "NumPy over zero-copy views", frozenset({"cpu"}), by_address=False)
+TORCH = Backend("torch", "torch's own operations, tensor by tensor", frozenset(), by_address=False)
+BACKENDS = {backend.name: backend for backend in (TRITON, NATIVE, NUMPY, TORCH)}
+"""In the order in which they are chosen."""
 
 
 def for_device(device: torch.device) -> Backend:
@@ -64,7 +72,7 @@ def for_device(device: torch.device) -> Backend:
     """
     choice = choose(device)
     if choice.fell_back:
-        _warn_once(f"fastclip uses torch's own operations for gradients on {device.type}: {choice.reason}")
+        _warn_once(f"fastclip uses {choice.backend.summary}, for gradients on {device.type}: {choice.reason}")
     return choice.backend
 
 
@@ -86,13 +94,14 @@ def choose(device: torch.device) -> Choice:
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
     if forced:
         return Choice(_forced(forced, device), f"forced by {ENVIRONMENT_VARIABLE}")
-    first = next((backend for backend in BACKENDS.values() if device.type in backend.devices), None)
-    if first is None:
-        return Choice(TORCH, f"no faster backend serves {device.type}")
-    obstacle = first.obstacle(device)
-    if obstacle:
-        return Choice(TORCH, f"{first.name} cannot: {obstacle}", fell_back=True)
-    return Choice(first, first.summary)
+    obstacles: list[str] = []
+    for backend in BACKENDS.values():
+        if device.type in backend.devices:
+            obstacle = backend.obstacle(device)
+            if obstacle is None:
+                return Choice(backend, "; ".join(obstacles) or backend.here(), fell_back=bool(obstacles))
+            obstacles.append(f"{backend.name} cannot: {obstacle}")
+    return Choice(TORCH, "; ".join(obstacles) or f"no faster backend serves {device.type}", fell_back=bool(obstacles))
 
 
 def _forced(name: str, device: torch.device) -> Backend:

@@ -1,7 +1,8 @@
 """What a backend must offer, and the rule of the global norm that all of them share.
 
 A backend is a module with two functions: ``obstacle(device)`` tells why it cannot serve a device, or None, and
-``plan(tensors)`` takes tensors of one device that do not overlap and returns a `Plan` for them.
+``plan(tensors)`` takes tensors of one device that do not overlap and returns a `Plan` for them. It may tell in ``HERE``
+how it works on this machine.
 """
 
 from __future__ import annotations
@@ -60,8 +61,11 @@ class Plan(Protocol):
 
     device: torch.device
 
-    def moved(self, addresses: Int64s) -> Plan:
-        """Return a plan for gradients that differ from this one's in their addresses only, [gradients]."""
+    def moved(self, addresses: list[int]) -> Plan | None:
+        """Return a plan for gradients that differ from this one's in their addresses only, [gradients].
+
+        Of addresses it is None where gradients there have no memory, or share it, or are not aligned to their elements.
+        """
 
     def captured(self) -> Plan:
         """Return a plan for the same gradients that a CUDA graph may replay: nobody else works in its memory."""
@@ -71,6 +75,12 @@ class Plan(Protocol):
 
         With `unscaling`, for p at least 1, it is the norm without the loss scale, which the coefficient takes off, too.
         """
+
+    def clip_(self, p: float, max_norm: float, dtype: torch.dtype) -> Tensor:
+        """Reduce, scale by the coefficient of the global norm, and return the norm."""
+        reduced = self.reduce(p, max_norm, dtype)
+        self.scale_(reduced.coefficient)
+        return reduced.norm
 
     def norms(self) -> Tensor:
         """Read every gradient once for the 2-norm of each: fp64 where the device has it, in memory that stays as it is.
@@ -169,6 +179,13 @@ def upload(array: npt.NDArray[Any], device: torch.device, *, for_every_stream: b
     if device.type != "cuda" or for_every_stream:
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)
+
+
+def overlapping(starts: Int64s, sizes: Int64s) -> set[int]:
+    """Positions of the tensors, of nonzero sizes in bytes, whose memory begins within that of another one."""
+    order = starts.argsort(kind="stable")  # which is quick where they are nearly in order
+    ends = np.maximum.accumulate((starts + sizes)[order])
+    return set(order[1:][starts[order][1:] < ends[:-1]].tolist())
 
 
 def combine(norms: Sequence[Tensor], p: float) -> Tensor:

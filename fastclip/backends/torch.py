@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastclip.backends.interface import (
     Bounds,
-    Int64s,
+    Plan,
     Reduction,
     Scalar,
     Unscaling,
@@ -34,14 +34,14 @@ def plan(tensors: list[Tensor]) -> TorchPlan:
     return TorchPlan(tensors)
 
 
-class TorchPlan:
+class TorchPlan(Plan):
     """See `fastclip.backends.interface.Plan`."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.tensors = tensors
         self.device = tensors[0].device
 
-    def moved(self, addresses: Int64s) -> TorchPlan:
+    def moved(self, addresses: list[int]) -> TorchPlan:
         raise NotImplementedError("a plan that holds tensors is never kept")
 
     def captured(self) -> TorchPlan:

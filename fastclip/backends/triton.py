@@ -1,7 +1,6 @@
 """The Triton backend: plans whose gradients' addresses lie on the device, and which launch the kernels.
 
-A plan is made anew when gradients have moved, and then uploads 16 bytes a tensor; the tables that depend on sizes and
-element types only are kept for the next plan.
+When gradients have moved, 16 bytes a tensor are uploaded; the tables that depend on sizes and element types only stay.
 """
 
 from __future__ import annotations
@@ -22,13 +21,14 @@ from torch import Tensor
 
 from fastclip.backends.interface import (
     Bounds,
-    Int64s,
+    Plan,
     Reduction,
     Scalar,
     Unscaling,
     for_graphs,
     on,
     one_each,
+    overlapping,
     stream_of,
     upload,
 )
@@ -40,6 +40,7 @@ PROGRAMS_PER_SM = {"reduce_kernel": 4, "tensor_norms_kernel": 4, "apply_kernel":
 """As many as an SM has registers for, whatever the variant."""
 PROGRAMS_ON_CPU = 5  # without a GPU: odd and small, so that programs take several chunks and unequal shares
 TABLES_KEPT = 512  # a thread: some clip each parameter by itself
+PLACES_KEPT = 2048  # gradients whose addresses are kept on the device, for each table: of models that are alike
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -67,21 +68,20 @@ def plan(tensors: list[Tensor]) -> TritonPlan:
     return TritonPlan(tensors)
 
 
-class TritonPlan:
+class TritonPlan(Plan):
     """See `fastclip.backends.interface.Plan`. It holds addresses, and so keeps no gradient alive."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.device = tensors[0].device
         self.tables = _tables(self.device, tuple(map(Tensor.numel, tensors)), tuple(tensor.dtype for tensor in tensors))
-        self._numels = np.fromiter(map(Tensor.numel, tensors), np.int64, len(tensors))
-        self.rows = self._upload_rows(np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors)))
+        self.rows = self.tables.upload_rows(list(map(Tensor.data_ptr, tensors)))
 
-    def _upload_rows(self, addresses: Int64s) -> Tensor:
-        return upload(np.stack([addresses, self._numels], axis=1), self.device)
-
-    def moved(self, addresses: Int64s) -> TritonPlan:
+    def moved(self, addresses: list[int]) -> TritonPlan | None:
+        rows = self.tables.rows_at(addresses)
+        if rows is None:
+            return None
         plan = copy.copy(self)
-        plan.rows = self._upload_rows(addresses)
+        plan.rows = rows
         return plan
 
     def captured(self) -> TritonPlan:
@@ -187,6 +187,9 @@ class Tables:
         self.launches: dict[tuple[object, ...], Callable[..., object]] = {}
         self.options = table.LAUNCH_OPTIONS
         self._layout = layout
+        self._numels = np.array(numels)
+        self._itemsizes = np.asarray(table.ELEMENT_SIZES)[segments]
+        self._rows: OrderedDict[tuple[int, int], tuple[list[int], Tensor]] = OrderedDict()
 
     def allocate(self) -> None:
         """Take fresh memory to work in, in the state that every launch finds and leaves."""
@@ -197,6 +200,26 @@ class Tables:
         self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
         self.state = torch.empty(2, dtype=torch.float64, device=device)
         self.total, self.coefficient = self.state.unbind()
+
+    def rows_at(self, addresses: list[int]) -> Tensor | None:
+        """The rows of the table for gradients at these addresses; None where they cannot be served there."""
+        place = (addresses[0], addresses[-1])
+        known = self._rows.get(place)
+        if known is not None and known[0] == addresses:
+            return known[1]
+        starts = np.array(addresses)
+        are_aligned = not np.count_nonzero((starts <= 0) | (starts % self._itemsizes != 0))
+        if are_aligned and not overlapping(starts, self._numels * self._itemsizes):
+            return self.upload_rows(addresses)
+        return None
+
+    def upload_rows(self, addresses: list[int]) -> Tensor:
+        """The same of addresses where they can be; kept for the next time that they are there."""
+        rows = upload(np.stack([np.array(addresses), self._numels], axis=1), self.chunks.device)
+        self._rows[addresses[0], addresses[-1]] = addresses, rows
+        while len(self._rows) * len(addresses) > PLACES_KEPT and len(self._rows) > 1:
+            self._rows.popitem(last=False)
+        return rows
 
     def with_memory_of_its_own(self) -> Tables:
         """Return tables for the current stream that share with these what is only read."""

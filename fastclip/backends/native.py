@@ -1,0 +1,183 @@
+"""The native backend: the kernels in C, `kernels/cpu.h`, over tables that are made once.
+
+A table depends on sizes and dtypes only. Addresses go along with each call, so that gradients that moved cost nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastclip.backends.interface import (
+    Bounds,
+    Plan,
+    Reduction,
+    Scalar,
+    Unscaling,
+    clip_coefficient,
+    on,
+    one_each,
+    reduction,
+)
+
+try:
+    from fastclip.kernels import native
+except ImportError as error:
+    native: Any = None  # type: ignore[no-redef]
+    _missing = str(error)
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+"""The position of each dtype among the element types of `kernels/cpu.h`."""
+
+CHUNK = 16_384  # elements, as in `kernels/cpu.h`
+TASK = 1 << 18  # bytes: what a thread takes at a time
+ALONE = 200_000  # elements: up to here to wake another thread takes longer than it saves
+
+_CPU = torch.device("cpu")
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why the native kernels cannot serve the device: they were not built, or it is not the CPU."""
+    if native is None:
+        return (
+            f"its kernels are not there ({_missing}): install fastclip from its sources where there is a C compiler "
+            "(gcc or clang) and Python's headers"
+        )
+    return None if device.type == "cpu" else "the native kernels work on the CPU's memory only"
+
+
+def _entry_of_openmp() -> int:
+    """The address of `GOMP_parallel` in the OpenMP that torch itself is linked with; 0 where it has none of that name.
+
+    So there is one pool of threads, torch's, and `torch.set_num_threads` is obeyed.
+    """
+    path = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
+    try:
+        entry = ctypes.CDLL(path).GOMP_parallel
+    except (OSError, AttributeError):
+        return 0
+    return ctypes.cast(entry, ctypes.c_void_p).value or 0
+
+
+if native is not None:
+    _entry = _entry_of_openmp()
+    native.use_threads(_entry)
+    _whose = "torch's threads" if _entry else "one thread, for torch's OpenMP is not GNU's"
+    HERE = f"kernels in C ({native.levels()[0]}) over a table of gradients, by {_whose}"
+
+
+def plan(tensors: list[Tensor]) -> NativePlan:
+    """Prepare plain CPU tensors that do not overlap."""
+    counts = np.fromiter(map(Tensor.numel, tensors), np.int64, len(tensors))
+    table = lay_out(counts, np.array([TYPES[tensor.dtype] for tensor in tensors], np.int64))
+    return NativePlan(table, bool(counts.sum() > ALONE), list(map(Tensor.data_ptr, tensors)))
+
+
+def lay_out(counts: np.ndarray[Any, Any], types: np.ndarray[Any, Any]) -> bytes:
+    """Lay out the table of gradients of `counts` elements, [gradients], of `TYPES`; see `Table` in `kernels/cpu.h`.
+
+    Four numbers, of rows, chunks, tasks and elements, and then the rows, the chunks and the tasks.
+    """
+    chunks = -(-counts // CHUNK)
+    row = np.repeat(np.arange(len(counts)), chunks)
+    start = (np.arange(len(row)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * CHUNK
+    itemsize = np.array([4, 2, 2, 8])[types[row]]
+    ends = np.cumsum(np.minimum(CHUNK, counts[row] - start) * itemsize)
+    # A task ends with the chunk that brings it to its size.
+    firsts = np.flatnonzero(np.diff(ends // TASK, prepend=-1, append=np.iinfo(np.int64).max))
+    head = [len(counts), len(row), len(firsts) - 1, counts.sum()]
+    parts = (head, np.stack([counts, types], 1), np.stack([row, start], 1), firsts)
+    return np.concatenate([np.asarray(part, np.int64).reshape(-1) for part in parts]).tobytes()
+
+
+class NativePlan(Plan):
+    """See `fastclip.backends.interface.Plan`. It holds addresses, and so keeps no gradient alive.
+
+    Attributes:
+        table: See `lay_out`.
+        is_long: Whether several threads are worth waking.
+        addresses: Where the gradients are.
+    """
+
+    device = _CPU
+
+    def __init__(self, table: bytes, is_long: bool, addresses: list[int]) -> None:
+        self.table = table
+        self.is_long = is_long
+        self.addresses = addresses
+
+    def moved(self, addresses: list[int]) -> NativePlan | None:
+        if not native.are_apart(self.table, addresses):
+            return None
+        return NativePlan(self.table, self.is_long, addresses)
+
+    def captured(self) -> NativePlan:
+        raise RuntimeError("a CUDA graph cannot clip gradients on the CPU: clip them outside of the graph")
+
+    @property
+    def _threads(self) -> int:
+        return torch.get_num_threads() if self.is_long else 1
+
+    def clip_(self, p: float, max_norm: float, dtype: torch.dtype) -> Tensor:
+        if dtype not in TYPES:
+            return self.clip_(p, max_norm, torch.float64).to(dtype)
+        norm, address = _empty(dtype)
+        threads = torch.get_num_threads() if self.is_long else 1
+        native.clip(self.table, self.addresses, p, max_norm, address, TYPES[dtype], threads)
+        return norm
+
+    def reduce(self, p: float, max_norm: float, dtype: torch.dtype, unscaling: Unscaling | None = None) -> Reduction:
+        total = native.reduce(self.table, self.addresses, p, 0, self._threads)
+        if unscaling is not None:
+            return reduction(on(_CPU, total), max_norm, dtype, unscaling)
+        return Reduction(on(_CPU, total).to(dtype), total, clip_coefficient(total, max_norm))
+
+    def norms(self) -> Tensor:
+        norms = torch.zeros(len(self.addresses), dtype=torch.float64, device=_CPU)
+        native.reduce(self.table, self.addresses, 2.0, norms.data_ptr(), self._threads)
+        return norms
+
+    def scale_(self, coefficient: Scalar) -> None:
+        if isinstance(coefficient, Tensor):
+            if coefficient.dim():
+                own = on(_CPU, coefficient).contiguous()
+                native.apply(self.table, self.addresses, own.data_ptr(), self._threads)
+                return
+            coefficient = coefficient.item()
+        if coefficient != 1:
+            native.apply(self.table, self.addresses, coefficient, self._threads)
+
+    def clamp_(self, minimum: Bounds, maximum: Bounds, *, watch: bool = False) -> Tensor | None:
+        if isinstance(minimum, float) and isinstance(maximum, float):
+            changed = native.clamp(self.table, self.addresses, minimum, maximum, self._threads)
+        else:
+            bounds = np.array([one_each(bound, len(self.addresses)) for bound in (minimum, maximum)])
+            low, high = (int(bound.ctypes.data) for bound in bounds)
+            changed = native.clamp(self.table, self.addresses, low, high, self._threads)
+        return torch.tensor([changed], device=_CPU) if watch else None
+
+
+_templates: dict[torch.dtype, Tensor] = {}
+
+
+def _empty(dtype: torch.dtype) -> tuple[Tensor, int]:
+    """A number that is to be written by its address: like one of which there is a template, which is made sooner.
+
+    Raises:
+        RuntimeError: It is no tensor with memory.
+    """
+    template = _templates.get(dtype)
+    made = torch.empty((), dtype=dtype, device=_CPU) if template is None else torch.empty_like(template)
+    if type(made) is not Tensor or not (address := made.data_ptr()):
+        raise RuntimeError(
+            "clipping needs tensors with memory, but a mode or function transform makes something else of tensors "
+            "here: clip outside of it"
+        )
+    if template is None:
+        _templates[dtype] = torch.empty_like(made)
+    return made, address

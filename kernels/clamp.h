@@ -1,0 +1,33 @@
+/* clamp: x <- min(max(x, low), high), in place. Included once for each type, by level.h.
+ *
+ * A NaN stays one, to the bit. Only groups of LANES elements are written of which one is outside.
+ */
+TARGET static NOINLINE void NAME(clamp_group)(ELEMENT *x, int64_t count, WIDE low, WIDE high) {
+    for (int64_t i = 0; i < count; i++) {
+        WIDE v = NAME(widen)(x[i]), raised = v < low ? low : v;
+        if (v < low || raised > high) x[i] = NAME(narrow)(raised > high ? high : raised);
+    }
+}
+
+TARGET static int NAME(clamp)(void *elements, int64_t count, double low, double high) {
+    const WIDE lowest = NAME(widen)(NAME(narrow)((WIDE)low)), highest = NAME(widen)(NAME(narrow)((WIDE)high));
+    ELEMENT *x = elements;
+    int64_t whole = count / LANES * LANES;
+    int was_outside = 0;
+    if (isnan(lowest) || isnan(highest)) { /* makes NaN of everything, as torch has it */
+        for (int64_t i = 0; i < count; i++) x[i] = NAME(narrow)((WIDE)NAN);
+        return 1;
+    }
+    for (int64_t i = 0; i < whole; i += LANES) {
+        LOADED(x + i);
+        int is_outside = 0;
+        for (int j = 0; j < LANES; j++) is_outside |= (VALUE(j) < lowest) | (VALUE(j) > highest);
+        if (is_outside) NAME(clamp_group)(x + i, LANES, lowest, highest);
+        was_outside |= is_outside;
+    }
+    int is_outside = 0;
+    for (int64_t i = whole; i < count; i++)
+        is_outside |= (NAME(widen)(x[i]) < lowest) | (NAME(widen)(x[i]) > highest);
+    if (is_outside) NAME(clamp_group)(x + whole, count - whole, lowest, highest);
+    return was_outside | is_outside;
+}

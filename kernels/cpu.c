@@ -1,0 +1,263 @@
+/* See cpu.h: from a table of gradients to chunks, from chunks to threads, and from partial sums to norms. */
+#include "cpu.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { SQUARES, MAGNITUDES, CUBES, NONZEROS, LARGEST, SMALLEST, POWERS };
+
+static Order order_of(double p) {
+    Order order = {POWERS, p};
+    if (p == 2) order.kind = SQUARES;
+    if (p == 1) order.kind = MAGNITUDES;
+    if (p == 3) order.kind = CUBES;
+    if (p == 0) order.kind = NONZEROS;
+    if (p == INFINITY) order.kind = LARGEST;
+    if (p == -INFINITY) order.kind = SMALLEST;
+    return order;
+}
+
+/* What no elements contribute. */
+static Partial nothing(Order order) {
+    Partial partial = {order.kind == SMALLEST ? INFINITY : 0, 1};
+    return partial;
+}
+
+static Partial merge(Partial a, Partial b, Order order) {
+    if (order.kind == LARGEST || order.kind == SMALLEST) {
+        int b_is_better = order.kind == LARGEST ? b.sum > a.sum : b.sum < a.sum;
+        return isnan(b.sum) || b_is_better ? b : a; /* a NaN in `a` is never worse */
+    }
+    if (b.sum == 0) return a;
+    if (a.sum == 0) return b;
+    if (a.peak == b.peak || !isfinite(a.sum) || !isfinite(b.sum)) {
+        a.sum += b.sum;
+        return a;
+    }
+    double factor = pow(b.peak / a.peak, order.p);
+    if (factor <= 1) {
+        a.sum += b.sum * factor;
+        return a;
+    }
+    b.sum += a.sum / factor;
+    return b;
+}
+
+static double norm_of(Partial partial, Order order) {
+    switch (order.kind) {
+    case SQUARES: return sqrt(partial.sum) * partial.peak;
+    case CUBES: return cbrt(partial.sum) * partial.peak;
+    case POWERS: return pow(partial.sum, 1 / order.p) * partial.peak;
+    default: return partial.sum * partial.peak;
+    }
+}
+
+#ifdef __GNUC__
+#define NOINLINE __attribute__((noinline))
+#else
+#define NOINLINE
+#endif
+
+static int64_t at_most(int64_t limit, int64_t value) { return value < limit ? value : limit; }
+
+static inline float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* In a tree, which is shallow, and has one shape. */
+static double sum_of_lanes(double sums[LANES]) {
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) sums[i] += sums[i + half];
+    return sums[0];
+}
+
+#define LEVEL baseline
+#define TARGET
+#include "level.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+#define LEVEL avx2
+#define TARGET __attribute__((target("avx2,f16c")))
+#define VECTOR __m256
+#define LOAD_FP16(x) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x)))
+#define STORE_FP16(x, v) _mm_storeu_si128((__m128i *)(x), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT))
+#define STORE_FP32 _mm256_storeu_ps
+#include "level.h"
+
+#define LEVEL avx512
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c,prefer-vector-width=512")))
+#define VECTOR __m512
+#define LOAD_FP16(x) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(x)))
+#define STORE_FP16(x, v) _mm256_storeu_si256((__m256i *)(x), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT))
+#define STORE_FP32 _mm512_storeu_ps
+#include "level.h"
+
+const Level *const *levels(void) {
+    static const Level *const all[] = {&avx512, &avx2, &baseline, NULL};
+    int has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    int has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return has_avx512 ? all : has_avx2 ? all + 1 : all + 2;
+}
+#else
+const Level *const *levels(void) {
+    static const Level *const all[] = {&baseline, NULL};
+    return all;
+}
+#endif
+
+/* One call's work. Its tasks are handed out one by one, to whichever thread comes next. */
+typedef struct Work Work;
+struct Work {
+    const Level *level;
+    const Table *table;
+    char *const *address;
+    void (*step)(Work *work, int64_t chunk, void *x, int64_t count);
+    int64_t next; /* the number of tasks that were taken */
+    int backwards;
+    /* reduce */
+    Order order;
+    Partial *partial; /* [chunks] */
+    /* apply and clamp */
+    const double *coefficient, *low, *high;
+    int64_t stride;
+    int was_outside;
+};
+
+static const int64_t sizes[TYPES] = {4, 2, 2, 8}; /* bytes an element */
+
+static void take(void *argument) {
+    Work *work = argument;
+    const Table *table = work->table;
+    for (;;) {
+        int64_t task = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
+        if (task >= table->tasks) return;
+        if (work->backwards) task = table->tasks - 1 - task;
+        int64_t begin = table->task[task], end = table->task[task + 1];
+        for (int64_t i = 0; i < end - begin; i++) {
+            int64_t index = work->backwards ? end - 1 - i : begin + i;
+            Chunk chunk = table->chunk[index];
+            Row row = table->row[chunk.row];
+            char *x = work->address[chunk.row] + chunk.start * sizes[row.type];
+            work->step(work, index, x, at_most(CHUNK, row.count - chunk.start));
+        }
+    }
+}
+
+static void share(Work *work, Team team) {
+    if (team.parallel && team.threads > 1 && work->table->tasks > 1)
+        team.parallel(take, work, (unsigned)at_most(team.threads, work->table->tasks), 0);
+    else
+        take(work);
+}
+
+static void fold_step(Work *work, int64_t chunk, void *x, int64_t count) {
+    int64_t type = work->table->row[work->table->chunk[chunk].row].type;
+    work->partial[chunk] = work->level->fold[type](x, count, work->order);
+}
+
+int reduce(const Level *level, const Table *table, char *const *address, double p, Team team, double *total,
+           double *norms) {
+    Order order = order_of(p);
+    Partial few[64], *partial = few;
+    if (table->chunks > 64 && !(partial = malloc((size_t)table->chunks * sizeof *partial))) return -1;
+    Work work = {.level = level, .table = table, .address = address, .step = fold_step, .order = order,
+                 .partial = partial};
+    share(&work, team);
+    Partial all = nothing(order);
+    for (int64_t i = 0; i < table->chunks;) {
+        int64_t row = table->chunk[i].row;
+        Partial own = partial[i++];
+        for (; i < table->chunks && table->chunk[i].row == row; i++) own = merge(own, partial[i], order);
+        if (norms) norms[row] = norm_of(own, order);
+        if (order.kind == NONZEROS) own.sum = own.sum > 0; /* of each gradient's number, whether there is any */
+        all = merge(all, own, order);
+    }
+    *total = norm_of(all, order);
+    if (partial != few) free(partial);
+    return 0;
+}
+
+static void scale_step(Work *work, int64_t chunk, void *x, int64_t count) {
+    int64_t row = work->table->chunk[chunk].row;
+    work->level->scale[work->table->row[row].type](x, count, work->coefficient[row * work->stride]);
+}
+
+void apply(const Level *level, const Table *table, char *const *address, const double *coefficient, int64_t stride,
+           Team team) {
+    Work work = {.level = level, .table = table, .address = address, .step = scale_step, .backwards = 1,
+                 .coefficient = coefficient, .stride = stride};
+    share(&work, team);
+}
+
+void store(void *to, int type, double value) {
+    if (type == FP64) *(double *)to = value;
+    if (type == FP32) *(float *)to = (float)value;
+    if (type == BF16) *(uint16_t *)to = narrow_bf16_baseline((float)value);
+    if (type == FP16) *(uint16_t *)to = narrow_fp16_baseline((float)value);
+}
+
+int clip(const Level *level, const Table *table, char *const *address, double p, double max_norm, Team team,
+         void *norm, int type) {
+    double total;
+    if (reduce(level, table, address, p, team, &total, NULL)) return -1;
+    double coefficient = max_norm / (total + 1e-6); /* as torch: it is finite where the norm is 0 */
+    if (!(coefficient >= 1)) apply(level, table, address, &coefficient, 0, team); /* a NaN, too */
+    store(norm, type, total);
+    return 0;
+}
+
+static void clamp_step(Work *work, int64_t chunk, void *x, int64_t count) {
+    int64_t row = work->table->chunk[chunk].row, i = row * work->stride;
+    if (work->level->clamp[work->table->row[row].type](x, count, work->low[i], work->high[i]))
+        __atomic_store_n(&work->was_outside, 1, __ATOMIC_RELAXED);
+}
+
+int clamp(const Level *level, const Table *table, char *const *address, const double *low, const double *high,
+          int64_t stride, Team team) {
+    Work work = {.level = level, .table = table, .address = address, .step = clamp_step, .low = low, .high = high,
+                 .stride = stride};
+    share(&work, team);
+    return work.was_outside;
+}
+
+typedef struct { uintptr_t begin, end; } Span;
+
+/* By merging, which is quick where they are nearly in order, as those of gradients are. */
+static void sort(Span *span, Span *scratch, int64_t count) {
+    if (count < 2) return;
+    int64_t half = count / 2;
+    sort(span, scratch, half);
+    sort(span + half, scratch, count - half);
+    if (span[half - 1].begin <= span[half].begin) return;
+    memcpy(scratch, span, (size_t)half * sizeof *span);
+    for (int64_t i = 0, left = 0, right = half; left < half; i++)
+        span[i] = right < count && span[right].begin < scratch[left].begin ? span[right++] : scratch[left++];
+}
+
+int are_apart(const Table *table, char *const *address) {
+    Span few[128], *span = few;
+    if (table->rows > 64 && !(span = malloc((size_t)table->rows * 2 * sizeof *span))) return -1;
+    int apart = 1;
+    for (int64_t i = 0; i < table->rows; i++) {
+        int64_t size = sizes[table->row[i].type];
+        span[i].begin = (uintptr_t)address[i];
+        span[i].end = span[i].begin + (uintptr_t)(table->row[i].count * size);
+        apart &= span[i].begin != 0 && span[i].begin % size == 0;
+    }
+    sort(span, span + table->rows, table->rows);
+    for (int64_t i = 1; i < table->rows; i++) apart &= span[i - 1].end <= span[i].begin;
+    if (span != few) free(span);
+    return apart;
+}

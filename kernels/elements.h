@@ -1,0 +1,83 @@
+/* One element type: how it is widened for computing, and how a result is rounded to it. Included once for each type,
+ * by level.h, with TYPE, LEVEL and TARGET defined. The 16-bit types are converted by integer arithmetic that compilers turn
+ * into vector code for any instruction set. For fp16 that takes long, and a level may define VECTOR, and how one of fp32
+ * is loaded from fp16 and stored, by the processor's own instructions.
+ *
+ * LOADED(x) gets LANES elements ready, of which VALUE(i) is one, widened; `multiply` works on as many. */
+
+#undef ELEMENT
+#undef WIDE
+#undef BITS
+#undef NAME
+#define JOIN_(operation, type, level) operation##_##type##_##level
+#define JOIN(operation, type, level) JOIN_(operation, type, level)
+
+#if TYPE == 0
+#define NAME(operation) JOIN(operation, fp32, LEVEL)
+#define ELEMENT float
+#define WIDE float
+#define BITS int32_t
+TARGET static inline float NAME(widen)(float x) { return x; }
+TARGET static inline float NAME(narrow)(float x) { return x; }
+
+#elif TYPE == 1
+#define NAME(operation) JOIN(operation, bf16, LEVEL)
+#define ELEMENT uint16_t
+#define WIDE float
+#define BITS int32_t
+TARGET static inline float NAME(widen)(uint16_t x) { return float_of((uint32_t)x << 16); }
+TARGET static inline uint16_t NAME(narrow)(float x) {
+    uint32_t bits = bits_of(x);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* to the nearest, ties to even */
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+#elif TYPE == 2
+#define NAME(operation) JOIN(operation, fp16, LEVEL)
+#define ELEMENT uint16_t
+#define WIDE float
+#define BITS int32_t
+TARGET static inline float NAME(widen)(uint16_t x) {
+    uint32_t magnitude = x & 0x7fff, exponent = magnitude & 0x7c00;
+    uint32_t normal = (magnitude << 13) + ((127 - 15) << 23);
+    uint32_t special = normal + ((127 - 15) << 23); /* infinities and NaNs have the largest exponent there too */
+    uint32_t subnormal = bits_of((float)(int32_t)magnitude * 0x1p-24f);
+    uint32_t bits = exponent == 0x7c00 ? special : exponent ? normal : subnormal;
+    return float_of(bits | (uint32_t)(x & 0x8000) << 16);
+}
+TARGET static inline uint16_t NAME(narrow)(float x) {
+    uint32_t magnitude = bits_of(x) & 0x7fffffff, sign = bits_of(x) >> 16 & 0x8000;
+    uint32_t normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - ((127 - 15) << 23)) >> 13;
+    uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f); /* the addition rounds to 2^-24 */
+    uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+    uint32_t finite = magnitude < 0x38800000 ? subnormal : normal; /* 2^-14, the smallest normal number */
+    return (uint16_t)(sign | (magnitude >= 0x47800000 ? special : finite)); /* 65536 */
+}
+
+#else
+#define NAME(operation) JOIN(operation, fp64, LEVEL)
+#define ELEMENT double
+#define WIDE double
+#define BITS int64_t
+TARGET static inline double NAME(widen)(double x) { return x; }
+TARGET static inline double NAME(narrow)(double x) { return x; }
+#endif
+
+#undef LOADED
+#undef VALUE
+#if TYPE == 2 && defined(VECTOR)
+#define LOADED(x) WIDE wide[LANES]; NAME(load)(wide, x)
+#define VALUE(i) wide[i]
+TARGET static inline void NAME(load)(float *wide, const uint16_t *x) {
+    for (int i = 0; i < LANES; i += sizeof(VECTOR) / 4) STORE_FP32(wide + i, LOAD_FP16(x + i));
+}
+TARGET static inline void NAME(multiply)(uint16_t *x, float factor, float second) {
+    for (int i = 0; i < LANES; i += sizeof(VECTOR) / 4) STORE_FP16(x + i, LOAD_FP16(x + i) * factor * second);
+}
+#else
+#define LOADED(x) const ELEMENT *loaded = (x)
+#define VALUE(i) NAME(widen)(loaded[i])
+TARGET static inline void NAME(multiply)(ELEMENT *x, WIDE factor, WIDE second) {
+    for (int i = 0; i < LANES; i++) x[i] = NAME(narrow)(NAME(widen)(x[i]) * factor * second);
+}
+#endif

@@ -1,0 +1,267 @@
+/* fastclip.kernels.native: the kernels of cpu.h, as Python calls them. Its functions are documented at the end.
+ *
+ * It trusts its one caller, fastclip/backends/native.py: a table is bytes that lay_out there made, and an address is
+ * that of memory that is there. Built against the stable ABI. Nothing is linked but libc and libm; the threads are
+ * torch's, whose entry point `use_threads` is given.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <math.h>
+#include <stdlib.h>
+#ifndef _WIN32
+#include <pthread.h>
+#endif
+
+#include "cpu.h"
+
+static const Level *level;
+static Parallel parallel;
+
+#ifndef _WIN32
+/* The threads of an OpenMP that was used before a fork are not in the child, where waiting for them never ends. */
+static void stay_alone(void) { parallel = NULL; }
+#endif
+
+enum { UNHURRIED = 1 << 14 }; /* elements: work on more lasts longer than it takes to hand the GIL to and fro */
+
+/* What all three take: a table, and the addresses of its gradients. */
+typedef struct {
+    Table table;
+    char **address;
+    char *few[64];
+    Team team;
+    PyThreadState *state;
+} Call;
+
+static int begin(Call *call, PyObject *bytes, PyObject *addresses, PyObject *threads) {
+    const int64_t *layout = (const int64_t *)PyBytes_AsString(bytes);
+    Py_ssize_t count = PyList_Size(addresses);
+    if (!layout || count < 0) return -1;
+    Table *table = &call->table;
+    table->rows = layout[0], table->chunks = layout[1], table->tasks = layout[2];
+    table->row = (const Row *)(layout + 4);
+    table->chunk = (const Chunk *)(table->row + table->rows);
+    table->task = (const int64_t *)(table->chunk + table->chunks);
+    if (count != table->rows) {
+        PyErr_Format(PyExc_ValueError, "a table of %lld gradients was given %zd addresses", table->rows, count);
+        return -1;
+    }
+    call->team.parallel = parallel;
+    call->team.threads = (unsigned)PyLong_AsUnsignedLong(threads);
+    call->address = call->few;
+    if (count > 64 && !(call->address = malloc((size_t)count * sizeof *call->address))) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) call->address[i] = PyLong_AsVoidPtr(PyList_GetItem(addresses, i));
+    if (PyErr_Occurred()) {
+        if (call->address != call->few) free(call->address);
+        return -1;
+    }
+    call->state = layout[3] > UNHURRIED ? PyEval_SaveThread() : NULL;
+    return 0;
+}
+
+static void end(Call *call) {
+    if (call->state) PyEval_RestoreThread(call->state);
+    if (call->address != call->few) free(call->address);
+}
+
+static PyObject *native_reduce(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
+    (void)self;
+    if (count != 5) return PyErr_Format(PyExc_TypeError, "reduce takes 5 arguments, not %zd", count);
+    double p = PyFloat_AsDouble(arguments[2]), total;
+    double *norms = PyLong_AsVoidPtr(arguments[3]);
+    if (PyErr_Occurred()) return NULL;
+    Call call;
+    if (begin(&call, arguments[0], arguments[1], arguments[4])) return NULL;
+    int failed = reduce(level, &call.table, call.address, p, call.team, &total, norms);
+    end(&call);
+    return failed ? PyErr_NoMemory() : PyFloat_FromDouble(total);
+}
+
+static PyObject *native_clip(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
+    (void)self;
+    if (count != 7) return PyErr_Format(PyExc_TypeError, "clip takes 7 arguments, not %zd", count);
+    double p = PyFloat_AsDouble(arguments[2]), max_norm = PyFloat_AsDouble(arguments[3]);
+    void *norm = PyLong_AsVoidPtr(arguments[4]);
+    int type = (int)PyLong_AsLong(arguments[5]);
+    if (PyErr_Occurred()) return NULL;
+    Call call;
+    if (begin(&call, arguments[0], arguments[1], arguments[6])) return NULL;
+    int failed = clip(level, &call.table, call.address, p, max_norm, call.team, norm, type);
+    end(&call);
+    if (failed) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *native_apply(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
+    (void)self;
+    if (count != 4) return PyErr_Format(PyExc_TypeError, "apply takes 4 arguments, not %zd", count);
+    int is_shared = PyFloat_Check(arguments[2]);
+    double shared = is_shared ? PyFloat_AsDouble(arguments[2]) : 0;
+    const double *coefficients = is_shared ? &shared : PyLong_AsVoidPtr(arguments[2]);
+    if (PyErr_Occurred()) return NULL;
+    Call call;
+    if (begin(&call, arguments[0], arguments[1], arguments[3])) return NULL;
+    apply(level, &call.table, call.address, coefficients, !is_shared, call.team);
+    end(&call);
+    Py_RETURN_NONE;
+}
+
+static PyObject *native_clamp(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
+    (void)self;
+    if (count != 5) return PyErr_Format(PyExc_TypeError, "clamp takes 5 arguments, not %zd", count);
+    int is_shared = PyFloat_Check(arguments[2]);
+    double bounds[2] = {0, 0};
+    const double *low = bounds, *high = bounds + 1;
+    if (is_shared) {
+        bounds[0] = PyFloat_AsDouble(arguments[2]), bounds[1] = PyFloat_AsDouble(arguments[3]);
+    } else {
+        low = PyLong_AsVoidPtr(arguments[2]), high = PyLong_AsVoidPtr(arguments[3]);
+    }
+    if (PyErr_Occurred()) return NULL;
+    Call call;
+    if (begin(&call, arguments[0], arguments[1], arguments[4])) return NULL;
+    int was_outside = clamp(level, &call.table, call.address, low, high, !is_shared, call.team);
+    end(&call);
+    return PyBool_FromLong(was_outside);
+}
+
+static PyObject *native_are_apart(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
+    (void)self;
+    if (count != 2) return PyErr_Format(PyExc_TypeError, "are_apart takes 2 arguments, not %zd", count);
+    PyObject *one = PyLong_FromLong(1);
+    Call call;
+    int failed = !one || begin(&call, arguments[0], arguments[1], one);
+    Py_XDECREF(one);
+    if (failed) return NULL;
+    int apart = are_apart(&call.table, call.address);
+    end(&call);
+    return apart < 0 ? PyErr_NoMemory() : PyBool_FromLong(apart);
+}
+
+static PyObject *grad_name, *data_ptr_name;
+
+static int is_one_of(PyObject *object, PyObject *types) {
+    PyObject *type = (PyObject *)Py_TYPE(object);
+    for (Py_ssize_t i = 0; i < PyTuple_Size(types); i++)
+        if (PyTuple_GetItem(types, i) == type) return 1;
+    return 0;
+}
+
+/* 1, and one more gradient and address; 0 if this one is to be looked at in another way; -1 with an exception set. */
+static int gather_one(PyObject *owner, PyObject *types, PyObject *grads, PyObject *addresses) {
+    if (!owner || !is_one_of(owner, types)) return owner ? 0 : -1;
+    PyObject *grad = PyObject_GetAttr(owner, grad_name);
+    if (!grad) return -1;
+    int outcome = -1;
+    PyObject *address = NULL;
+    if (!is_one_of(grad, types)) {
+        outcome = 0;
+    } else if (!(address = PyObject_CallMethodObjArgs(grad, data_ptr_name, NULL))) {
+        if (PyErr_ExceptionMatches(PyExc_RuntimeError)) { /* it has none: it is sparse, or a transform's */
+            PyErr_Clear();
+            outcome = 0;
+        }
+    } else if (!PyList_Append(grads, grad) && !PyList_Append(addresses, address)) {
+        outcome = 1;
+    }
+    Py_DECREF(grad);
+    Py_XDECREF(address);
+    return outcome;
+}
+
+static PyObject *native_gather(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
+    (void)self;
+    if (count != 2) return PyErr_Format(PyExc_TypeError, "gather takes 2 arguments, not %zd", count);
+    PyObject *grads = PyList_New(0), *addresses = PyList_New(0), *found = NULL;
+    int outcome = grads && addresses ? 1 : -1;
+    for (Py_ssize_t i = 0; outcome == 1 && i < PyList_Size(arguments[0]); i++)
+        outcome = gather_one(PyList_GetItem(arguments[0], i), arguments[1], grads, addresses);
+    if (outcome == 1) found = PyTuple_Pack(2, grads, addresses);
+    Py_XDECREF(grads);
+    Py_XDECREF(addresses);
+    if (outcome == 0) Py_RETURN_NONE;
+    return found;
+}
+
+static PyObject *native_levels(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    PyObject *names = PyList_New(0);
+    for (const Level *const *each = levels(); names && *each; each++) {
+        PyObject *name = PyUnicode_FromString((*each)->name);
+        if (!name || PyList_Append(names, name)) Py_CLEAR(names);
+        Py_XDECREF(name);
+    }
+    return names;
+}
+
+static PyObject *native_use_level(PyObject *self, PyObject *name) {
+    (void)self;
+    for (const Level *const *each = levels(); *each; each++) {
+        PyObject *own = PyUnicode_FromString((*each)->name);
+        if (!own) return NULL;
+        int is_it = PyUnicode_Compare(own, name) == 0;
+        Py_DECREF(own);
+        if (PyErr_Occurred()) return NULL;
+        if (is_it) {
+            level = *each;
+            Py_RETURN_NONE;
+        }
+    }
+    return PyErr_Format(PyExc_ValueError, "%R is no instruction set of this processor", name);
+}
+
+static PyObject *native_use_threads(PyObject *self, PyObject *address) {
+    (void)self;
+    void *entry = PyLong_AsVoidPtr(address);
+    if (PyErr_Occurred()) return NULL;
+    memcpy(&parallel, &entry, sizeof parallel);
+    Py_RETURN_NONE;
+}
+
+#define FAST(name) ((PyCFunction)(void (*)(void))(name))
+
+static PyMethodDef methods[] = {
+    {"reduce", FAST(native_reduce), METH_FASTCALL,
+     "reduce(table, addresses, p, norms, threads)\n--\n\n"
+     "The p-norm of all gradients; that of each to the fp64 numbers at the address `norms`, unless that is 0."},
+    {"clip", FAST(native_clip), METH_FASTCALL,
+     "clip(table, addresses, p, max_norm, norm, type, threads)\n--\n\n"
+     "Clip by the p-norm of all gradients, and leave it at the address `norm`, rounded to an element type."},
+    {"apply", FAST(native_apply), METH_FASTCALL,
+     "apply(table, addresses, coefficient, threads)\n--\n\n"
+     "Multiply by a float, or each gradient by its own of the fp64 numbers at an address."},
+    {"clamp", FAST(native_clamp), METH_FASTCALL,
+     "clamp(table, addresses, low, high, threads)\n--\n\n"
+     "Clamp to two floats, or each gradient to its own of the fp64 numbers at two addresses. Returns whether any\n"
+     "element was outside."},
+    {"are_apart", FAST(native_are_apart), METH_FASTCALL,
+     "are_apart(table, addresses)\n--\n\nWhether all gradients have memory, which no two share."},
+    {"gather", FAST(native_gather), METH_FASTCALL,
+     "gather(owners, types)\n--\n\n"
+     "The gradients of a list of tensors and their addresses, or None unless all are there and all of these types."},
+    {"levels", native_levels, METH_NOARGS,
+     "levels()\n--\n\nThe names of the instruction sets that this processor has, the best one first."},
+    {"use_level", native_use_level, METH_O, "use_level(name)\n--\n\nUse this instruction set from now on."},
+    {"use_threads", native_use_threads, METH_O,
+     "use_threads(address)\n--\n\nUse the threads of an OpenMP: the address of its GOMP_parallel, or 0 for none."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "fastclip.kernels.native", "The kernels for CPUs; see kernels/cpu.h.", -1, methods,
+    NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit_native(void) {
+    level = *levels();
+    grad_name = PyUnicode_InternFromString("grad");
+    data_ptr_name = PyUnicode_InternFromString("data_ptr");
+    if (!grad_name || !data_ptr_name) return NULL;
+#ifndef _WIN32
+    if (pthread_atfork(NULL, NULL, stay_alone)) return PyErr_NoMemory();
+#endif
+    return PyModule_Create(&definition);
+}

@@ -1,0 +1,108 @@
+/* reduce: what one chunk of a gradient contributes to a norm. Included once for each type, by level.h.
+ *
+ * Powers are added in the element's own precision (fp32 for the 16-bit types) in LANES lanes over one BLOCK, and from
+ * there on in fp64. A block whose sum left the range in which that is right is done again in fp64, divided by its
+ * leading value: a finite gradient never has an infinite norm, nor a tiny one the norm 0.
+ */
+
+/* Adds up TERM of each element, v. */
+#define SUM(KIND, TERM)                                                                                               \
+    TARGET static double NAME(KIND)(const ELEMENT *x, int64_t count) {                                                \
+        WIDE lanes[LANES] = {0};                                                                                      \
+        double sums[LANES];                                                                                           \
+        int64_t whole = count / LANES * LANES;                                                                        \
+        for (int64_t i = 0; i < whole; i += LANES) {                                                                  \
+            LOADED(x + i);                                                                                            \
+            for (int j = 0; j < LANES; j++) {                                                                         \
+                WIDE v = VALUE(j);                                                                                    \
+                lanes[j] += TERM;                                                                                     \
+            }                                                                                                         \
+        }                                                                                                             \
+        for (int64_t j = 0; j < count - whole; j++) {                                                                 \
+            WIDE v = NAME(widen)(x[whole + j]);                                                                       \
+            lanes[j] += TERM;                                                                                         \
+        }                                                                                                             \
+        for (int j = 0; j < LANES; j++) sums[j] = lanes[j];                                                           \
+        return sum_of_lanes(sums);                                                                                    \
+    }
+
+SUM(squares, v * v)
+SUM(magnitudes, v < 0 ? -v : v)
+SUM(cubes, (v < 0 ? -v : v) * v * v)
+SUM(nonzeros, v != 0)
+#undef SUM
+
+/* The sum of the powers of |x| / peak, in fp64. */
+TARGET static double NAME(scaled_powers)(const ELEMENT *x, int64_t count, double p, double peak) {
+    double sum = 0;
+    for (int64_t i = 0; i < count; i++) sum += pow(fabs((double)NAME(widen)(x[i])) / peak, p);
+    return sum;
+}
+
+/* The largest or the smallest |x|: by its bits, whose order as integers is that of the numbers. Those of a NaN are above
+ * all others; where the smallest is sought it counts as -1, which is a NaN's pattern too. */
+#define EXTREME(KIND, FIRST, KEY, IS_BETTER)                                                                          \
+    TARGET static double NAME(KIND)(const ELEMENT *x, int64_t count) {                                                \
+        BITS lanes[LANES];                                                                                            \
+        int64_t whole = count / LANES * LANES;                                                                        \
+        for (int j = 0; j < LANES; j++) lanes[j] = FIRST;                                                             \
+        for (int64_t i = 0; i < whole; i += LANES) {                                                                  \
+            LOADED(x + i);                                                                                            \
+            for (int j = 0; j < LANES; j++) {                                                                         \
+                BITS v = NAME(key)(VALUE(j));                                                                         \
+                BITS key = KEY;                                                                                       \
+                lanes[j] = key IS_BETTER lanes[j] ? key : lanes[j];                                                   \
+            }                                                                                                         \
+        }                                                                                                             \
+        for (int64_t j = 0; j < count - whole; j++) {                                                                 \
+            BITS v = NAME(key)(NAME(widen)(x[whole + j]));                                                           \
+            BITS key = KEY;                                                                                           \
+            lanes[j] = key IS_BETTER lanes[j] ? key : lanes[j];                                                       \
+        }                                                                                                             \
+        BITS best = FIRST;                                                                                            \
+        for (int j = 0; j < LANES; j++) best = lanes[j] IS_BETTER best ? lanes[j] : best;                             \
+        WIDE value;                                                                                                   \
+        memcpy(&value, &best, sizeof value);                                                                          \
+        return value;                                                                                                 \
+    }
+
+TARGET static inline BITS NAME(key)(WIDE wide) {
+    BITS bits;
+    memcpy(&bits, &wide, sizeof bits);
+    return bits & (BITS)(~(uint64_t)0 >> (65 - 8 * sizeof bits)); /* without the sign */
+}
+
+#define INFINITE (sizeof(BITS) == 4 ? (BITS)0x7f800000 : (BITS)0x7ff0000000000000)
+EXTREME(largest, 0, v, >)
+EXTREME(smallest, INFINITE, v > INFINITE ? -1 : v, <)
+#undef INFINITE
+#undef EXTREME
+
+/* The sum of powers of up to BLOCK elements. */
+TARGET static Partial NAME(block)(const ELEMENT *x, int64_t count, Order order) {
+    /* Above `tiny`, what BLOCK powers lost to subnormal rounding is under 2^-40 of their sum. Below `huge`, sums of
+     * blocks stay finite in fp64. */
+    const double tiny = sizeof(WIDE) == 4 ? 0x1p-85 : 0x1p-900, huge = sizeof(WIDE) == 4 ? INFINITY : 0x1p900;
+    Partial partial = {0, 1};
+    switch (order.kind) {
+    case LARGEST: partial.sum = NAME(largest)(x, count); return partial;
+    case SMALLEST: partial.sum = NAME(smallest)(x, count); return partial;
+    case NONZEROS: partial.sum = NAME(nonzeros)(x, count); return partial;
+    case SQUARES: partial.sum = NAME(squares)(x, count); break;
+    case MAGNITUDES: partial.sum = NAME(magnitudes)(x, count); break;
+    case CUBES: partial.sum = NAME(cubes)(x, count); break;
+    }
+    if (partial.sum > tiny && partial.sum < huge) return partial; /* other powers are always scaled */
+    double peak = order.p < 0 ? NAME(smallest)(x, count) : NAME(largest)(x, count); /* the largest power is its */
+    if (peak > 0 && peak < INFINITY) partial.peak = peak;
+    else if (order.kind != POWERS) return partial; /* nothing but 0, or something that is not finite */
+    partial.sum = NAME(scaled_powers)(x, count, order.p, partial.peak);
+    return partial;
+}
+
+static Partial NAME(fold)(const void *x, int64_t count, Order order) {
+    Partial partial = nothing(order);
+    for (int64_t i = 0; i < count; i += BLOCK)
+        partial = merge(partial, NAME(block)((const ELEMENT *)x + i, at_most(BLOCK, count - i), order), order);
+    return partial;
+}
