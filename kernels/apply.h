@@ -11,6 +11,9 @@ TARGET static void NAME(scale)(void *elements, int64_t count, double coefficient
     ELEMENT *x = elements;
     if (factor * second == 1) return;
     int64_t whole = count / LANES * LANES;
-    for (int64_t i = 0; i < whole; i += LANES) NAME(multiply)(x + i, factor, second);
+    for (int64_t i = 0; i < whole; i += LANES) {
+        NAME(prefetch)(x + i, count - i);
+        NAME(multiply)(x + i, factor, second);
+    }
     for (int64_t i = whole; i < count; i++) x[i] = NAME(narrow)(NAME(widen)(x[i]) * factor * second);
 }

@@ -3,9 +3,10 @@
  * A NaN stays one, to the bit. Only groups of LANES elements are written of which one is outside.
  */
 TARGET static NOINLINE void NAME(clamp_group)(ELEMENT *x, int64_t count, WIDE low, WIDE high) {
+    const ELEMENT lowest = NAME(narrow)(low), highest = NAME(narrow)(high);
     for (int64_t i = 0; i < count; i++) {
-        WIDE v = NAME(widen)(x[i]), raised = v < low ? low : v;
-        if (v < low || raised > high) x[i] = NAME(narrow)(raised > high ? high : raised);
+        ELEMENT raised = NAME(widen)(x[i]) < low ? lowest : x[i];
+        x[i] = NAME(widen)(raised) > high ? highest : raised;
     }
 }
 
@@ -19,6 +20,7 @@ TARGET static int NAME(clamp)(void *elements, int64_t count, double low, double 
         return 1;
     }
     for (int64_t i = 0; i < whole; i += LANES) {
+        NAME(prefetch)(x + i, count - i);
         LOADED(x + i);
         int is_outside = 0;
         for (int j = 0; j < LANES; j++) is_outside |= (VALUE(j) < lowest) | (VALUE(j) > highest);

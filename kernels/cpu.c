@@ -55,8 +55,10 @@ static double norm_of(Partial partial, Order order) {
 
 #ifdef __GNUC__
 #define NOINLINE __attribute__((noinline))
+#define PREFETCH(address) __builtin_prefetch(address)
 #else
 #define NOINLINE
+#define PREFETCH(address) (void)(address)
 #endif
 
 static int64_t at_most(int64_t limit, int64_t value) { return value < limit ? value : limit; }
@@ -163,8 +165,9 @@ static void share(Work *work, Team team) {
 }
 
 static void fold_step(Work *work, int64_t chunk, void *x, int64_t count) {
-    int64_t type = work->table->row[work->table->chunk[chunk].row].type;
-    work->partial[chunk] = work->level->fold[type](x, count, work->order);
+    Chunk own = work->table->chunk[chunk];
+    Row row = work->table->row[own.row];
+    work->partial[chunk] = work->level->fold[row.type](x, count, row.count - own.start - count, work->order);
 }
 
 int reduce(const Level *level, const Table *table, char *const *address, double p, Team team, double *total,

@@ -63,6 +63,12 @@ TARGET static inline double NAME(widen)(double x) { return x; }
 TARGET static inline double NAME(narrow)(double x) { return x; }
 #endif
 
+/* Asks for what comes AHEAD of the LANES elements at x, of which `left` remain from there on. */
+TARGET static inline void NAME(prefetch)(const ELEMENT *x, int64_t left) {
+    if (left > AHEAD / (int64_t)sizeof *x)
+        for (int i = 0; i < LANES * (int)sizeof *x; i += 64) PREFETCH((const char *)x + AHEAD + i);
+}
+
 #undef LOADED
 #undef VALUE
 #if TYPE == 2 && defined(VECTOR)

@@ -150,35 +150,31 @@ static int is_one_of(PyObject *object, PyObject *types) {
     return 0;
 }
 
-/* 1, and one more gradient and address; 0 if this one is to be looked at in another way; -1 with an exception set. */
-static int gather_one(PyObject *owner, PyObject *types, PyObject *grads, PyObject *addresses) {
+/* 1, and a gradient and its address; 0 if this one is to be looked at in another way; -1 with an exception set. */
+static int gather_one(PyObject *owner, PyObject *types, PyObject **grad, PyObject **address) {
     if (!owner || !is_one_of(owner, types)) return owner ? 0 : -1;
-    PyObject *grad = PyObject_GetAttr(owner, grad_name);
-    if (!grad) return -1;
-    int outcome = -1;
-    PyObject *address = NULL;
-    if (!is_one_of(grad, types)) {
-        outcome = 0;
-    } else if (!(address = PyObject_CallMethodObjArgs(grad, data_ptr_name, NULL))) {
-        if (PyErr_ExceptionMatches(PyExc_RuntimeError)) { /* it has none: it is sparse, or a transform's */
-            PyErr_Clear();
-            outcome = 0;
-        }
-    } else if (!PyList_Append(grads, grad) && !PyList_Append(addresses, address)) {
-        outcome = 1;
-    }
-    Py_DECREF(grad);
-    Py_XDECREF(address);
-    return outcome;
+    if (!(*grad = PyObject_GetAttr(owner, grad_name))) return -1;
+    if (!is_one_of(*grad, types)) return 0;
+    if ((*address = PyObject_CallMethodObjArgs(*grad, data_ptr_name, NULL))) return 1;
+    if (!PyErr_ExceptionMatches(PyExc_RuntimeError)) return -1;
+    PyErr_Clear(); /* it has none: it is sparse, or a transform's */
+    return 0;
 }
 
 static PyObject *native_gather(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
     (void)self;
     if (count != 2) return PyErr_Format(PyExc_TypeError, "gather takes 2 arguments, not %zd", count);
-    PyObject *grads = PyList_New(0), *addresses = PyList_New(0), *found = NULL;
+    PyObject *owners = arguments[0], *types = arguments[1], *found = NULL;
+    Py_ssize_t size = PyList_Size(owners);
+    if (size < 0) return NULL;
+    PyObject *grads = PyList_New(size), *addresses = PyList_New(size);
     int outcome = grads && addresses ? 1 : -1;
-    for (Py_ssize_t i = 0; outcome == 1 && i < PyList_Size(arguments[0]); i++)
-        outcome = gather_one(PyList_GetItem(arguments[0], i), arguments[1], grads, addresses);
+    for (Py_ssize_t i = 0; outcome == 1 && i < size; i++) {
+        PyObject *grad = NULL, *address = NULL;
+        outcome = gather_one(PyList_GetItem(owners, i), types, &grad, &address);
+        PyList_SetItem(grads, i, grad); /* which takes the reference */
+        PyList_SetItem(addresses, i, address);
+    }
     if (outcome == 1) found = PyTuple_Pack(2, grads, addresses);
     Py_XDECREF(grads);
     Py_XDECREF(addresses);

@@ -7,11 +7,19 @@
 
 /* Adds up TERM of each element, v. */
 #define SUM(KIND, TERM)                                                                                               \
-    TARGET static double NAME(KIND)(const ELEMENT *x, int64_t count) {                                                \
+    TARGET static double NAME(KIND)(const ELEMENT *x, int64_t count, int64_t left) {                                                \
         WIDE lanes[LANES] = {0};                                                                                      \
-        double sums[LANES];                                                                                           \
+        double sums[LANES], sum = 0;                                                                                  \
+        if (count <= FEW) {                                                                                           \
+            for (int64_t i = 0; i < count; i++) {                                                                     \
+                WIDE v = NAME(widen)(x[i]);                                                                           \
+                sum += (WIDE)(TERM);                                                                                  \
+            }                                                                                                         \
+            return sum;                                                                                               \
+        }                                                                                                             \
         int64_t whole = count / LANES * LANES;                                                                        \
         for (int64_t i = 0; i < whole; i += LANES) {                                                                  \
+            NAME(prefetch)(x + i, left - i);                                                                          \
             LOADED(x + i);                                                                                            \
             for (int j = 0; j < LANES; j++) {                                                                         \
                 WIDE v = VALUE(j);                                                                                    \
@@ -42,11 +50,12 @@ TARGET static double NAME(scaled_powers)(const ELEMENT *x, int64_t count, double
 /* The largest or the smallest |x|: by its bits, whose order as integers is that of the numbers. Those of a NaN are above
  * all others; where the smallest is sought it counts as -1, which is a NaN's pattern too. */
 #define EXTREME(KIND, FIRST, KEY, IS_BETTER)                                                                          \
-    TARGET static double NAME(KIND)(const ELEMENT *x, int64_t count) {                                                \
+    TARGET static double NAME(KIND)(const ELEMENT *x, int64_t count, int64_t left) {                                                \
         BITS lanes[LANES];                                                                                            \
         int64_t whole = count / LANES * LANES;                                                                        \
         for (int j = 0; j < LANES; j++) lanes[j] = FIRST;                                                             \
         for (int64_t i = 0; i < whole; i += LANES) {                                                                  \
+            NAME(prefetch)(x + i, left - i);                                                                          \
             LOADED(x + i);                                                                                            \
             for (int j = 0; j < LANES; j++) {                                                                         \
                 BITS v = NAME(key)(VALUE(j));                                                                         \
@@ -78,31 +87,33 @@ EXTREME(smallest, INFINITE, v > INFINITE ? -1 : v, <)
 #undef INFINITE
 #undef EXTREME
 
-/* The sum of powers of up to BLOCK elements. */
-TARGET static Partial NAME(block)(const ELEMENT *x, int64_t count, Order order) {
+/* The sum of powers of up to BLOCK elements, of `left` that remain. */
+TARGET static Partial NAME(block)(const ELEMENT *x, int64_t count, int64_t left, Order order) {
     /* Above `tiny`, what BLOCK powers lost to subnormal rounding is under 2^-40 of their sum. Below `huge`, sums of
      * blocks stay finite in fp64. */
     const double tiny = sizeof(WIDE) == 4 ? 0x1p-85 : 0x1p-900, huge = sizeof(WIDE) == 4 ? INFINITY : 0x1p900;
     Partial partial = {0, 1};
     switch (order.kind) {
-    case LARGEST: partial.sum = NAME(largest)(x, count); return partial;
-    case SMALLEST: partial.sum = NAME(smallest)(x, count); return partial;
-    case NONZEROS: partial.sum = NAME(nonzeros)(x, count); return partial;
-    case SQUARES: partial.sum = NAME(squares)(x, count); break;
-    case MAGNITUDES: partial.sum = NAME(magnitudes)(x, count); break;
-    case CUBES: partial.sum = NAME(cubes)(x, count); break;
+    case LARGEST: partial.sum = NAME(largest)(x, count, left); return partial;
+    case SMALLEST: partial.sum = NAME(smallest)(x, count, left); return partial;
+    case NONZEROS: partial.sum = NAME(nonzeros)(x, count, left); return partial;
+    case SQUARES: partial.sum = NAME(squares)(x, count, left); break;
+    case MAGNITUDES: partial.sum = NAME(magnitudes)(x, count, left); break;
+    case CUBES: partial.sum = NAME(cubes)(x, count, left); break;
     }
     if (partial.sum > tiny && partial.sum < huge) return partial; /* other powers are always scaled */
-    double peak = order.p < 0 ? NAME(smallest)(x, count) : NAME(largest)(x, count); /* the largest power is its */
+    double peak = order.p < 0 ? NAME(smallest)(x, count, left) : NAME(largest)(x, count, left); /* the largest power is its */
     if (peak > 0 && peak < INFINITY) partial.peak = peak;
     else if (order.kind != POWERS) return partial; /* nothing but 0, or something that is not finite */
     partial.sum = NAME(scaled_powers)(x, count, order.p, partial.peak);
     return partial;
 }
 
-static Partial NAME(fold)(const void *x, int64_t count, Order order) {
+/* That of a chunk, which so many elements of the same gradient follow. */
+static Partial NAME(fold)(const void *x, int64_t count, int64_t following, Order order) {
     Partial partial = nothing(order);
     for (int64_t i = 0; i < count; i += BLOCK)
-        partial = merge(partial, NAME(block)((const ELEMENT *)x + i, at_most(BLOCK, count - i), order), order);
+        partial = merge(partial, NAME(block)((const ELEMENT *)x + i, at_most(BLOCK, count - i), count - i + following, order),
+                        order);
     return partial;
 }
