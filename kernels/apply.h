@@ -8,12 +8,12 @@ TARGET static void NAME(scale)(void *elements, int64_t count, double coefficient
     const double small = sizeof(WIDE) == 4 ? 0x1p-100 : 0x1p-900;
     const double power = fabs(coefficient) < small ? small : 1;
     const WIDE factor = (WIDE)(coefficient / power), second = (WIDE)power;
+    const int64_t whole = power == 1 ? count / LANES * LANES : 0;
     ELEMENT *x = elements;
     if (factor * second == 1) return;
-    int64_t whole = count / LANES * LANES;
     for (int64_t i = 0; i < whole; i += LANES) {
         NAME(prefetch)(x + i, count - i);
-        NAME(multiply)(x + i, factor, second);
+        NAME(multiply)(x + i, factor);
     }
     for (int64_t i = whole; i < count; i++) x[i] = NAME(narrow)(NAME(widen)(x[i]) * factor * second);
 }

@@ -29,7 +29,7 @@ TARGET static inline float NAME(widen)(uint16_t x) { return float_of((uint32_t)x
 TARGET static inline uint16_t NAME(narrow)(float x) {
     uint32_t bits = bits_of(x);
     uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* to the nearest, ties to even */
-    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+    return (uint16_t)(x != x ? 0x7fc0 : rounded);
 }
 
 #elif TYPE == 2
@@ -77,13 +77,13 @@ TARGET static inline void NAME(prefetch)(const ELEMENT *x, int64_t left) {
 TARGET static inline void NAME(load)(float *wide, const uint16_t *x) {
     for (int i = 0; i < LANES; i += sizeof(VECTOR) / 4) STORE_FP32(wide + i, LOAD_FP16(x + i));
 }
-TARGET static inline void NAME(multiply)(uint16_t *x, float factor, float second) {
-    for (int i = 0; i < LANES; i += sizeof(VECTOR) / 4) STORE_FP16(x + i, LOAD_FP16(x + i) * factor * second);
+TARGET static inline void NAME(multiply)(uint16_t *x, float factor) {
+    for (int i = 0; i < LANES; i += sizeof(VECTOR) / 4) STORE_FP16(x + i, LOAD_FP16(x + i) * factor);
 }
 #else
 #define LOADED(x) const ELEMENT *loaded = (x)
 #define VALUE(i) NAME(widen)(loaded[i])
-TARGET static inline void NAME(multiply)(ELEMENT *x, WIDE factor, WIDE second) {
-    for (int i = 0; i < LANES; i++) x[i] = NAME(narrow)(NAME(widen)(x[i]) * factor * second);
+TARGET static inline void NAME(multiply)(ELEMENT *x, WIDE factor) {
+    for (int i = 0; i < LANES; i++) x[i] = NAME(narrow)(NAME(widen)(x[i]) * factor);
 }
 #endif
