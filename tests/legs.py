@@ -61,6 +61,11 @@ class Leg:
         """Whether fp32 is cut off, rather than rounded, to bfloat16: Triton's interpreter does so, a GPU does not."""
         return self.name == "interpreter"
 
+    @property
+    def keeps_plans(self) -> bool:
+        """Whether plans are kept for gradients like those of an earlier call, rather than hold the gradients."""
+        return self.backend in {"triton", "native"}
+
     def check(self) -> None:
         """Raise what the leg noticed by itself: under ptxlab, accesses out of bounds, misaligned or divergent."""
         if self.name == "ptx":

@@ -48,22 +48,10 @@ def assert_norms(tensors: Sequence[Tensor]) -> None:
 
 
 def cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the NumPy backend cut gradients into rows, blocks and parts of a few elements each."""
+    """Have the NumPy backend cut gradients into rows and blocks of a few elements each."""
     numpy_backend = importlib.import_module("fastclip.backends.numpy")
-    sizes = {
-        "ROW": 10,
-        "SHORT_ROW": 5,
-        "SMALL": 16,
-        "CHUNK": 30,
-        "GATHERED": 30,
-        "BY_TORCH": 140,
-        "LONG": 80,
-        "BLOCK": 70,
-        "WIDE_BLOCK": 20,
-    }
-    for name, value in {**sizes, "LOOKED_AT_TWICE": 50, "WRITTEN": 70}.items():
-        monkeypatch.setattr(numpy_backend, name, value)
-    monkeypatch.setattr(numpy_backend, "_thread", numpy_backend._Thread())  # whose memory is of a BLOCK
+    monkeypatch.setattr(numpy_backend, "ROW", 10)
+    monkeypatch.setattr(numpy_backend, "BLOCK", 35)
 
 
 EDGES: dict[torch.dtype, tuple[float, ...]] = {
@@ -166,12 +154,12 @@ def test_each_of_a_mixture_has_its_own_bounds(leg: Leg, rng: np.random.Generator
             np.testing.assert_array_equal(oracle.as_numpy(tensor), oracle.as_numpy(expected))
 
 
-@pytest.mark.legs("numpy")
+@pytest.mark.legs("native", "numpy")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_pieces_of_every_kind(
+def test_parts_of_every_size(
     leg: Leg, dtype: torch.dtype, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each piece finds its own gradient's coefficient and bounds; one value outside is noticed wherever it is."""
+    """Each part finds its own gradient's coefficient and bounds; one value outside is noticed wherever it is."""
     cut(monkeypatch)
     sizes = [350, 5, 16, 17, 210, 1, *[7] * 30, 50, 500, 45, 33]
     originals = [random_values(rng, (size,), dtype).clamp(-2, 2) for size in sizes]
@@ -197,7 +185,7 @@ def test_pieces_of_every_kind(
     assert leg
 
 
-@pytest.mark.legs("numpy")
+@pytest.mark.legs("native", "numpy")
 def test_whether_anything_was_outside_is_remembered_past_a_part_of_nan(
     leg: Leg, monkeypatch: pytest.MonkeyPatch
 ) -> None:

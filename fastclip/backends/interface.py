@@ -26,6 +26,12 @@ Int64s: TypeAlias = npt.NDArray[np.int64]
 
 _WITHOUT_FP64 = frozenset({"mps"})
 
+WITHOUT_MEMORY = (
+    "clipping needs tensors with memory, but a mode or function transform makes something else of tensors here: clip "
+    "outside of it"
+)
+"""What a backend that needs their memory says to tensors that have none."""
+
 EPS = 1e-6
 """Added to the norm before the division, as torch does: it keeps the coefficient finite where the norm is 0."""
 

@@ -5,6 +5,7 @@ A table depends on sizes and dtypes only. Addresses go along with each call, so 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastclip.backends.interface import (
+    WITHOUT_MEMORY,
     Bounds,
     Plan,
     Reduction,
@@ -139,7 +141,7 @@ class NativePlan(Plan):
 
     def norms(self) -> Tensor:
         norms = torch.zeros(len(self.addresses), dtype=torch.float64, device=_CPU)
-        native.reduce(self.table, self.addresses, 2.0, norms.data_ptr(), self._threads)
+        native.reduce(self.table, self.addresses, 2.0, _address(norms), self._threads)
         return norms
 
     def scale_(self, coefficient: Scalar) -> None:
@@ -166,18 +168,24 @@ _templates: dict[torch.dtype, Tensor] = {}
 
 
 def _empty(dtype: torch.dtype) -> tuple[Tensor, int]:
-    """A number that is to be written by its address: like one of which there is a template, which is made sooner.
+    """A number that is to be written by its address: like one of which there is a template, which is made sooner."""
+    template = _templates.get(dtype)
+    made = torch.empty((), dtype=dtype, device=_CPU) if template is None else torch.empty_like(template)
+    address = _address(made)
+    if template is None:
+        _templates[dtype] = torch.empty_like(made)
+    return made, address
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor that was just made lies.
 
     Raises:
         RuntimeError: It is no tensor with memory.
     """
-    template = _templates.get(dtype)
-    made = torch.empty((), dtype=dtype, device=_CPU) if template is None else torch.empty_like(template)
-    if type(made) is not Tensor or not (address := made.data_ptr()):
-        raise RuntimeError(
-            "clipping needs tensors with memory, but a mode or function transform makes something else of tensors "
-            "here: clip outside of it"
-        )
-    if template is None:
-        _templates[dtype] = torch.empty_like(made)
-    return made, address
+    if type(tensor) is Tensor:
+        with contextlib.suppress(RuntimeError):
+            address = tensor.data_ptr()
+            if address:
+                return address
+    raise RuntimeError(WITHOUT_MEMORY)
