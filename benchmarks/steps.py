@@ -7,8 +7,8 @@ step by step, and only that call is timed, on a list of the parameters: to walk 
 `model.parameters()` does, takes the same time ahead of either, which is printed, too (`walk`). So caches are as cold,
 and gradients as newly allocated, as they are in training; in a loop that does nothing but clip (`benchmarks.cpu`) they
 are not. Gradients are freed between steps (`zero_grad(set_to_none=True)`, torch's default) or zeroed in place. The
-bound is a hundredth of the norm before, so that every step clips, or far above it. The first steps do not count; times are
-medians, and a ratio is torch's over fastclip's. The exit status says whether everything ran, not how fast.
+bound is a hundredth of the norm before, so that every step clips, or far above it. The first steps do not count; times
+are medians, and a ratio is torch's over fastclip's. The exit status says whether everything ran, not how fast.
 """
 
 from __future__ import annotations

@@ -26,12 +26,6 @@ Int64s: TypeAlias = npt.NDArray[np.int64]
 
 _WITHOUT_FP64 = frozenset({"mps"})
 
-WITHOUT_MEMORY = (
-    "clipping needs tensors with memory, but a mode or function transform makes something else of tensors here: clip "
-    "outside of it"
-)
-"""What a backend that needs their memory says to tensors that have none."""
-
 EPS = 1e-6
 """Added to the norm before the division, as torch does: it keeps the coefficient finite where the norm is 0."""
 
@@ -106,6 +100,24 @@ class Plan(Protocol):
         If `watch`, return flags on the device, of which one is set if any element was outside; valid until the next
         call.
         """
+
+
+def address_of(made: Tensor) -> int:
+    """Where a tensor that was just made lies.
+
+    Raises:
+        RuntimeError: It has no memory: a mode or transform has made something else of it.
+    """
+    try:
+        address = made.data_ptr() if type(made) is Tensor else 0
+    except RuntimeError:
+        address = 0
+    if not address:
+        raise RuntimeError(
+            "clipping needs tensors with memory, but a mode or function transform makes something else of tensors "
+            "here: clip outside of it"
+        )
+    return address
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

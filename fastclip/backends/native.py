@@ -5,7 +5,6 @@ A table depends on sizes and dtypes only. Addresses go along with each call, so 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 from typing import Any
@@ -15,12 +14,12 @@ import torch
 from torch import Tensor
 
 from fastclip.backends.interface import (
-    WITHOUT_MEMORY,
     Bounds,
     Plan,
     Reduction,
     Scalar,
     Unscaling,
+    address_of,
     clip_coefficient,
     on,
     one_each,
@@ -141,7 +140,7 @@ class NativePlan(Plan):
 
     def norms(self) -> Tensor:
         norms = torch.zeros(len(self.addresses), dtype=torch.float64, device=_CPU)
-        native.reduce(self.table, self.addresses, 2.0, _address(norms), self._threads)
+        native.reduce(self.table, self.addresses, 2.0, address_of(norms), self._threads)
         return norms
 
     def scale_(self, coefficient: Scalar) -> None:
@@ -171,21 +170,7 @@ def _empty(dtype: torch.dtype) -> tuple[Tensor, int]:
     """A number that is to be written by its address: like one of which there is a template, which is made sooner."""
     template = _templates.get(dtype)
     made = torch.empty((), dtype=dtype, device=_CPU) if template is None else torch.empty_like(template)
-    address = _address(made)
+    address = address_of(made)
     if template is None:
         _templates[dtype] = torch.empty_like(made)
     return made, address
-
-
-def _address(tensor: Tensor) -> int:
-    """Where a tensor that was just made lies.
-
-    Raises:
-        RuntimeError: It is no tensor with memory.
-    """
-    if type(tensor) is Tensor:
-        with contextlib.suppress(RuntimeError):
-            address = tensor.data_ptr()
-            if address:
-                return address
-    raise RuntimeError(WITHOUT_MEMORY)
