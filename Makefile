@@ -10,13 +10,14 @@ PY := .venv/bin/python
 READY := .venv/installed
 endif
 
-.PHONY: help demo test own-environment
+.PHONY: help demo test sanitize own-environment
 
 help:
 	@echo 'make demo    train a small GPT with torch and with fastclip, and compare (ARGS="--steps 20" for fewer steps)'
 	@echo 'make test    run the tests (ARGS="-k norm" for some of them)'
+	@echo 'make sanitize  drive the CPU kernels by random tables, under sanitizers (gcc or clang; no Python)'
 	@echo
-	@echo 'Both use .venv, made with PYTHON=$(PYTHON). PY=/path/to/python uses an environment of your own instead.'
+	@echo 'The first two use .venv, made with PYTHON=$(PYTHON). PY=/path/to/python uses an environment of your own instead.'
 
 demo: $(READY)
 	"$(PY)" examples/demo.py $(ARGS)
@@ -24,7 +25,16 @@ demo: $(READY)
 test: $(READY)
 	"$(PY)" -m pytest $(ARGS)
 
-.venv/installed: pyproject.toml constraints.txt
+# What setup.py has the kernels compiled with, and what the sanitizers take a few seconds for.
+KERNEL_FLAGS := -std=gnu11 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror
+sanitize: tests/native/drive.c $(wildcard kernels/*.c kernels/*.h)
+	@mkdir -p out
+	$(CC) $(KERNEL_FLAGS) -O3 kernels/cpu.c $< -o out/drive -lm -lpthread && out/drive 60
+	$(CC) $(KERNEL_FLAGS) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all kernels/cpu.c $< \
+	  -o out/drive-memory -lm -lpthread && out/drive-memory 40
+	$(CC) $(KERNEL_FLAGS) -O1 -g -fsanitize=thread kernels/cpu.c $< -o out/drive-threads -lm -lpthread && out/drive-threads 20
+
+.venv/installed: pyproject.toml constraints.txt setup.py $(wildcard kernels/*.c kernels/*.h)
 	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fastclip needs Python 3.10 or newer: name one with PYTHON=")'
 	"$(PYTHON)" -m venv .venv
 	.venv/bin/python -m pip install --editable ".[test,examples]" --constraint constraints.txt
