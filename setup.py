@@ -17,8 +17,9 @@ setup(
             "fastclip.kernels.native",
             sources=["kernels/module.c", "kernels/cpu.c"],
             depends=[f"kernels/{name}.h" for name in ("cpu", "level", "elements", "reduce", "apply", "clamp")],
-            # No fused multiply-adds: the result has the same bits whatever the processor.
-            extra_compile_args=["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
+            # No fused multiply-adds: the result has the same bits whatever the processor. No paths of the machine that
+            # builds it, which -g brings: the same sources make the same file.
+            extra_compile_args=["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
             define_macros=[("Py_LIMITED_API", "0x030A0000")] if HAS_STABLE_ABI else [],
             py_limited_api=HAS_STABLE_ABI,
             optional=True,

@@ -145,7 +145,13 @@ def _norm(x: Array, p: float) -> float:
         squares = float(np.vecdot(rows, rows).sum(dtype=np.float64)) + float(np.dot(rest, rest))
         if math.isnan(squares) or TINY < squares < math.inf:
             return math.sqrt(squares)
-    return stable_norm(torch.from_numpy(x).double(), p).item()
+    # By NumPy, whose sums do not depend on the number of threads.
+    magnitudes = np.abs(x.astype(np.float64))
+    leading = float(magnitudes.max() if p > 0 else magnitudes.min())  # the largest power is its
+    if math.isinf(p):
+        return leading
+    scale = leading if 0 < leading < math.inf else 1.0
+    return float(np.power(np.power(magnitudes / scale, p).sum(), 1 / p)) * scale
 
 
 def _combined(norms: list[float], p: float) -> float:
