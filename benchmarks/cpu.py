@@ -1,6 +1,9 @@
-"""fastclip beside torch on the CPU: the same gradients, the same threads, in one run.
+"""fastclip beside torch on the CPU in a hot loop: the same gradients, the same threads, in one run.
 
     python -m benchmarks.cpu [-k "GPT-2 and idle"] [any other option of pytest]
+
+What a user waits for, inside of a training step with cold caches, is measured by `benchmarks.steps`. Here nothing happens
+but clipping, again and again: it shows how close each kind of gradients comes to what memory allows.
 
 pytest-benchmark measures. The contenders take turns, so that what else the machine does meets all of them. The table on
 top gives medians over all turns and their ratio, torch's time over fastclip's, beside the ratio that is asked for; and
@@ -117,17 +120,17 @@ class Workload:
 
 
 WORKLOADS = {
-    "GPT-2 124M, fp32": Workload(_gpt2, 2.4, 1.15),
-    "GPT-2 124M, fp32, inf norm": Workload(_gpt2, 4, 1.5, more=(np.inf,), bounds=_norm_bounds(np.inf)),
-    "GPT-2 124M, fp32, by value": Workload(_gpt2, 2, 1.2, "clip_grad_value_", bounds=_value_bounds),
-    "GPT-2 124M, bf16": Workload(lambda: _gpt2(torch.bfloat16), 1.2, 1),
-    "GPT-2 124M, fp16": Workload(lambda: _gpt2(torch.float16), 2, 1.2),
-    "GPT-2 124M, fp32, 3-norm": Workload(_gpt2, 0, 0, more=(3.0,), bounds=_norm_bounds(3.0)),
-    "GPT-2 124M, fp32, 1-norm": Workload(_gpt2, 0, 0, more=(1.0,), bounds=_norm_bounds(1.0)),
-    "ResNet-50 25.6M, fp32": Workload(_resnet50, 2.3, 1.1),
-    "the demo's model, 1M": Workload(_demo, 1, 1),
-    "2000 x 64": Workload(lambda: _normal([(64,)] * 2000), 4, 3),
-    "10000 x 4": Workload(lambda: _normal([(4,)] * 10_000), 4, 3),
+    "GPT-2 124M, fp32": Workload(_gpt2, 2.4, 1.2),
+    "GPT-2 124M, fp32, inf norm": Workload(_gpt2, 10, 5, more=(np.inf,), bounds=_norm_bounds(np.inf)),
+    "GPT-2 124M, fp32, by value": Workload(_gpt2, 2.5, 1.3, "clip_grad_value_", bounds=_value_bounds),
+    "GPT-2 124M, bf16": Workload(lambda: _gpt2(torch.bfloat16), 4, 2),
+    "GPT-2 124M, fp16": Workload(lambda: _gpt2(torch.float16), 2.6, 1.6),
+    "GPT-2 124M, fp32, 3-norm": Workload(_gpt2, 2, 2, more=(3.0,), bounds=_norm_bounds(3.0)),
+    "GPT-2 124M, fp32, 1-norm": Workload(_gpt2, 2, 2, more=(1.0,), bounds=_norm_bounds(1.0)),
+    "ResNet-50 25.6M, fp32": Workload(_resnet50, 3, 1.6),
+    "the demo's model, 1M": Workload(_demo, 2.3, 1.2),
+    "2000 x 64": Workload(lambda: _normal([(64,)] * 2000), 6.8, 5.9),
+    "10000 x 4": Workload(lambda: _normal([(4,)] * 10_000), 7.1, 6.5),
     "1 x 64": Workload(lambda: _normal([(64,)]), 3, 3),
     "400 x 4000": Workload(lambda: _normal([(4000,)] * 400), 0, 0),
     "400 x 4000, bf16": Workload(lambda: _normal([(4000,)] * 400, torch.bfloat16), 0, 0),

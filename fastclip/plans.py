@@ -206,7 +206,15 @@ class _Kept(threading.local):
         self._ages: OrderedDict[_Pattern, _Key] = OrderedDict()
         self.gradients = 0
 
+    def find(self, sketch: _Key, tensors: Sequence[Tensor]) -> _Pattern | None:
+        """The pattern that gradients fit, for the streams that are current now."""
+        for pattern in self.by_sketch.get(sketch, ()):
+            if pattern.fits(*tensors) and (not pattern.arrangement.streams or _may_use(pattern.arrangement)):
+                return pattern
+        return None
+
     def add(self, sketch: _Key, pattern: _Pattern) -> None:
+        """Keep a pattern, and drop those that there is no more room for."""
         self.by_sketch.setdefault(sketch, []).insert(0, pattern)
         self._ages[pattern] = sketch
         self.gradients += max(pattern.arrangement.count, _LEAST)
@@ -251,13 +259,8 @@ def prepare(grads: Gradients, *, in_place: bool) -> Prepared:
         return _prepared_anew(grads, in_place=in_place)
     first = tensors[0]
     sketch = (len(tensors), first.numel(), in_place, _variables.get(_variable))
-    prepared = pattern = None
-    for pattern in _kept.by_sketch.get(sketch, ()):
-        if pattern.fits(*tensors) and (not pattern.arrangement.streams or _may_use(pattern.arrangement)):
-            prepared = pattern.at(addresses)
-            break
-    else:
-        pattern = None
+    pattern = _kept.find(sketch, tensors)
+    prepared = None if pattern is None else pattern.at(addresses)
     if (pattern is None or pattern.arrangement.may_be_captured) and is_capturing(first.device):
         return _captured(prepared)
     if prepared is None:

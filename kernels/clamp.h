@@ -10,6 +10,8 @@ TARGET static NOINLINE void NAME(clamp_group)(ELEMENT *x, int64_t count, WIDE lo
     }
 }
 
+TARGET static inline int NAME(lies_outside)(WIDE x, WIDE low, WIDE high) { return (x < low) + (x > high); }
+
 TARGET static int NAME(clamp)(void *elements, int64_t count, double low, double high) {
     const WIDE lowest = NAME(widen)(NAME(narrow)((WIDE)low)), highest = NAME(widen)(NAME(narrow)((WIDE)high));
     ELEMENT *x = elements;
@@ -23,13 +25,12 @@ TARGET static int NAME(clamp)(void *elements, int64_t count, double low, double 
         NAME(prefetch)(x + i, count - i);
         LOADED(x + i);
         int is_outside = 0;
-        for (int j = 0; j < LANES; j++) is_outside |= (VALUE(j) < lowest) | (VALUE(j) > highest);
+        for (int j = 0; j < LANES; j++) is_outside |= NAME(lies_outside)(VALUE(j), lowest, highest);
         if (is_outside) NAME(clamp_group)(x + i, LANES, lowest, highest);
         was_outside |= is_outside;
     }
     int is_outside = 0;
-    for (int64_t i = whole; i < count; i++)
-        is_outside |= (NAME(widen)(x[i]) < lowest) | (NAME(widen)(x[i]) > highest);
+    for (int64_t i = whole; i < count; i++) is_outside |= NAME(lies_outside)(NAME(widen)(x[i]), lowest, highest);
     if (is_outside) NAME(clamp_group)(x + whole, count - whole, lowest, highest);
     return was_outside | is_outside;
 }

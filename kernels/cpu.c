@@ -87,6 +87,7 @@ static double sum_of_lanes(double sums[LANES]) {
 #include "level.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
 #include <immintrin.h>
 
 #define LEVEL avx2
@@ -98,7 +99,11 @@ static double sum_of_lanes(double sums[LANES]) {
 #include "level.h"
 
 #define LEVEL avx512
+#ifdef __clang__
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c"), min_vector_width(512)))
+#else
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c,prefer-vector-width=512")))
+#endif
 #define VECTOR __m512
 #define LOAD_FP16(x) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(x)))
 #define STORE_FP16(x, v) _mm256_storeu_si256((__m256i *)(x), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT))
@@ -107,8 +112,10 @@ static double sum_of_lanes(double sums[LANES]) {
 
 const Level *const *levels(void) {
     static const Level *const all[] = {&avx512, &avx2, &baseline, NULL};
-    int has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-    int has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    unsigned eax, ebx, ecx = 0, edx;
+    int has_f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ecx & bit_F16C; /* clang's builtin does not know of it */
+    int has_avx2 = has_f16c && __builtin_cpu_supports("avx2");
+    int has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     return has_avx512 ? all : has_avx2 ? all + 1 : all + 2;
 }

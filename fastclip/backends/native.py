@@ -53,16 +53,18 @@ def obstacle(device: torch.device) -> str | None:
 
 
 def _entry_of_openmp() -> int:
-    """The address of `GOMP_parallel` in the OpenMP that torch itself is linked with; 0 where it has none of that name.
+    """The address of `GOMP_parallel` in the OpenMP that torch itself calls; 0 where it has none of that name.
 
-    So there is one pool of threads, torch's, and `torch.set_num_threads` is obeyed.
+    So there is one pool of threads, torch's, and `torch.set_num_threads` is obeyed. It is looked for where the linker
+    looks for torch: among what is loaded for all (an OpenMP that was preloaded comes first), then in what torch brings.
     """
-    path = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
-    try:
-        entry = ctypes.CDLL(path).GOMP_parallel
-    except (OSError, AttributeError):
-        return 0
-    return ctypes.cast(entry, ctypes.c_void_p).value or 0
+    for library in (None, os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")):
+        try:
+            entry = ctypes.CDLL(library).GOMP_parallel
+        except (OSError, AttributeError, TypeError):  # Windows cannot look among all
+            continue
+        return ctypes.cast(entry, ctypes.c_void_p).value or 0
+    return 0
 
 
 if native is not None:
