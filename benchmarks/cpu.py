@@ -2,8 +2,8 @@
 
     python -m benchmarks.cpu [-k "GPT-2 and idle"] [any other option of pytest]
 
-What a user waits for, inside of a training step with cold caches, is measured by `benchmarks.steps`. Here nothing happens
-but clipping, again and again: it shows how close each kind of gradients comes to what memory allows.
+What a user waits for, inside of a training step with cold caches, is measured by `benchmarks.steps`. Here nothing
+happens but clipping, again and again: it shows how close each kind of gradients comes to what memory allows.
 
 pytest-benchmark measures. The contenders take turns, so that what else the machine does meets all of them. The table on
 top gives medians over all turns and their ratio, torch's time over fastclip's, beside the ratio that is asked for; and
