@@ -143,15 +143,14 @@ static PyObject *native_are_apart(PyObject *self, PyObject *const *arguments, Py
 
 static PyObject *grad_name, *data_ptr_name;
 
-static int is_one_of(PyObject *object, PyObject *types) {
+/* Whether an object is of one of two types, and of none that is derived from them. */
+static int is_one_of(PyObject *object, PyObject *const types[2]) {
     PyObject *type = (PyObject *)Py_TYPE(object);
-    for (Py_ssize_t i = 0; i < PyTuple_Size(types); i++)
-        if (PyTuple_GetItem(types, i) == type) return 1;
-    return 0;
+    return type == types[0] || type == types[1];
 }
 
 /* 1, and a gradient and its address; 0 if this one is to be looked at in another way; -1 with an exception set. */
-static int gather_one(PyObject *owner, PyObject *types, PyObject **grad, PyObject **address) {
+static int gather_one(PyObject *owner, PyObject *const types[2], PyObject **grad, PyObject **address) {
     if (!owner || !is_one_of(owner, types)) return owner ? 0 : -1;
     if (!(*grad = PyObject_GetAttr(owner, grad_name))) return -1;
     if (!is_one_of(*grad, types)) return 0;
@@ -164,9 +163,10 @@ static int gather_one(PyObject *owner, PyObject *types, PyObject **grad, PyObjec
 static PyObject *native_gather(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
     (void)self;
     if (count != 2) return PyErr_Format(PyExc_TypeError, "gather takes 2 arguments, not %zd", count);
-    PyObject *owners = arguments[0], *types = arguments[1], *found = NULL;
+    PyObject *owners = arguments[0], *found = NULL;
+    PyObject *const types[2] = {PyTuple_GetItem(arguments[1], 0), PyTuple_GetItem(arguments[1], 1)};
     Py_ssize_t size = PyList_Size(owners);
-    if (size < 0) return NULL;
+    if (size < 0 || !types[0] || !types[1]) return NULL;
     PyObject *grads = PyList_New(size), *addresses = PyList_New(size);
     int outcome = grads && addresses ? 1 : -1;
     for (Py_ssize_t i = 0; outcome == 1 && i < size; i++) {
@@ -237,7 +237,7 @@ static PyMethodDef methods[] = {
      "are_apart(table, addresses)\n--\n\nWhether all gradients have memory, which no two share."},
     {"gather", FAST(native_gather), METH_FASTCALL,
      "gather(owners, types)\n--\n\n"
-     "The gradients of a list of tensors and their addresses, or None unless all are there and all of these types."},
+     "The gradients of a list of tensors and their addresses; None unless all are there, and all of these two types."},
     {"levels", native_levels, METH_NOARGS,
      "levels()\n--\n\nThe names of the instruction sets that this processor has, the best one first."},
     {"use_level", native_use_level, METH_O, "use_level(name)\n--\n\nUse this instruction set from now on."},
