@@ -47,6 +47,18 @@ TARGET static double NAME(scaled_powers)(const ELEMENT *x, int64_t count, double
     return sum;
 }
 
+/* The same of values that are not fp64, of which the leading one is finite and not 0: as vectors, of which `pow` knows
+ * nothing. */
+TARGET static double NAME(powers)(const ELEMENT *x, int64_t count, double p, double peak) {
+    double lanes[LANES] = {0};
+    for (int64_t i = 0; i < count; i += LANES) {
+        double quotient[LANES] = {0};
+        for (int64_t j = 0; j < at_most(LANES, count - i); j++) quotient[j] = fabs(NAME(widen)(x[i + j])) / peak;
+        for (int j = 0; j < LANES; j++) lanes[j] += power_of(quotient[j], p);
+    }
+    return sum_of_lanes(lanes);
+}
+
 /* The largest or the smallest |x|: by its bits, whose order as integers is that of the numbers. Those of a NaN are above
  * all others; where the smallest is sought it counts as -1, which is a NaN's pattern too. */
 #define EXTREME(KIND, FIRST, KEY, IS_BETTER)                                                                          \
@@ -105,7 +117,8 @@ TARGET static Partial NAME(block)(const ELEMENT *x, int64_t count, int64_t left,
     double peak = order.p < 0 ? NAME(smallest)(x, count, left) : NAME(largest)(x, count, left); /* the largest power is its */
     if (peak > 0 && peak < INFINITY) partial.peak = peak;
     else if (order.kind != POWERS) return partial; /* nothing but 0, or something that is not finite */
-    partial.sum = NAME(scaled_powers)(x, count, order.p, partial.peak);
+    int as_vectors = sizeof(WIDE) == 4 && order.kind == POWERS && peak > 0 && peak < INFINITY;
+    partial.sum = (as_vectors ? NAME(powers) : NAME(scaled_powers))(x, count, order.p, partial.peak);
     return partial;
 }
 

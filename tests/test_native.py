@@ -157,6 +157,21 @@ def test_what_is_not_finite_counts_wherever_it_is(dtype: torch.dtype) -> None:
                 assert math.isnan(smallest) if math.isnan(special) else smallest == (1 if size > 1 else INF)
 
 
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("p", [0.01, 0.3, 0.5, 1.5, 2.5, 7.0, 100.0, -0.01, -0.5, -3.0, NAN])
+def test_general_powers(p: float, rng: np.random.Generator) -> None:
+    """Of fp32 they are vectors of fp64, right to far below what fp32 has."""
+    x = torch.from_numpy(10.0 ** rng.uniform(-38, 38, 5000)).float()
+    x[7] = 0.0 if p > 0 else INF
+    far_from_powers_of_two = torch.cat([torch.full((2000,), 1.4144), torch.tensor([2.0, 1.0])])
+    others = (far_from_powers_of_two, torch.zeros(3), torch.full((70,), 1e-45), torch.ones(1, dtype=torch.float64))
+    for tensor in (x, x[:1], x[3:9], x[:100].clamp(1e-3, 1e3), *others):
+        total = backend.plan([embedded(tensor)]).reduce(p, 1.0, torch.float64).total
+        exact = oracle.norm([tensor], p)
+        # The root of a sum that is off by 2**-44 is off by that over p.
+        assert total == pytest.approx(exact, rel=2.0**-43 * max(1, 1 / abs(p)), abs=0, nan_ok=True)
+
+
 def test_every_instruction_set_has_the_same_bits(rng: np.random.Generator) -> None:
     originals = [random_values(rng, (size,), dtype) for dtype in DTYPES for size in (3, 70, 5000, 40_001)]
     seen: list[list[Tensor]] = []
