@@ -1,1 +1,1 @@
-"""The device code: one file an operation, and the layout of the chunk table (installed as `fastclip.kernels`)."""
+"""The device code (installed as `fastclip.kernels`): one file an operation, in Triton for GPUs and in C for CPUs."""
