@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ try:
     from fastclip.kernels import native
 except ImportError as error:
     native: Any = None  # type: ignore[no-redef]
-    _missing = str(error)
+    _missing = "they were not built" if find_spec("fastclip.kernels.native") is None else str(error)
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 """The position of each dtype among the element types of `kernels/cpu.h`."""
