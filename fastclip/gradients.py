@@ -20,7 +20,7 @@ try:
     from fastclip.kernels.native import gather
 except ImportError:  # it only saves time
 
-    def gather(_owners: list[Any], _types: tuple[type, type]) -> tuple[list[Tensor], list[int]] | None:
+    def gather(_owners: list[Tensor], _types: tuple[type, type], /) -> tuple[list[Tensor], list[int]] | None:
         """Leave it to Python's own way to gather gradients."""
         return None
 
