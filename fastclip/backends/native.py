@@ -6,6 +6,7 @@ A table depends on sizes and dtypes only. Addresses go along with each call, so 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from importlib.util import find_spec
 from typing import Any
@@ -24,7 +25,6 @@ from fastclip.backends.interface import (
     clip_coefficient,
     on,
     one_each,
-    reduction,
 )
 
 try:
@@ -137,9 +137,13 @@ class NativePlan(Plan):
 
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype, unscaling: Unscaling | None = None) -> Reduction:
         total = native.reduce(self.table, self.addresses, p, 0, self._threads)
+        inverse = 1.0
         if unscaling is not None:
-            return reduction(on(_CPU, total), max_norm, dtype, unscaling)
-        return Reduction(on(_CPU, total).to(dtype), total, clip_coefficient(total, max_norm))
+            inverse = unscaling.inv_scale.item()
+            if not math.isfinite(total):  # exactly where a gradient is not: no norm of finite ones overflows
+                unscaling.found_inf.fill_(1.0)
+        total *= inverse
+        return Reduction(on(_CPU, total).to(dtype), total, clip_coefficient(total, max_norm) * inverse)
 
     def norms(self) -> Tensor:
         norms = torch.zeros(len(self.addresses), dtype=torch.float64, device=_CPU)
