@@ -3,8 +3,8 @@
 Where the coefficient is exactly 1 nothing is read and nothing written. NaN and inf keep their meaning: a NaN
 coefficient poisons every gradient, and the coefficient 0 of an infinite norm makes inf * 0 = NaN of the culprit.
 
-Launches: 1. Bytes: 1R + 1W, or none. The chunks are walked backwards, so that what the reduction read last, and the L2
-cache still holds, is read first.
+Launches: 1. Bytes: 1R + 1W, or none; where one coefficient for all is 1, not even the table is read. The chunks are
+walked backwards, so that what the reduction read last, and the L2 cache still holds, is read first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .table import CHUNK_VECTORS, TILE_VECTORS, body_of, edge_of, first_chunk, locate, tile_of
+from .table import (
+    CHUNK_VECTORS,
+    NUMBERS,
+    TILE_VECTORS,
+    at,
+    body_of,
+    edge_of,
+    first_chunk,
+    first_group,
+    group_of,
+    groups_of,
+    locate,
+    tile_of,
+)
 
 
 @triton.jit
@@ -22,37 +35,60 @@ def _scale(pointers, mask, factor, power, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _apply_segment(chunks, rows, coefficients, stride, begin, end, TYPE: tl.constexpr):
+def _factors(coefficient, TYPE: tl.constexpr):
+    """A coefficient as two factors of the type to multiply in, neither subnormal: norms reach far beyond 2**126."""
     WIDE: tl.constexpr = tl.float64 if TYPE == tl.float64 else tl.float32
-    # A coefficient this small is split in two factors, so that none is subnormal: norms reach far beyond 2**126.
     SMALL: tl.constexpr = 2.0**-100 if WIDE == tl.float32 else 2.0**-900
+    is_small = tl.abs(coefficient) < SMALL
+    return (coefficient * tl.where(is_small, 1 / SMALL, 1.0)).to(WIDE), tl.where(is_small, SMALL, 1.0).to(WIDE)
+
+
+@triton.jit
+def _apply_groups(chunks, rows, coefficients, stride, begin, end, TYPE: tl.constexpr):
+    lane = tl.arange(0, TILE_VECTORS)[:, None]
+    for group in range(first_group(begin), groups_of(begin, end), tl.num_programs(0)):
+        pointers, mask, tensor = group_of(chunks, rows, begin, end, group, lane, TYPE)
+        factor, power = _factors(tl.load(coefficients + tensor * stride), TYPE)
+        _scale(pointers, mask & (factor * power != 1), factor, power, TYPE)
+
+
+@triton.jit
+def _apply_chunks(chunks, rows, coefficients, stride, begin, end, TYPE: tl.constexpr):
     for reverse in range(first_chunk(begin), end, tl.num_programs(0)):
         address, numel, tensor, chunk = locate(chunks, rows, begin + end - 1 - reverse)
-        coefficient = tl.load(coefficients + tensor * stride)
-        power = tl.where(tl.abs(coefficient) < SMALL, SMALL, 1.0)
-        factor = (coefficient / power).to(WIDE)
-        if factor * power.to(WIDE) != 1:
+        factor, power = _factors(tl.load(coefficients + tensor * stride), TYPE)
+        if factor * power != 1:
             body, vectors = body_of(address, numel, chunk, CHUNK_VECTORS, TYPE)
             for tile in range(tl.cdiv(vectors, TILE_VECTORS)):
                 pointers, mask = tile_of(body, vectors, tile, TYPE)
-                _scale(pointers, mask, factor, power.to(WIDE), TYPE)
+                _scale(pointers, mask, factor, power, TYPE)
             pointers, mask = edge_of(address, numel, chunk, TYPE)
-            _scale(pointers, mask, factor, power.to(WIDE), TYPE)
+            _scale(pointers, mask, factor, power, TYPE)
 
 
-@triton.jit(do_not_specialize=["coefficients", "stride", "fp32_end", "bf16_end", "fp16_end", "fp64_end"])
+@triton.jit(do_not_specialize=[*NUMBERS, "coefficients", "stride"])
 def apply_kernel(
     chunks,
     rows,
     coefficients,
     stride: tl.int64,
     fp32_end: tl.int64,
+    fp32_small_end: tl.int64,
     bf16_end: tl.int64,
+    bf16_small_end: tl.int64,
     fp16_end: tl.int64,
+    fp16_small_end: tl.int64,
     fp64_end: tl.int64,
+    fp64_small_end: tl.int64,
 ):
     """Scale tensor t by ``coefficients[t * stride]`` (fp64): stride 0 takes one coefficient for all."""
-    _apply_segment(chunks, rows, coefficients, stride, fp16_end, fp64_end, tl.float64)
-    _apply_segment(chunks, rows, coefficients, stride, bf16_end, fp16_end, tl.float16)
-    _apply_segment(chunks, rows, coefficients, stride, fp32_end, bf16_end, tl.bfloat16)
-    _apply_segment(chunks, rows, coefficients, stride, fp32_end * 0, fp32_end, tl.float32)
+    chunks, rows, coefficients = at(chunks, tl.int64), at(rows, tl.int64), at(coefficients, tl.float64)
+    if (stride != 0) | (tl.load(coefficients) != 1):
+        _apply_groups(chunks, rows, coefficients, stride, fp64_end, fp64_small_end, tl.float64)
+        _apply_groups(chunks, rows, coefficients, stride, fp16_end, fp16_small_end, tl.float16)
+        _apply_groups(chunks, rows, coefficients, stride, bf16_end, bf16_small_end, tl.bfloat16)
+        _apply_groups(chunks, rows, coefficients, stride, fp32_end, fp32_small_end, tl.float32)
+        _apply_chunks(chunks, rows, coefficients, stride, fp16_small_end, fp64_end, tl.float64)
+        _apply_chunks(chunks, rows, coefficients, stride, bf16_small_end, fp16_end, tl.float16)
+        _apply_chunks(chunks, rows, coefficients, stride, fp32_small_end, bf16_end, tl.bfloat16)
+        _apply_chunks(chunks, rows, coefficients, stride, fp32_end * 0, fp32_end, tl.float32)

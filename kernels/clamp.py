@@ -11,7 +11,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .table import CHUNK_VECTORS, TILE_VECTORS, body_of, edge_of, first_chunk, locate, tile_of
+from .table import (
+    CHUNK_VECTORS,
+    NUMBERS,
+    TILE_VECTORS,
+    at,
+    body_of,
+    edge_of,
+    first_chunk,
+    first_group,
+    group_of,
+    groups_of,
+    locate,
+    tile_of,
+)
 
 
 @triton.jit
@@ -24,8 +37,9 @@ def _narrowed(x, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _clamp(pointers, mask, minimum, maximum, TYPE: tl.constexpr, WIDE: tl.constexpr):
+def _clamp(pointers, mask, minimum, maximum, TYPE: tl.constexpr):
     """Clamp a tile, and tell of which vectors an element was outside."""
+    WIDE: tl.constexpr = minimum.dtype
     x = tl.load(pointers, mask=mask, other=0).to(WIDE)
     one = tl.where((minimum != minimum) | (maximum != maximum), float("nan"), 1.0)  # a NaN bound makes all NaN
     if WIDE == tl.float64:  # NVIDIA has no fp64 minimum: comparisons take a third of the instructions
@@ -43,38 +57,57 @@ def _clamp(pointers, mask, minimum, maximum, TYPE: tl.constexpr, WIDE: tl.conste
 
 
 @triton.jit
-def _clamp_segment(chunks, rows, bounds, changed, begin, end, minimum, maximum, TYPE: tl.constexpr):
-    """Clamp the chunks of one element type; return `changed`, set for the lanes that changed something."""
+def _limits(bounds, tensor, minimum, maximum, TYPE: tl.constexpr):
+    """A tensor's bounds, its own or those of all, rounded to the gradient's own type first, as torch rounds them."""
     WIDE: tl.constexpr = tl.float64 if TYPE == tl.float64 else tl.float32
     low = tl.full((), minimum, tl.float64)
     high = tl.full((), maximum, tl.float64)
+    if bounds is not None:
+        low = tl.load(bounds + 2 * tensor)
+        high = tl.load(bounds + 2 * tensor + 1)
+    return low.to(WIDE).to(TYPE).to(WIDE), high.to(WIDE).to(TYPE).to(WIDE)
+
+
+@triton.jit
+def _clamp_chunks(chunks, rows, bounds, changed, begin, end, minimum, maximum, TYPE: tl.constexpr):
+    """Clamp these chunks; return `changed`, set for the lanes that changed something."""
     for index in range(first_chunk(begin), end, tl.num_programs(0)):
         address, numel, tensor, chunk = locate(chunks, rows, index)
-        if bounds is not None:
-            low = tl.load(bounds + 2 * tensor)
-            high = tl.load(bounds + 2 * tensor + 1)
-        # Rounded to the gradient's own type first, as torch rounds them.
-        lowest = low.to(WIDE).to(TYPE).to(WIDE)
-        highest = high.to(WIDE).to(TYPE).to(WIDE)
+        lowest, highest = _limits(bounds, tensor, minimum, maximum, TYPE)
         body, vectors = body_of(address, numel, chunk, CHUNK_VECTORS, TYPE)
         for tile in range(tl.cdiv(vectors, TILE_VECTORS)):
             pointers, mask = tile_of(body, vectors, tile, TYPE)
-            changed |= _clamp(pointers, mask, lowest, highest, TYPE, WIDE)
+            changed |= _clamp(pointers, mask, lowest, highest, TYPE)
         pointers, mask = edge_of(address, numel, chunk, TYPE)
-        changed |= _clamp(pointers, mask, lowest, highest, TYPE, WIDE)
+        changed |= _clamp(pointers, mask, lowest, highest, TYPE)
     return changed
 
 
-@triton.jit(do_not_specialize=["fp32_end", "bf16_end", "fp16_end", "fp64_end"])
+@triton.jit
+def _clamp_groups(chunks, rows, bounds, changed, begin, end, minimum, maximum, TYPE: tl.constexpr):
+    """The same of groups of small tensors."""
+    lane = tl.arange(0, TILE_VECTORS)[:, None]
+    for group in range(first_group(begin), groups_of(begin, end), tl.num_programs(0)):
+        pointers, mask, tensor = group_of(chunks, rows, begin, end, group, lane, TYPE)
+        lowest, highest = _limits(bounds, tensor, minimum, maximum, TYPE)
+        changed |= _clamp(pointers, mask, lowest, highest, TYPE)
+    return changed
+
+
+@triton.jit(do_not_specialize=[*NUMBERS, "bounds", "flags"])
 def clamp_kernel(
     chunks,
     rows,
     bounds,
     flags,
     fp32_end: tl.int64,
+    fp32_small_end: tl.int64,
     bf16_end: tl.int64,
+    bf16_small_end: tl.int64,
     fp16_end: tl.int64,
+    fp16_small_end: tl.int64,
     fp64_end: tl.int64,
+    fp64_small_end: tl.int64,
     minimum: tl.float64,
     maximum: tl.float64,
 ):
@@ -82,10 +115,18 @@ def clamp_kernel(
 
     Unless `flags` (int32, one a program) is None, each program leaves there whether any element was outside.
     """
+    chunks, rows = at(chunks, tl.int64), at(rows, tl.int64)
+    if bounds is not None:
+        bounds = at(bounds, tl.float64)
+    begin = fp32_end * 0
     seen = tl.full((TILE_VECTORS, 1), 0, tl.int1)
-    seen = _clamp_segment(chunks, rows, bounds, seen, fp32_end * 0, fp32_end, minimum, maximum, tl.float32)
-    seen = _clamp_segment(chunks, rows, bounds, seen, fp32_end, bf16_end, minimum, maximum, tl.bfloat16)
-    seen = _clamp_segment(chunks, rows, bounds, seen, bf16_end, fp16_end, minimum, maximum, tl.float16)
-    seen = _clamp_segment(chunks, rows, bounds, seen, fp16_end, fp64_end, minimum, maximum, tl.float64)
+    seen = _clamp_chunks(chunks, rows, bounds, seen, begin, fp32_end, minimum, maximum, tl.float32)
+    seen = _clamp_chunks(chunks, rows, bounds, seen, fp32_small_end, bf16_end, minimum, maximum, tl.bfloat16)
+    seen = _clamp_chunks(chunks, rows, bounds, seen, bf16_small_end, fp16_end, minimum, maximum, tl.float16)
+    seen = _clamp_chunks(chunks, rows, bounds, seen, fp16_small_end, fp64_end, minimum, maximum, tl.float64)
+    seen = _clamp_groups(chunks, rows, bounds, seen, fp32_end, fp32_small_end, minimum, maximum, tl.float32)
+    seen = _clamp_groups(chunks, rows, bounds, seen, bf16_end, bf16_small_end, minimum, maximum, tl.bfloat16)
+    seen = _clamp_groups(chunks, rows, bounds, seen, fp16_end, fp16_small_end, minimum, maximum, tl.float16)
+    seen = _clamp_groups(chunks, rows, bounds, seen, fp64_end, fp64_small_end, minimum, maximum, tl.float64)
     if flags is not None:
-        tl.store(flags + tl.program_id(0), tl.max(tl.max(seen.to(tl.int32), 1), 0))
+        tl.store(at(flags, tl.int32) + tl.program_id(0), tl.max(tl.max(seen.to(tl.int32), 1), 0))

@@ -23,7 +23,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .table import CHUNK_VECTORS, TILE_VECTORS, body_of, edge_of, first_chunk, locate, tile_of
+from .table import (
+    CHUNK_VECTORS,
+    GROUP_TENSORS,
+    NUMBERS,
+    SMALL_ELEMENTS,
+    TILE_VECTORS,
+    at,
+    body_of,
+    edge_of,
+    first_chunk,
+    first_group,
+    group_of,
+    groups_of,
+    locate,
+    tile_of,
+)
 
 EPS = tl.constexpr(1e-6)  # torch's own: it keeps the coefficient finite where the norm is 0
 UNCUT = tl.constexpr(
@@ -105,11 +120,39 @@ def _scale_for(peak, KIND: tl.constexpr, WIDE: tl.constexpr):
     if KIND == "power":
         return 1.0 / tl.maximum(peak, 2.0**-1022)
     elif WIDE == tl.float64:
-        exponent = tl.minimum(peak.to(tl.int64, bitcast=True) >> 52, 2045)
+        exponent = tl.maximum(tl.minimum(peak.to(tl.int64, bitcast=True) >> 52, 2045), 1)
         return ((2046 - exponent) << 52).to(tl.float64, bitcast=True)
     else:
         exponent = tl.minimum(peak.to(tl.int32, bitcast=True) >> 23, 253)
         return ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _inverse(scale, KIND: tl.constexpr):
+    if KIND == "power":
+        return 1.0 / scale
+    else:  # of a power of two, by its exponent: a division takes registers that the loops need
+        return ((2046 << 52) - scale.to(tl.int64, bitcast=True)).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _neutral(p, KIND: tl.constexpr, TYPE: tl.constexpr):
+    """What a masked lane holds, to leave the result as it is: inf**p is 0 for p < 0."""
+    if KIND == "min":
+        return float("inf")
+    elif KIND == "power":
+        return tl.where(tl.full((), p, tl.float64) < 0, float("inf"), 0.0).to(TYPE)
+    else:
+        return 0.0
+
+
+@triton.jit
+def _finished(total, scale, p, KIND: tl.constexpr, WIDE: tl.constexpr):
+    """The norm, in fp64, from the total of powers of scaled values."""
+    if KIND == "max" or KIND == "min":
+        return total.to(WIDE, bitcast=True).to(tl.float64)
+    else:
+        return _root(total.to(tl.float64), p, KIND) * _inverse(scale.to(tl.float64), KIND)
 
 
 @triton.jit
@@ -124,10 +167,7 @@ def _norm(address, numel, chunk, p, KIND: tl.constexpr, TYPE: tl.constexpr, LIMI
     edge, edge_mask = edge_of(address, numel, chunk, TYPE)
     scale = tl.full((), 1.0, WIDE)
     total = tl.full((), 0, BITS if BY_ORDER else WIDE)
-    # What a masked lane holds must leave the result as it is: inf**p is 0 for p < 0.
-    neutral = float("inf") if KIND == "min" else 0.0
-    if KIND == "power":
-        neutral = tl.where(tl.full((), p, tl.float64) < 0, float("inf"), 0.0).to(TYPE)
+    neutral = _neutral(p, KIND, TYPE)
     passes = tl.full((), 0, tl.int32)
     again = passes == 0
     while again:
@@ -135,14 +175,15 @@ def _norm(address, numel, chunk, p, KIND: tl.constexpr, TYPE: tl.constexpr, LIMI
         peaks = _leading(x, p, KIND)
         folded = _fold(x * scale, p, KIND, BITS)
         pointers, mask = tile_of(body, vectors, 0, TYPE)
-        x = _load(pointers, mask, neutral, WIDE)
+        x = tl.load(pointers, mask=mask, other=neutral)
         # Each tile is asked for before the one ahead of it is summed, which keeps enough bytes in flight. The step is
         # 1, which ptxas cannot know: it would unroll the loop, and put each load behind the sum of the tile before.
         for tile in range(1, tl.cdiv(vectors, TILE_VECTORS) + 1, tl.num_programs(1)):
             pointers, mask = tile_of(body, vectors, tile, TYPE)
-            following = _load(pointers, mask, neutral, WIDE)
-            peaks = tl.maximum(peaks, _leading(x, p, KIND))
-            folded = _merge(folded, _fold(x * scale, p, KIND, BITS), KIND)
+            following = tl.load(pointers, mask=mask, other=neutral)
+            wide = x.to(WIDE)
+            peaks = tl.maximum(peaks, _leading(wide, p, KIND))
+            folded = _merge(folded, _fold(wide * scale, p, KIND, BITS), KIND)
             x = following
         total = _collapse(folded, KIND)
         passes += 1
@@ -152,14 +193,24 @@ def _norm(address, numel, chunk, p, KIND: tl.constexpr, TYPE: tl.constexpr, LIMI
             in_range = (total > TINY) & (total < float("inf"))
             again = (passes == 1) & (peak > 0) & (peak < float("inf")) & (in_range == 0)
             scale = tl.where(again, _scale_for(peak, KIND, WIDE), scale)
-    if BY_ORDER:
-        return total.to(WIDE, bitcast=True).to(tl.float64)
-    else:
-        return _root(total.to(tl.float64), p, KIND) / scale.to(tl.float64)
+    return _finished(total, scale, p, KIND, WIDE)
 
 
 @triton.jit
-def _reduce_segment(chunks, rows, partials, begin, end, p, KIND: tl.constexpr, TYPE: tl.constexpr):
+def _norms_of_group(pointers, mask, p, KIND: tl.constexpr, TYPE: tl.constexpr):
+    """The norms, in fp64, of a group of small tensors, a row each. All of one is at hand, so it is scaled at once."""
+    WIDE: tl.constexpr = tl.float64 if TYPE == tl.float64 or KIND == "power" else tl.float32
+    BITS: tl.constexpr = tl.int64 if WIDE == tl.float64 else tl.int32
+    x = _load(pointers, mask, _neutral(p, KIND, TYPE), WIDE)
+    scale = tl.full((GROUP_TENSORS,), 1.0, WIDE)
+    if KIND == "two" or KIND == "one" or KIND == "power":
+        peak = tl.abs(_leading(x, p, KIND))
+        scale = tl.where((peak > 0) & (peak < float("inf")), _scale_for(peak, KIND, WIDE), scale)
+    return _finished(_fold(x * scale[:, None], p, KIND, BITS), scale, p, KIND, WIDE)
+
+
+@triton.jit
+def _reduce_chunks(chunks, rows, partials, begin, end, p, KIND: tl.constexpr, TYPE: tl.constexpr):
     for index in range(first_chunk(begin), end, tl.num_programs(0)):
         address, numel, _, chunk = locate(chunks, rows, index)
         norm = _norm(address, numel, chunk, p, KIND, TYPE, CHUNK_VECTORS)
@@ -169,7 +220,16 @@ def _reduce_segment(chunks, rows, partials, begin, end, p, KIND: tl.constexpr, T
             tl.store(partials + index, norm)
 
 
-@triton.jit(do_not_specialize=["fp32_end", "bf16_end", "fp16_end", "fp64_end", "inv_scale", "found_inf"])
+@triton.jit
+def _reduce_groups(chunks, rows, partials, begin, end, p, KIND: tl.constexpr, TYPE: tl.constexpr):
+    lane = tl.arange(0, GROUP_TENSORS)[:, None] * SMALL_ELEMENTS + tl.arange(0, SMALL_ELEMENTS)[None, :]
+    for group in range(first_group(begin), groups_of(begin, end), tl.num_programs(0)):
+        pointers, mask, _ = group_of(chunks, rows, begin, end, group, lane, TYPE)
+        slots = group * GROUP_TENSORS + tl.arange(0, GROUP_TENSORS)
+        tl.store(partials + begin + slots, _norms_of_group(pointers, mask, p, KIND, TYPE), mask=slots < end - begin)
+
+
+@triton.jit(do_not_specialize=[*NUMBERS, "partials", "ticket", "state", "norm", "inv_scale", "found_inf"])
 def reduce_kernel(
     chunks,
     rows,
@@ -178,51 +238,63 @@ def reduce_kernel(
     state,
     norm,
     fp32_end: tl.int64,
+    fp32_small_end: tl.int64,
     bf16_end: tl.int64,
+    bf16_small_end: tl.int64,
     fp16_end: tl.int64,
+    fp16_small_end: tl.int64,
     fp64_end: tl.int64,
+    fp64_small_end: tl.int64,
     p: tl.float64,
     max_norm: tl.float64,
     KIND: tl.constexpr,
+    NORM: tl.constexpr,
     inv_scale=None,
     found_inf=None,
 ):
-    """Leave each chunk's norm in `partials`, (norm, coefficient) in `state`, and the norm once more in `norm`.
+    """Leave each chunk's norm in `partials`, (norm, coefficient) in `state`, and the norm as a NORM in `norm`.
 
     For the 0-norm `partials` is all 0 before and after. Unless `inv_scale` (fp32) is None, the norm is that of the
     gradients times it, the coefficient multiplies by it, and `found_inf` (fp32) becomes 1 where one is not finite.
     """
+    chunks, rows, partials = at(chunks, tl.int64), at(rows, tl.int64), at(partials, tl.float64)
+    ticket, state = at(ticket, tl.int32), at(state, tl.float64)
     begin = fp32_end * 0
-    _reduce_segment(chunks, rows, partials, begin, fp32_end, p, KIND, tl.float32)
-    _reduce_segment(chunks, rows, partials, fp32_end, bf16_end, p, KIND, tl.bfloat16)
-    _reduce_segment(chunks, rows, partials, bf16_end, fp16_end, p, KIND, tl.float16)
-    _reduce_segment(chunks, rows, partials, fp16_end, fp64_end, p, KIND, tl.float64)
+    _reduce_chunks(chunks, rows, partials, begin, fp32_end, p, KIND, tl.float32)
+    _reduce_chunks(chunks, rows, partials, fp32_small_end, bf16_end, p, KIND, tl.bfloat16)
+    _reduce_chunks(chunks, rows, partials, bf16_small_end, fp16_end, p, KIND, tl.float16)
+    _reduce_chunks(chunks, rows, partials, fp16_small_end, fp64_end, p, KIND, tl.float64)
+    _reduce_groups(chunks, rows, partials, fp32_end, fp32_small_end, p, KIND, tl.float32)
+    _reduce_groups(chunks, rows, partials, bf16_end, bf16_small_end, p, KIND, tl.bfloat16)
+    _reduce_groups(chunks, rows, partials, fp16_end, fp16_small_end, p, KIND, tl.float16)
+    _reduce_groups(chunks, rows, partials, fp64_end, fp64_small_end, p, KIND, tl.float64)
     # acq_rel: each program's partials happen before its ticket, and every ticket before the last program's loads.
     if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        total = _norm(partials.to(tl.int64), fp64_end, begin, p, KIND, tl.float64, UNCUT)
+        total = _norm(partials.to(tl.int64), fp64_small_end, begin, p, KIND, tl.float64, UNCUT)
         if inv_scale is not None:
-            tl.store(found_inf, 1.0, mask=(total < float("inf")) == 0)
-            total *= tl.load(inv_scale).to(tl.float64)
+            tl.store(at(found_inf, tl.float32), 1.0, mask=(total < float("inf")) == 0)
+            total *= tl.load(at(inv_scale, tl.float32)).to(tl.float64)
         coefficient = max_norm / (total + EPS)
         coefficient = tl.where(coefficient > 1, 1.0, coefficient)  # a NaN stays one
         if inv_scale is not None:
-            coefficient *= tl.load(inv_scale).to(tl.float64)
+            coefficient *= tl.load(at(inv_scale, tl.float32)).to(tl.float64)
         tl.store(state, total)
         tl.store(state + 1, coefficient)
-        if norm.dtype.element_ty == tl.float64:
-            tl.store(norm, total)
+        if NORM == tl.float64:
+            tl.store(at(norm, NORM), total)
         else:  # by way of fp32, from which every narrower type can be rounded to
-            tl.store(norm, total.to(tl.float32).to(norm.dtype.element_ty))
+            tl.store(at(norm, NORM), total.to(tl.float32).to(NORM))
         tl.store(ticket, 0)  # for the next launch
         if KIND == "zero":
-            for start in range(0, fp64_end, TILE_VECTORS):
+            for start in range(0, fp64_small_end, TILE_VECTORS):
                 slots = start + tl.arange(0, TILE_VECTORS)
-                tl.store(partials + slots, 0.0, mask=slots < fp64_end)
+                tl.store(partials + slots, 0.0, mask=slots < fp64_small_end)
 
 
-@triton.jit(do_not_specialize=["tensors"])
+@triton.jit(do_not_specialize=["partials", "slices", "norms", "tensors"])
 def tensor_norms_kernel(partials, slices, norms, tensors: tl.int64):
     """Leave the 2-norm of each tensor in `norms` (fp64), from the chunks' norms that `reduce_kernel` left."""
+    slices, norms = at(slices, tl.int64), at(norms, tl.float64)
     for tensor in range(tl.program_id(0), tensors, tl.num_programs(0)):
         first = tl.load(slices + 2 * tensor)
         count = tl.load(slices + 2 * tensor + 1)

@@ -28,7 +28,7 @@ def test_no_kernel_spills_and_every_access_is_wide(compiled: ModuleType, capsys:
     for name in compiled.VARIANTS:
         for target in compiled.TARGETS:
             assert f"{name:22} {target:7} " in table
-    assert table.endswith("No spills, and every access of the loops over tiles is 16 bytes wide.\n")
+    assert table.endswith("The loops over tiles spill nothing that counts, and their every access is 16 bytes wide.\n")
 
 
 @pytest.mark.parametrize("name", ["reduce, two", "reduce, max", "tensor norms", "apply", "clamp"])
@@ -65,15 +65,17 @@ def test_narrow_accesses_are_found(
 def test_spills_are_found(compiled: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(compiled.table.LAUNCH_OPTIONS, "maxnreg", 32)
     built = compiled.compile_variant(compiled.VARIANTS["reduce, two"], compiled.TARGETS["sm_90"])
-    assert [fault.split()[0] for fault in built.faults] == ["spills"]
+    assert any("spills in the loop for" in fault for fault in built.faults)
 
 
 def test_code_of_another_form_is_an_error(compiled: ModuleType) -> None:
     """A loop that cannot be told to be some dtype's is not passed over."""
     variant = compiled.Variant(compiled.apply_kernel, {}, ("fp32", "bf16"))
-    with pytest.raises(RuntimeError, match="4 outermost loops in the machine code, 2 in the source"):
+    with pytest.raises(RuntimeError, match="8 outermost loops in the machine code, 2 in the source"):
         compiled.compile_variant(variant, compiled.TARGETS["sm_90"])
-    variant = compiled.Variant(compiled.apply_kernel, {}, ("fp32", "bf16", "fp16", "fp64"))
+    variant = compiled.Variant(
+        compiled.apply_kernel, {}, (*compiled.VARIANTS["apply"].loops[:4], "fp32", "bf16", "fp16", "fp64")
+    )
     with pytest.raises(RuntimeError, match="the loop taken for fp32's reads elements of 8 bytes"):
         compiled.compile_variant(variant, compiled.TARGETS["sm_90"])
 

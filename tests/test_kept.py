@@ -296,8 +296,11 @@ def test_what_a_graph_reads_lives_on(leg: Leg, rng: np.random.Generator) -> None
         clip(2.0)
     [(plan, _, _, _, arguments)] = graph.launches
     assert plan.tables.stream == 5
-    read = [weakref.ref(argument) for argument in arguments if isinstance(argument, Tensor)]
-    assert len(read) == 3  # chunks, rows, bounds
+    memory = set(arguments[:3])  # the addresses of chunks, rows and bounds
+    alive = [made for made in gc.get_objects() if type(made) is Tensor and made.data_ptr() in memory]
+    assert {made.data_ptr() for made in alive} == memory
+    read = [weakref.ref(made) for made in alive]
+    del alive
     graph.launches.clear()
     del plan, arguments
     for i in range(20):

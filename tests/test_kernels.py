@@ -26,6 +26,10 @@ POISON = 0x7FC00000
 SPECIAL = (0.0, -0.0, 1.5, -3.0, INF, -INF, math.nan)
 
 
+def addresses(*memory: Tensor | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in memory]
+
+
 class Launcher:
     """The kernels, launched on a list of tensors with a number of programs of the test's own choice."""
 
@@ -48,6 +52,7 @@ class Launcher:
         self.counts = torch.zeros_like(self.partials)
         self.state = self._poisoned(2, torch.float64)
         self.norm = self._poisoned(1, norm_dtype).reshape(())
+        self.norm_type = table.TYPES[DTYPES.index(norm_dtype)]
         self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
 
     def _poisoned(self, size: int, dtype: torch.dtype) -> Tensor:
@@ -58,14 +63,16 @@ class Launcher:
         from fastclip.kernels.reduce import reduce_kernel
 
         memory = (self.chunks, self.rows, self.counts if p == 0 else self.partials, self.ticket, self.state, self.norm)
-        reduce_kernel[self.grid](*memory, *self.ends, p, max_norm, KIND=KINDS[p], **self.options)
+        numbers = (*addresses(*memory), *self.ends, p, max_norm)
+        reduce_kernel[self.grid](*numbers, KIND=KINDS[p], NORM=self.norm_type, **self.options)
 
     def tensor_norms(self) -> list[float]:
         """The 2-norm of each tensor, from what `reduce` left."""
         from fastclip.kernels.reduce import tensor_norms_kernel
 
         norms = self._poisoned(len(self.tensors), torch.float64)
-        tensor_norms_kernel[self.grid](self.partials, self.slices, norms, len(self.tensors), **self.options)
+        memory = addresses(self.partials, self.slices, norms)
+        tensor_norms_kernel[self.grid](*memory, len(self.tensors), **self.options)
         values: list[float] = norms.tolist()
         return values
 
@@ -73,7 +80,8 @@ class Launcher:
         """Scale tensor t by `coefficients[t * stride]`."""
         from fastclip.kernels.apply import apply_kernel
 
-        apply_kernel[self.grid](self.chunks, self.rows, coefficients, stride, *self.ends, **self.options)
+        memory = addresses(self.chunks, self.rows, coefficients)
+        apply_kernel[self.grid](*memory, stride, *self.ends, **self.options)
 
     def clamp(
         self, minimum: float, maximum: float, bounds: Tensor | None = None, *, watch: bool = False
@@ -82,7 +90,7 @@ class Launcher:
         from fastclip.kernels.clamp import clamp_kernel
 
         flags = torch.full(self.grid, POISON, dtype=torch.int32, device=self.device) if watch else None
-        memory = (self.chunks, self.rows, bounds, flags)
+        memory = addresses(self.chunks, self.rows, bounds, flags)
         clamp_kernel[self.grid](*memory, *self.ends, minimum, maximum, **self.options)
         return None if flags is None else flags.tolist()
 
@@ -192,6 +200,63 @@ def test_norm_of_more_chunks_than_a_chunk_has_vectors(leg: Leg) -> None:
     assert launcher.tensor_norms() == [1.0] * 20_000
 
 
+def small(leg: Leg, rng: np.random.Generator) -> list[Tensor]:
+    """Of every dtype some groups of small tensors, the last one not full, that differ in size and by powers of ten."""
+    return [
+        embedded(
+            random_values(rng, (int(size),), dtype, zeros=False) * 10.0 ** -int(rng.integers(3)),
+            offset=position % 3,
+            device=leg.device,
+        )
+        for dtype in DTYPES
+        for position, size in enumerate([1, 64, *rng.integers(1, 65, 17)])
+    ]
+
+
+@pytest.mark.parametrize("p", KINDS)
+def test_norm_of_each_small_tensor(leg: Leg, p: float, rng: np.random.Generator) -> None:
+    tensors = small(leg, rng)
+    nan, infinite, zero = (tensors[i] for i in (3, 25, 40))
+    nan[-1], infinite[0] = math.nan, -INF
+    zero.zero_()
+    launcher = Launcher(tensors, programs=3)
+    slots = launcher.counts if p == 0 else launcher.partials
+    if p == 0:
+        launcher.ticket.fill_(-9)  # so that no program is the last one, which would clear the counts
+    launcher.reduce(p)
+    for tensor, (slot, count) in zip(tensors, launcher.slices.tolist(), strict=True):
+        assert count == 1
+        exact = int(tensor.count_nonzero()) if p == 0 else oracle.norm([tensor], p)
+        relative = oracle.NORM_TOLERANCE[tensor.dtype]
+        assert slots[slot].item() == pytest.approx(exact, rel=relative, abs=0, nan_ok=True)
+
+
+def test_scaling_each_small_tensor(leg: Leg, rng: np.random.Generator) -> None:
+    """By a coefficient of its own, which may be 1 or NaN; what lies around is not touched."""
+    originals = small(leg, rng)
+    tensors = [twin(tensor) for tensor in originals]
+    coefficients = torch.from_numpy(rng.uniform(0.1, 0.9, len(tensors))).to(leg.device)
+    coefficients[::5] = 1.0
+    coefficients[7] = math.nan
+    Launcher(tensors, programs=3).apply(coefficients, stride=1)
+    for tensor, original, coefficient in zip(tensors, originals, coefficients.tolist(), strict=True):
+        oracle.assert_close(tensor, scaled(original, coefficient), product_tolerance(leg, tensor.dtype))
+        if coefficient == 1:
+            oracle.assert_same_bits(tensor, original)
+        assert_untouched_around(tensor, original)
+
+
+def test_clamping_each_small_tensor(leg: Leg, rng: np.random.Generator) -> None:
+    originals = small(leg, rng)
+    tensors = [twin(tensor) for tensor in originals]
+    pairs = np.sort(rng.integers(-40, 41, (len(tensors), 2)), axis=1) / 64  # which bfloat16 represents
+    bounds = torch.from_numpy(pairs).to(leg.device)
+    Launcher(tensors, programs=3).clamp(9.0, -9.0, bounds)
+    for tensor, original, (low, high) in zip(tensors, originals, bounds.tolist(), strict=True):
+        oracle.assert_same_bits(tensor, original.clamp(low, high))
+        assert_untouched_around(tensor, original)
+
+
 def test_launches_in_a_row(leg: Leg, rng: np.random.Generator) -> None:
     """The ticket by which the last program is known is back at 0 after each launch."""
     tensors = [embedded(random_values(rng, (1000,), torch.float32), device=leg.device) for _ in range(5)]
@@ -210,12 +275,12 @@ ALL_ALIGNMENTS = [
     (dtype, offset, size)
     for dtype in DTYPES
     for offset in range(16 // dtype.itemsize)
-    for size in ((1, 16 // dtype.itemsize - 1, 16 // dtype.itemsize + 1, 75) if offset else (1, 7, 16))
+    for size in ((1, 16 // dtype.itemsize - 1, 64, 65, 66, 64 + 16 // dtype.itemsize, 75) if offset else (1, 16, 72))
 ]
 
 
 def alignments(leg: Leg, rng: np.random.Generator) -> list[Tensor]:
-    """Every address modulo 16, with and without a head, a body and a tail."""
+    """Every address modulo 16, small (up to 64 elements) and large, with and without a head and a tail."""
     return [
         embedded(random_values(rng, (size,), dtype), offset=offset, device=leg.device)
         for dtype, offset, size in ALL_ALIGNMENTS
@@ -462,6 +527,9 @@ def test_flags_tell_whose_chunk_was_clamped(leg: Leg, shared: bool) -> None:
     assert launcher.clamp(0.5, 1.0, bounds, watch=True) == [0] * programs
     for i, tensor in enumerate(tensors):
         first, count = launcher.slices[i].tolist()
+        begin = launcher.ends[2 * DTYPES.index(tensor.dtype)]
+        if first >= begin:  # a small one, dealt out with its group
+            first = begin + (first - begin) // 8
         # Head, body and tail belong to the first chunk, and elements next to the tail to the last.
         places = [(0, 0), (-1, 0)] if len(tensor) < 50 else [(0, 0), (100, 0), (-1, 0), (-20, count - 1)]
         for position, chunk in places:
@@ -478,9 +546,9 @@ def test_layout() -> None:
     from fastclip.kernels import table
 
     vector = table.CHUNK_BYTES // 4
-    numels = np.array([1, 2 * vector + 1, 5, 2 * vector, 3])
+    numels = np.array([1, 2 * vector + 1, 5, 2 * vector, 64])
     layout = table.lay_out(numels, np.array([3, 0, 1, 2, 0]))
-    # fp32: tensor 1 in three chunks, tensor 4; bf16: tensor 2; fp16: tensor 3 in one; fp64: tensor 0
+    # fp32: tensor 1 in three chunks, then tensor 4, a small one; bf16: tensor 2; fp16: tensor 3 in one; fp64: tensor 0
     assert [(entry >> 32, entry & 0xFFFFFFFF) for entry in layout.chunks.tolist()] == [
         (1, 0),
         (1, 1),
@@ -490,7 +558,7 @@ def test_layout() -> None:
         (3, 0),
         (0, 0),
     ]
-    assert layout.ends == (4, 5, 6, 7)
+    assert layout.ends == (3, 4, 4, 5, 6, 6, 6, 7)
     assert layout.slices.tolist() == [[6, 1], [0, 3], [4, 1], [5, 1], [3, 1]]
 
 

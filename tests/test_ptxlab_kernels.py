@@ -36,6 +36,10 @@ def _without_gpu() -> Iterator[None]:
     ptxlab.deactivate()
 
 
+def addresses(*memory: Tensor) -> list[int]:
+    return [tensor.data_ptr() for tensor in memory]
+
+
 class Kernels:
     """The kernels of a package of that layout, launched on tensors of all dtypes."""
 
@@ -45,6 +49,7 @@ class Kernels:
         numels = np.array([tensor.numel() for tensor in tensors])
         layout = table.lay_out(numels, np.array([DTYPES.index(tensor.dtype) for tensor in tensors]))
         self.options = table.LAUNCH_OPTIONS
+        self.norm_type = table.TYPES[0]
         self.tensors = tensors
         self.table = (
             torch.from_numpy(layout.chunks),
@@ -70,24 +75,28 @@ class Kernels:
         """The norm of all, and, which is right for p = 2 only, that of each tensor."""
         kernels, kind = self.modules["reduce"], KINDS[p]
         memory = (*self.table, self.counts if p == 0 else self.partials, *self.memory[3:])
-        kernels.reduce_kernel[(3,)](*memory, *self.ends, p, 1.0, KIND=kind, **self.options)
+        kernels.reduce_kernel[(3,)](
+            *addresses(*memory), *self.ends, p, 1.0, KIND=kind, NORM=self.norm_type, **self.options
+        )
         each = torch.full((len(self.tensors),), math.nan, dtype=torch.float64)
-        kernels.tensor_norms_kernel[(3,)](self.partials, self.slices, each, len(self.tensors), **self.options)
+        memory = (self.partials, self.slices, each)
+        kernels.tensor_norms_kernel[(3,)](*addresses(*memory), len(self.tensors), **self.options)
         return self.norm.item(), each.tolist()
 
     def reduction_as_ptx(self, p: float) -> str:
         """What is launched for the p-norm."""
         kernel = self.modules["reduce"].reduce_kernel
-        compiled = kernel.warmup(*self.memory, *self.ends, p, 1.0, KIND=KINDS[p], grid=(1,), **self.options)
+        options = self.options | {"KIND": KINDS[p], "NORM": self.norm_type}
+        compiled = kernel.warmup(*addresses(*self.memory), *self.ends, p, 1.0, grid=(1,), **options)
         return str(compiled.asm["ptx"])
 
     def scale(self, coefficients: Tensor) -> None:
         """Scale each tensor by its own coefficient."""
-        self.modules["apply"].apply_kernel[(3,)](*self.table, coefficients, 1, *self.ends, **self.options)
+        self.modules["apply"].apply_kernel[(3,)](*addresses(*self.table, coefficients), 1, *self.ends, **self.options)
 
     def clamp(self, bounds: Tensor, flags: Tensor) -> None:
         """Clamp each tensor to its own bounds."""
-        arguments = (*self.table, bounds, flags, *self.ends, 0.0, 0.0)
+        arguments = (*addresses(*self.table, bounds, flags), *self.ends, 0.0, 0.0)
         self.modules["clamp"].clamp_kernel[(3,)](*arguments, **self.options)
 
 
@@ -231,7 +240,7 @@ def test_a_wrong_mask_is_found(
 
 # ---- Races
 
-SIZES = [3001] * 6 + [70_000]  # six tensors of one chunk, one of three
+SIZES = [3001] * 6 + [70_000] + [40] * 10  # six tensors of one chunk, one of three, two groups of small ones
 # A process without torch and Triton, which take ten seconds to import under the sanitizer.
 RUN = f"""
 import sys
@@ -240,15 +249,15 @@ import ptxlab
 
 kernel = ptxlab.Kernel(open(sys.argv[1]).read(), {1 << 16}, sanitize="thread")
 tensors = [np.full(size, 2, np.float32) for size in {SIZES}]
-chunks = np.array([*(np.arange(7) << 32), 6 << 32 | 1, 6 << 32 | 2])
+chunks = np.array([*(np.arange(7) << 32), 6 << 32 | 1, 6 << 32 | 2, *(np.arange(7, 17) << 32)])
 rows = np.array([[tensor.ctypes.data, tensor.size] for tensor in tensors])
 ticket = np.zeros(1, np.int32)
 p, expected = float(sys.argv[2]), float(sys.argv[3])
 for seed in range(5):
-    partials, state, norm = np.full(9, np.nan if p else 0), np.full(2, np.nan), np.full(1, np.nan, np.float32)
+    partials, state, norm = np.full(19, np.nan if p else 0), np.full(2, np.nan), np.full(1, np.nan, np.float32)
     arrays = (chunks, rows, partials, ticket, state, norm)
     ranges = [(array.ctypes.data, array.nbytes) for array in (*arrays, *tensors)]
-    arguments = [start for start, _ in ranges[:6]] + [9] * 4 + [p, 1.0]
+    arguments = [start for start, _ in ranges[:6]] + [9] + [19] * 7 + [p, 1.0]
     kernel.launch((6,), arguments, ranges, resident=4, jitter=20, seed=seed)
     assert abs(norm[0] / expected - 1) < 1e-6 and ticket[0] == 0, norm
 print("right")

@@ -34,7 +34,7 @@ from fastclip.backends.interface import (
 )
 
 SEGMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-"""The position of each dtype in `fastclip.kernels.table.ELEMENT_SIZES`."""
+"""The position of each dtype in `fastclip.kernels.table.ELEMENT_SIZES` and `TYPES`."""
 
 PROGRAMS_PER_SM = {"reduce_kernel": 4, "tensor_norms_kernel": 4, "apply_kernel": 5, "clamp_kernel": 4}
 """As many as an SM has registers for, whatever the variant."""
@@ -94,8 +94,9 @@ class TritonPlan(Plan):
         norm = torch.empty((), dtype=dtype, device=self.device)
         kind = _kind(p)
         partials = tables.counts if p == 0 else tables.partials
-        scratch = (partials, tables.ticket, tables.state, norm)
-        arguments = (tables.chunks, self.rows, *scratch, *tables.ends, p, max_norm, kind, *(unscaling or (None, None)))
+        memory = _addresses(tables.chunks, self.rows, partials, tables.ticket, tables.state, norm)
+        scaling = _addresses(*(unscaling or (None, None)))
+        arguments = (*memory, *tables.ends, p, max_norm, kind, tables.types[SEGMENTS[dtype]], *scaling)
         self._launch("reduce_kernel", (kind, dtype, unscaling is None), len(tables.chunks), arguments)
         return Reduction(norm, tables.total, tables.coefficient)
 
@@ -104,7 +105,7 @@ class TritonPlan(Plan):
         tables = self.tables
         tensors = len(self.rows)
         norms = torch.empty(tensors, dtype=torch.float64, device=self.device)
-        arguments = (tables.partials, tables.slices, norms, tensors)
+        arguments = (*_addresses(tables.partials, tables.slices, norms), tensors)
         self._launch("tensor_norms_kernel", (), tensors, arguments)
         return norms
 
@@ -113,7 +114,7 @@ class TritonPlan(Plan):
         own = tables.coefficient  # as `reduce` left it: where and what it is needs no look
         coefficients = own if coefficient is own else on(self.device, coefficient)
         stride = coefficients.stride(0) if coefficients.dim() else 0
-        arguments = (tables.chunks, self.rows, coefficients, stride, *tables.ends)
+        arguments = (*_addresses(tables.chunks, self.rows, coefficients), stride, *tables.ends)
         self._launch("apply_kernel", (), len(tables.chunks), arguments)
 
     def clamp_(self, minimum: Bounds, maximum: Bounds, *, watch: bool = False) -> Tensor | None:
@@ -128,7 +129,7 @@ class TritonPlan(Plan):
             )
         )
         changed = tables.changed if watch else None
-        arguments = (tables.chunks, self.rows, bounds, changed, *tables.ends, *limits)
+        arguments = (*_addresses(tables.chunks, self.rows, bounds, changed), *tables.ends, *limits)
         self._launch("clamp_kernel", (shared, watch), len(tables.chunks), arguments)
         return changed
 
@@ -136,7 +137,7 @@ class TritonPlan(Plan):
         """Launch a kernel, by `most` programs at most, on the gradients' device and the stream of the tables.
 
         Triton looks at every argument to find which variant of a kernel they need, which takes longer than the launch.
-        Here that follows from `variant` alone: all other arguments always have the same types, and are aligned or not
+        Here that follows from `variant` alone: all other arguments are numbers, always of the same types, and not
         specialised.
         """
         if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
@@ -159,6 +160,11 @@ class TritonPlan(Plan):
             tables.launches[key] = compiled[programs, 1, 1]
 
 
+def _addresses(*memory: Tensor | None) -> list[int | None]:
+    """Where memory lies, as the kernels take it: see `fastclip.kernels.table`."""
+    return [None if tensor is None else tensor.data_ptr() for tensor in memory]
+
+
 class Tables:
     """What depends on sizes and dtypes only: the chunk map, and the memory that the kernels work in.
 
@@ -169,6 +175,7 @@ class Tables:
         state: The last norm and its coefficient, in fp64; `total` and `coefficient` are views of it.
         driver: Triton's; None under its interpreter.
         stream: The handle of the stream that they are used on; 0 where there are none.
+        types: Triton's name of each dtype, by its segment.
         launches: What launches each variant of a kernel, once it was launched.
     """
 
@@ -186,6 +193,7 @@ class Tables:
         self.driver = None if os.environ.get("TRITON_INTERPRET") == "1" else driver
         self.launches: dict[tuple[object, ...], Callable[..., object]] = {}
         self.options = table.LAUNCH_OPTIONS
+        self.types = table.TYPES
         self._layout = layout
         self._numels = np.array(numels)
         self._itemsizes = np.asarray(table.ELEMENT_SIZES)[segments]
