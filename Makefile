@@ -1,5 +1,6 @@
-# `make demo` and `make test` run in .venv, made here with the versions in constraints.txt, or in an environment of your
-# own (a GPU container, say), in which nothing but fastclip itself is installed: `make demo PY=/path/to/python`.
+# `make demo`, `make test` and `make gpu` run in .venv, made here with the versions in constraints.txt, or in an
+# environment of your own (a GPU container, say), in which nothing but fastclip itself is installed, or not even that:
+# `make demo PY=/path/to/python`.
 
 PYTHON ?= python3
 
@@ -10,20 +11,27 @@ PY := .venv/bin/python
 READY := .venv/installed
 endif
 
-.PHONY: help demo test sanitize own-environment
+.PHONY: help demo test gpu sanitize own-environment
 
 help:
 	@echo 'make demo    train a small GPT with torch and with fastclip, and compare (ARGS="--steps 20" for fewer steps)'
 	@echo 'make test    run the tests (ARGS="-k norm" for some of them)'
+	@echo 'make gpu     all that a GPU is asked: tests, times, profiles (PARTS="check tests" for some of it, ARGS=--dry without one)'
 	@echo 'make sanitize  drive the CPU kernels by random tables, under sanitizers (gcc or clang; no Python)'
 	@echo
-	@echo 'The first two use .venv, made with PYTHON=$(PYTHON). PY=/path/to/python uses an environment of your own instead.'
+	@echo 'The first three use .venv, made with PYTHON=$(PYTHON). PY=/path/to/python uses an environment of your own instead.'
+
+# In a checkout that is linked rather than installed (see below), whatever runs finds it.
+RUN = PYTHONPATH="$$(test -e fastclip/kernels && echo "$(CURDIR):")$$PYTHONPATH" "$(PY)"
 
 demo: $(READY)
-	"$(PY)" examples/demo.py $(ARGS)
+	$(RUN) examples/demo.py $(ARGS)
 
 test: $(READY)
-	"$(PY)" -m pytest $(ARGS)
+	$(RUN) -m pytest $(ARGS)
+
+gpu: $(READY)
+	$(RUN) -m benchmarks.on_gpu $(ARGS) $(PARTS)
 
 # What setup.py has the kernels compiled with, and what the sanitizers take a few seconds for.
 KERNEL_FLAGS := -std=gnu11 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror
@@ -52,11 +60,20 @@ define HAS_FASTCLIP
 import os, sys; from importlib.util import find_spec; del sys.path[0]; spec = find_spec("fastclip"); \
 sys.exit(not (spec and os.path.samefile(os.path.dirname(spec.origin), "fastclip")))
 endef
+# Says whether the kernels for the CPU are there, whichever way fastclip is found.
+define HAS_NATIVE
+import sys; from importlib.util import find_spec; sys.exit(not find_spec("fastclip.kernels.native"))
+endef
 
-# The first installation needs no network, but setuptools 77 or newer there; the second fetches it for the build alone.
+# Where pip cannot install it without a network (it takes setuptools 77), a link has `fastclip.kernels` found in this
+# checkout, and the kernels for the CPU are compiled beside it.
+INCLUDE = $$("$(PY)" -c 'import sysconfig; print(sysconfig.get_path("include"))')
 own-environment:
 	@"$(PY)" -c '$(IS_COMPLETE)' $(NEEDED)
 	@"$(PY)" -c '$(HAS_FASTCLIP)' \
-	  || "$(PY)" -m pip install --quiet --no-deps --no-build-isolation --editable . \
-	  || "$(PY)" -m pip install --quiet --no-deps --editable . \
-	  || { echo 'Installing fastclip there takes setuptools 77 or newer, or a network to fetch it from.' >&2; exit 1; }
+	  || "$(PY)" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable . \
+	  || { echo 'Not installed, but linked: fastclip/kernels' && ln -sfn ../kernels fastclip/kernels; }
+	@"$(PY)" -c '$(HAS_NATIVE)' \
+	  || $(CC) $(subst -Werror,,$(KERNEL_FLAGS)) -O3 -shared -fPIC -DPy_LIMITED_API=0x030A0000 -I"$(INCLUDE)" \
+	    kernels/module.c kernels/cpu.c -o kernels/native.abi3.so \
+	  || echo 'The kernels for the CPU cannot be compiled here: NumPy serves it' >&2

@@ -137,13 +137,15 @@ def _count_on_gpu(call: Callable[[], object], settle: Callable[[], object]) -> C
     torch.cuda.synchronize()
     allocated = torch.cuda.memory_stats()["allocation.all.allocated"]
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as waits, torch.profiler.profile(activities=activities) as profile:
-            warnings.simplefilter("always")
-            call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")  # which itself warns that it is a prototype
+        waits.clear()
+        try:
+            with torch.profiler.profile(activities=activities) as profile:
+                call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     allocated = torch.cuda.memory_stats()["allocation.all.allocated"] - allocated
     on_device = [event.name for event in profile.events() or () if event.device_type.name == "CUDA"]
     copies = sum(name.startswith("Memcpy HtoD") for name in on_device)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.counts import foreach_launches
-from benchmarks.gpu import Workload, workloads
+from benchmarks.workloads import Workload, published
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- derived: begin -->\n", "<!-- derived: end -->\n"
@@ -59,8 +59,7 @@ class Peer:
 
     def gpu_ms(self, workload: Workload, gpu: str) -> float:
         """Bytes over bandwidth, and the launches."""
-        size = sum(numel * dtype.itemsize for numel, dtype in workload.shapes)
-        return self.passes * size / TB_PER_S[gpu] / 1e9 + self.launches(workload) * LAUNCH_US / 1e3
+        return self.passes * workload.nbytes / TB_PER_S[gpu] / 1e9 + self.launches(workload) * LAUNCH_US / 1e3
 
     def host_ms(self, workload: Workload) -> float | None:
         """What the host takes until all is issued; None where nothing is known of so few tensors."""
@@ -81,7 +80,7 @@ PEERS = (
 
 def markdown() -> str:
     """All tables: for each GPU its time, then launches and the host's time, which no GPU changes."""
-    chosen = [workload for workload in workloads() if not workload.name.startswith(("10 x", "100 x"))]
+    chosen = [workload for workload in published() if not workload.name.startswith(("10 x", "100 x"))]
     lines: list[str] = []
     for gpu, speed in TB_PER_S.items():
         lines += [f"### {gpu}, {speed} TB/s: GPU time in ms (derived)", "", *_table(chosen, gpu), ""]
@@ -93,7 +92,7 @@ def _table(chosen: list[Workload], gpu: str) -> Iterator[str]:
     yield "| gradients | GB | " + " | ".join(peer.name for peer in PEERS) + " |"
     yield "|---|--:|" + "--:|" * len(PEERS)
     for workload in chosen:
-        size = sum(numel * dtype.itemsize for numel, dtype in workload.shapes) / 1e9
+        size = workload.nbytes / 1e9
         times = (f"{peer.gpu_ms(workload, gpu):.3g}" for peer in PEERS)
         yield f"| {workload.name} | {size:.3g} | " + " | ".join(times) + " |"
 

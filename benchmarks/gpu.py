@@ -1,31 +1,34 @@
-"""fastclip beside torch, Apex and Transformer Engine on a GPU: one command, correctness first.
+"""fastclip beside torch, Apex, Transformer Engine and a clip by hand on a GPU: correctness first.
 
     python -m benchmarks.gpu [--only NAME] [--small] [--out out]
 
 No speed is reported on a red gate: `python -m fastclip check` must agree, and each contender's norm and its clipped
-gradients must be right for the workload that it is timed on. Then, for the norm alone and for norm and clipping, when
-nothing is to be clipped and when all is:
+gradients must be right for the workload that it is timed on. Then, for the norm alone, for norm and clipping where
+nothing is to be clipped (`idle`) and where all is (`clipping`), and for clipping by value with nothing outside:
 
-- GPU time, by events, with the GPU kept busy until the host has issued everything: no gaps are in it;
-- host time, until the call returns, with the GPU idle before it;
-- GB/s of what the contender itself has to move, and how much that is of a copy's in the same run.
+- GPU time and host time, apart from each other (`benchmarks.clock`), with the gradients in the L2 cache as far as it
+  holds them (`hot`) and with other data there (`cold`);
+- the floor: what reading them once, and scaling them in place where all is clipped, takes at the speed that torch's
+  own operations reach on one large tensor in the same run; and how much of the GPU time that is.
 
-It leaves a CSV with the device and all versions, a table and a plot. Without a GPU it runs small workloads on the CPU,
-by whatever backend serves there, so that it is known to run: those times are both the wall clock's, and tell little.
+Rows are written as they come, to a CSV with the device and all versions; a plot follows. Without a GPU it runs small
+workloads on the CPU, by whatever backend serves there, so that it is known to run: those times are both the wall
+clock's, and tell little.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import statistics
+import gc
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from importlib.util import find_spec
+from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 import matplotlib as mpl
 import torch
@@ -33,105 +36,69 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import fastclip
+from benchmarks import by_hand
+from benchmarks.clock import Ceilings, Clock, Timing, ceilings
+from benchmarks.workloads import Workload, exact_norm, gradients_of, models, parameters_of, published, refill
 from fastclip import check
 
-COMPILED_UP_TO = 256  # tensors: torch.compile takes minutes for thousands
-SMALL = 1 << 12  # by this much `--small` divides the tensors' sizes, and 50 is the most of them
+COMPILED_UP_TO = 10  # tensors: torch.compile takes half a minute for some hundred
+LOOP_UP_TO = 1000  # tensors: it launches three kernels for each
+LESS_EACH_TIME = 0.98  # each bound that clips, of the one before: so many calls leave fp16 and bf16 far from 0
 
 Norm = Callable[[list[Tensor]], Tensor]
-Clip = Callable[[list[nn.Parameter], float], Any]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Gradients as someone has, or has published times for.
-
-    Attributes:
-        shapes: Elements and dtype of each gradient.
-        source: Where the workload is from.
-    """
-
-    name: str
-    shapes: list[tuple[int, torch.dtype]]
-    source: str
-    p: float = 2.0
-
-
-def workloads() -> Iterator[Workload]:
-    """Those with published numbers."""
-    fp32, bf16 = torch.float32, torch.bfloat16
-    yield Workload("2000 x 1024x1024 fp32", [(1 << 20, fp32)] * 2000, "pytorch #133586")
-    for count in (10, 100, 1000, 10_000):
-        for numel in (4, 65_536):
-            yield Workload(f"{count} x {numel} fp32", [(numel, fp32)] * count, "pytorch #91846")
-    yield Workload("256 x 1M fp32, inf norm", [(1 << 20, fp32)] * 256, "pytorch #120623", float("inf"))
-    yield Workload("10.26 B in 500 bf16", [(20_520_000, bf16)] * 500, "Automodel #3815")
-    yield Workload("225 M in 500 mixed", [(450_363, dtype) for dtype in (fp32, bf16)] * 250, "Automodel #3685")
-    yield Workload("6000261x256 bf16", [(6_000_261 * 256, bf16)], "Automodel #3685")
-
-
-# ---- Contenders
+Clip = Callable[[list[nn.Parameter], float], object]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to take the norm, and to clip.
+    """A way to take the norm, and to clip, of one list of gradients by the p-norm.
 
     Attributes:
-        always_writes: Whether gradients are written even if nothing is to be clipped.
-        limit: The most tensors that it is tried with.
         norm: None where it offers no norm alone.
+        clip: By the norm.
+        value: Clips to [-bound, bound]; None where it does not.
     """
 
     name: str
-    norm: Callable[[float], Norm] | None
-    clip: Callable[[float], Clip]
-    always_writes: bool = True
-    limit: int = sys.maxsize
+    norm: Norm | None
+    clip: Clip
+    value: Clip | None = None
 
 
-def contenders(device: torch.device) -> list[Contender]:
-    """Those that are installed, fastclip first."""
-    utils = torch.nn.utils
-    found = [
-        Contender(
-            "fastclip",
-            lambda p: lambda grads: fastclip.get_total_norm(grads, p),
-            lambda p: lambda params, bound: fastclip.clip_grad_norm_(params, bound, p),
-            always_writes=False,
-        )
-    ]
-    for name, foreach in (("torch foreach", True), ("torch loop", False)):
-        found.append(
-            Contender(
-                name,
-                lambda p, foreach=foreach: lambda grads: utils.get_total_norm(grads, p, foreach=foreach),  # type: ignore[misc]
-                lambda p, foreach=foreach: (
-                    lambda params, bound: utils.clip_grad_norm_(params, bound, p, foreach=foreach)
-                ),  # type: ignore[misc]
-            )
-        )
-    torch.compiler.reset()  # whatever was compiled for another workload
-    # Compiling C++ takes long, and says nothing of a GPU: on the CPU only the tracing is tried.
-    compiler = "inductor" if device.type == "cuda" else "eager"
-    norm = torch.compile(utils.get_total_norm, backend=compiler)
-    clip = torch.compile(utils.clip_grad_norm_, backend=compiler)
-    found.append(
-        Contender(
-            "torch.compile",
-            lambda p: lambda grads: norm(grads, p),
-            # The bound changes from call to call: as a tensor it is an input, and not compiled in.
-            lambda p: lambda params, bound: clip(params, torch.tensor(bound, device=device), p),  # type: ignore[arg-type]
-            limit=COMPILED_UP_TO,
-        )
+def contenders(workload: Workload, params: list[nn.Parameter]) -> Iterator[Contender]:
+    """Those that are installed and can serve the workload, fastclip first."""
+    utils, p, tensors = torch.nn.utils, workload.p, len(workload.shapes)
+    device = params[0].device
+    yield Contender(
+        "fastclip",
+        partial(fastclip.get_total_norm, norm_type=p),
+        lambda params, bound: fastclip.clip_grad_norm_(params, bound, p),
+        fastclip.clip_grad_value_,
     )
+    for name, foreach, most in (("torch foreach", True, sys.maxsize), ("torch loop", False, LOOP_UP_TO)):
+        if tensors <= most:
+            yield Contender(
+                name,
+                partial(utils.get_total_norm, norm_type=p, foreach=foreach),
+                partial(utils.clip_grad_norm_, norm_type=p, foreach=foreach),
+                partial(utils.clip_grad_value_, foreach=foreach),
+            )
+    if device.type == "cuda" and p == 2 and by_hand.serves(gradients_of(params)):
+        hand = by_hand.ByHand(gradients_of(params))
+        yield Contender("by hand, CUDA", lambda _: hand.norm(), lambda _, bound: hand.clip(bound))
     if device.type == "cuda" and find_spec("apex"):
         from apex.contrib.clip_grad import clip_grad_norm_ as apex_clip
 
-        found.append(Contender("Apex", None, lambda p: lambda params, bound: apex_clip(params, bound, p)))
-    if device.type == "cuda" and find_spec("transformer_engine"):
-        found.append(_transformer_engine())
-    return found
+        yield Contender("Apex", None, partial(apex_clip, norm_type=p))
+    if device.type == "cuda" and find_spec("transformer_engine") and p == 2:
+        yield _transformer_engine()
+    if tensors <= COMPILED_UP_TO:  # last, since it takes longest
+        torch.compiler.reset()  # whatever was compiled for another workload
+        # Compiling C++ takes long, and says nothing of a GPU: on the CPU only the tracing is tried.
+        compiler = "inductor" if device.type == "cuda" else "eager"
+        norm, clip = (torch.compile(f, backend=compiler) for f in (utils.get_total_norm, utils.clip_grad_norm_))
+        # The bound becomes an input as soon as it is another one, which it is before anything is timed.
+        yield Contender("torch.compile", partial(norm, norm_type=p), partial(clip, norm_type=p))
 
 
 def _transformer_engine() -> Contender:
@@ -160,27 +127,16 @@ def _transformer_engine() -> Contender:
                 multi_tensor_applier(multi_tensor_scale, flag, [group, group], coefficient)
         return total
 
-    return Contender("Transformer Engine", lambda _: norm, lambda _: clip, always_writes=False)
+    return Contender("Transformer Engine", norm, clip)
 
 
 # ---- The gate
 
 
-def gradients_of(params: Sequence[nn.Parameter]) -> list[Tensor]:
-    """The parameters' gradients."""
-    return [param.grad for param in params if param.grad is not None]
-
-
-def exact_norm(params: Sequence[nn.Parameter], p: float) -> float:
-    """The norm in fp64, tensor by tensor."""
-    norms = [torch.linalg.vector_norm(grad, p, dtype=torch.float64) for grad in gradients_of(params)]
-    return float(torch.linalg.vector_norm(torch.stack(norms), p))
-
-
 def objections(contender: Contender, workload: Workload, params: list[nn.Parameter]) -> list[str]:
     """What is wrong with the contender's results. Leaves the gradients clipped."""
-    p, found = workload.p, []
-    exact = exact_norm(params, p)
+    grads, p, found = gradients_of(params), workload.p, []
+    exact = exact_norm(grads, p)
     # Peers sum in fp32, and those that return 16 bits take the coefficient from them.
     tolerance = max(1e-4, 4 * max(torch.finfo(dtype).eps for _, dtype in workload.shapes))
 
@@ -189,12 +145,16 @@ def objections(contender: Contender, workload: Workload, params: list[nn.Paramet
             found.append(f"{what} is {value:.7g}, not {right:.7g}")
 
     if contender.norm:
-        compare("the norm", float(contender.norm(p)(gradients_of(params))), exact)
-    compare("the norm with nothing to clip", float(contender.clip(p)(params, exact * 2)), exact)
-    if exact_norm(params, p) != exact:
+        compare("the norm", float(contender.norm(grads)), exact)
+    compare("the norm with nothing to clip", float(contender.clip(params, exact * 2)), exact)
+    if exact_norm(grads, p) != exact:
         found.append("with nothing to clip the gradients changed")
-    contender.clip(p)(params, exact / 2)
-    compare("the norm of what was clipped", exact_norm(params, p), exact / 2)
+    contender.clip(params, exact / 2)
+    compare("the norm of what was clipped", exact_norm(grads, p), exact / 2)
+    if contender.value:
+        largest = exact_norm(grads, float("inf"))
+        contender.value(params, largest / 2)
+        compare("the largest value that was clipped", exact_norm(grads, float("inf")), largest / 2)
     return found
 
 
@@ -202,104 +162,65 @@ def objections(contender: Contender, workload: Workload, params: list[nn.Paramet
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Milliseconds: 20th, 50th and 80th percentile of the GPU's, and the median of the host's."""
-
-    gpu_p20_ms: float
-    gpu_ms: float
-    gpu_p80_ms: float
-    host_ms: float
-
-
-def measure(work: Callable[[], object], device: torch.device, rounds: int) -> Timing:
-    """Time a piece of work on the GPU and on the host, apart from each other."""
-    host, gpu = [], []
-    work()
-    for _ in range(rounds):
-        _synchronize(device)
-        start = time.perf_counter()
-        work()
-        host.append((time.perf_counter() - start) * 1e3)
-    if device.type == "cuda":
-        busy = int(2 * max(host) * 2e6)  # cycles at about 2 GHz: twice what the host needs to issue the work
-        for _ in range(rounds):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            torch.cuda._sleep(busy)  # type: ignore[no-untyped-call]
-            begin.record()
-            work()
-            end.record()
-            end.synchronize()
-            gpu.append(begin.elapsed_time(end))
-    cuts = statistics.quantiles(gpu or host, n=5)
-    return Timing(cuts[0], statistics.median(gpu or host), cuts[3], statistics.median(host))
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def copy_bandwidth(device: torch.device, size: int, rounds: int) -> float:
-    """GB/s of a copy, what it reads and what it writes both counted."""
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / measure(lambda: target.copy_(source), device, rounds).gpu_ms / 1e6
-
-
-@dataclass(frozen=True)
 class Row:
-    """A line of the CSV."""
+    """A line of the CSV; times in milliseconds, see `benchmarks.clock.Timing`."""
 
     workload: str
     tensors: int
     gradient_bytes: int
     operation: str
+    cache: str
     contender: str
     gpu_p20_ms: float
     gpu_ms: float
     gpu_p80_ms: float
     host_ms: float
-    gb_per_s: float
-    percent_of_copy: float
+    has_gaps: bool
+    floor_ms: float
+    percent_of_floor: float
 
 
-OPERATIONS = ("norm", "idle", "clipping")
+OPERATIONS = ("norm", "idle", "clipping", "value")
+
+
+def works(
+    contender: Contender, workload: Workload, params: list[nn.Parameter]
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The operations of a contender, each as something to call."""
+    grads, p = gradients_of(params), workload.p
+    exact = exact_norm(grads, p)
+    largest = exact_norm(grads, float("inf"))
+    norm, value = contender.norm, contender.value
+    if norm:
+        yield "norm", lambda: norm(grads)
+    yield "idle", lambda: contender.clip(params, 2 * exact)
+    if value:
+        yield "value", lambda: value(params, 2 * largest)
+    # Each bound is below the norm that the one before it left, so that every call clips.
+    bounds = (exact * LESS_EACH_TIME**i for i in count(1))
+    yield "clipping", lambda: contender.clip(params, next(bounds))
 
 
 def time_contender(
-    contender: Contender, workload: Workload, params: list[nn.Parameter], copy_speed: float, rounds: int
+    contender: Contender, workload: Workload, params: list[nn.Parameter], clock: Clock, limits: Ceilings
 ) -> Iterator[Row]:
-    """Time the norm alone, clipping where nothing is to be clipped, and clipping where everything is."""
-    device = params[0].device
-    grads = gradients_of(params)
-    size = sum(grad.nbytes for grad in grads)
-    for operation in OPERATIONS:
-        bound = exact_norm(params, workload.p) * (2 if operation == "idle" else 0.95)
-        if operation == "norm":
-            if not contender.norm:
-                continue
-            norm = contender.norm(workload.p)
-            timing = measure(lambda norm=norm: norm(grads), device, rounds)  # type: ignore[misc]
-        else:
-            clip = contender.clip(workload.p)
-            # Each bound is below the norm that the one before it left, so that every call clips.
-            bounds = iter([bound * (0.95**i if operation == "clipping" else 1) for i in range(2 * rounds + 1)])
-            timing = measure(lambda clip=clip, bounds=bounds: clip(params, next(bounds)), device, rounds)  # type: ignore[misc]
-        writes = operation == "clipping" or (operation == "idle" and contender.always_writes)
-        speed = size * (3 if writes else 1) / timing.gpu_ms / 1e6
-        yield Row(
-            workload.name,
-            len(grads),
-            size,
-            operation,
-            contender.name,
-            timing.gpu_p20_ms,
-            timing.gpu_ms,
-            timing.gpu_p80_ms,
-            timing.host_ms,
-            speed,
-            100 * speed / copy_speed,
-        )
+    """Time each operation, with a hot and, where it makes a difference, a cold cache."""
+    for operation, work in works(contender, workload, params):
+        floor = limits.floor_ms(workload.nbytes, writes=operation == "clipping")
+        for cache in ("hot", "cold") if workload.nbytes < 4 * clock.cache_bytes else ("cold",):
+            # What is larger than the cache drives itself out of it.
+            timing: Timing = clock.time(work, cold=cache == "cold" and workload.nbytes < 4 * clock.cache_bytes)
+            yield Row(
+                workload.name,
+                len(workload.shapes),
+                workload.nbytes,
+                operation,
+                cache,
+                contender.name,
+                **asdict(timing),
+                floor_ms=floor,
+                percent_of_floor=100 * floor / timing.gpu_ms,
+            )
 
 
 # ---- The command
@@ -321,94 +242,86 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if check.main(["--device", str(device)]):
         print("No speed is reported: fastclip is wrong here.")
         return 1
-    chosen = [_shrink(workload) if small else workload for workload in workloads() if options.only in workload.name]
-    rows, is_right = _run(chosen, device, rounds=5 if small else 25, copied=1 << (22 if small else 30))
+    chosen = [workload for workload in chain(models(), published()) if options.only in workload.name]
+    if small:
+        chosen = [workload.shrunk() for workload in chosen]
     options.out.mkdir(parents=True, exist_ok=True)
-    environment = _environment(device)
-    _write_csv(options.out / "gpu.csv", environment, rows)
+    environment = environment_of(device)
+    with (options.out / "gpu.csv").open("w", newline="") as file:
+        rows, is_right = _run(chosen, device, environment, file, rounds=5 if small else 15)
     _plot(options.out / "gpu.png", environment, rows)
     print(f"\n{options.out / 'gpu.csv'}, {options.out / 'gpu.png'}")
     return 0 if is_right else 1
 
 
-def _shrink(workload: Workload) -> Workload:
-    shapes = [(-(-numel // SMALL), dtype) for numel, dtype in workload.shapes[:50]]
-    return Workload(f"{workload.name}, small", shapes, workload.source, workload.p)
-
-
-def _run(chosen: Sequence[Workload], device: torch.device, rounds: int, copied: int) -> tuple[list[Row], bool]:
-    speed = copy_bandwidth(device, copied, rounds)
-    print(f"\n{_environment(device)}\ncopy: {speed:.0f} GB/s\n")
-    print(f"{'':28} {'':18} {'':8} {'GPU ms':>9} {'host ms':>9} {'GB/s':>7} {'of copy':>7}")
-    rows: list[Row] = []
-    is_right = True
-    for workload in chosen:
-        size = sum(numel * dtype.itemsize for numel, dtype in workload.shapes)
-        if device.type == "cuda" and size * 1.2 > torch.cuda.mem_get_info(device)[0]:
-            print(f"{workload.name:28} skipped: {size / 1e9:.1f} GB of gradients do not fit")
-            continue
-        for contender in contenders(device):
-            if len(workload.shapes) > contender.limit:
-                continue
-            params = _parameters(workload, device)
-            wrong = objections(contender, workload, params)
-            if wrong:
-                print(f"{workload.name:28} {contender.name:18} WRONG, and not timed: {'; '.join(wrong)}")
-                is_right &= contender.name != "fastclip"
-                continue
-            for row in time_contender(contender, workload, params, speed, rounds):
-                print(
-                    f"{row.workload:28} {row.contender:18} {row.operation:8} {row.gpu_ms:9.3f} {row.host_ms:9.3f} "
-                    f"{row.gb_per_s:7.1f} {row.percent_of_copy:6.0f}%",
-                    flush=True,
-                )
-                rows.append(row)
-    return rows, is_right
-
-
-def _parameters(workload: Workload, device: torch.device) -> list[nn.Parameter]:
-    """Parameters without memory of their own, and normal gradients, the same for every contender."""
-    generator = torch.Generator(device).manual_seed(0)
-    params = []
-    for numel, dtype in workload.shapes:
-        grad = torch.empty(numel, dtype=dtype, device=device).normal_(generator=generator)
-        param = nn.Parameter(torch.empty(1, dtype=dtype, device=device).expand(numel))
-        param.grad = grad
-        params.append(param)
-    return params
-
-
-def _environment(device: torch.device) -> str:
+def environment_of(device: torch.device) -> str:
+    """The device and the versions, in a line."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     packages = {**fastclip.info().versions, "CUDA": str(torch.version.cuda)}
     return "; ".join([name, *(f"{package} {version}" for package, version in packages.items())])
 
 
-def _write_csv(path: Path, environment: str, rows: Sequence[Row]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["environment", *(field.name for field in fields(Row))])
-        writer.writeheader()
-        writer.writerows({"environment": environment, **asdict(row)} for row in rows)
+def _run(
+    chosen: Sequence[Workload], device: torch.device, environment: str, file: TextIO, rounds: int
+) -> tuple[list[Row], bool]:
+    writer = csv.DictWriter(file, ["environment", *(field.name for field in fields(Row))])
+    writer.writeheader()
+    clock = Clock(device, rounds)
+    limits = ceilings(clock, 1 << (30 if device.type == "cuda" else 22))
+    print(f"\n{environment}\nGB/s: copy {limits.copy:.0f}, read {limits.read:.0f}, scale {limits.scale:.0f}\n")
+    print(f"{'':28} {'':18} {'':8} {'':4} {'GPU ms':>9} {'host ms':>9} {'of the floor':>12}")
+    rows: list[Row] = []
+    is_right = True
+    for workload in chosen:
+        if device.type == "cuda":
+            gc.collect()  # the gradients of the one before
+            torch.cuda.empty_cache()
+            if workload.nbytes * 1.2 > torch.cuda.mem_get_info(device)[0]:
+                print(f"{workload.name:28} skipped: {workload.nbytes / 1e9:.1f} GB of gradients do not fit")
+                continue
+        params = parameters_of(workload, device)
+        for contender in contenders(workload, params):
+            refill(gradients_of(params))
+            wrong = objections(contender, workload, params)
+            if wrong:
+                print(f"{workload.name:28} {contender.name:18} WRONG, and not timed: {'; '.join(wrong)}")
+                is_right &= contender.name != "fastclip"
+                continue
+            for row in time_contender(contender, workload, params, clock, limits):
+                print(
+                    f"{row.workload:28} {row.contender:18} {row.operation:8} {row.cache:4} {row.gpu_ms:9.3f} "
+                    f"{row.host_ms:9.3f} {row.percent_of_floor:11.0f}%{', with gaps' if row.has_gaps else ''}",
+                    flush=True,
+                )
+                writer.writerow({"environment": environment, **asdict(row)})
+                file.flush()
+                rows.append(row)
+        del params
+    return rows, is_right
 
 
 def _plot(path: Path, environment: str, rows: Sequence[Row]) -> None:
-    """GPU and host time of each workload, a panel for each operation."""
+    """GPU and host time of each workload with a cold cache, a panel for each operation."""
     names = list(dict.fromkeys(row.contender for row in rows))
     order = list(dict.fromkeys(row.workload for row in rows))
-    figure = Figure(figsize=(15, 2 + 0.4 * len(order)), layout="constrained")
+    figure = Figure(figsize=(20, 2 + 0.4 * len(order)), layout="constrained")
     panels = figure.subplots(1, len(OPERATIONS), sharey=True)
     for panel, operation in zip(panels, OPERATIONS, strict=True):
+        shown = [row for row in rows if row.operation == operation and row.cache == "cold"]
         for i, name in enumerate(names):
-            mine = [row for row in rows if row.operation == operation and row.contender == name]
+            mine = [row for row in shown if row.contender == name]
             places = [order.index(row.workload) + (i + 0.5) / len(names) * 0.8 - 0.4 for row in mine]
             color = mpl.color_sequences["tab10"][i]
             panel.barh(places, [row.gpu_ms for row in mine], 0.8 / len(names), color=color, label=name)
             panel.plot([row.host_ms for row in mine], places, "|", color="black")
-        panel.set(xscale="log", xlabel="ms: bars GPU, marks host", title=operation)
+        floors = {order.index(row.workload): row.floor_ms for row in shown}
+        for place, floor in floors.items():
+            panel.plot([floor, floor], [place - 0.4, place + 0.4], ":", color="black", linewidth=1)
+        panel.set(xscale="log", xlabel="ms: bars GPU, marks host, dots the floor", title=operation)
         panel.xaxis.set_minor_formatter("")
     panels[0].set_yticks(range(len(order)), order)
     panels[0].invert_yaxis()
-    panels[-1].legend(*panels[0].get_legend_handles_labels())
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
     figure.suptitle(environment, fontsize="small", wrap=True)
     figure.savefig(path, dpi=130)
 

@@ -1,6 +1,6 @@
 """Clipping with the optimizer's step, and with a GradScaler's unscaling: apart from it, and in one with it.
 
-    python -m benchmarks.optimizer [--device cuda] [--rounds 21]
+    python -m benchmarks.optimizer [--device cuda] [--rounds 21] [--only NAME]
 
 The rows of an optimizer are a clip and a fused step: torch's clip, fastclip's ahead of the step, and fastclip's folded
 into it. Those of `unscale` are the unscaling and a clip: torch's two, torch's and fastclip's, and fastclip's one. Each
@@ -30,6 +30,7 @@ WORKLOADS = {
     "150 x 100,000": [100_000] * 150,
     "40 x 1,000,000": [1_000_000] * 40,
 }
+ON_CPU_ONLY = {"Adagrad"}  # fused
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, fused=True),
     "Adam": lambda parameters: torch.optim.Adam(parameters, fused=True),
@@ -134,15 +135,18 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.optimizer", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--only", default="", help="the workloads whose names contain this")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, not {options.rounds}")
     device = options.device
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, medians of {options.rounds} rounds")
-    for workload, sizes in WORKLOADS.items():
+    chosen = {name: sizes for name, sizes in WORKLOADS.items() if options.only in name}
+    optimizers = [name for name in OPTIMIZERS if device == "cpu" or name not in ON_CPU_ONLY]
+    for workload, sizes in chosen.items():
         values = [torch.randn(size, device=device) for size in sizes]
         for case, bound in (("clips", 1.0), ("nothing to clip", FAR)):
-            for optimizer in OPTIMIZERS:
+            for optimizer in optimizers:
                 row = compare(steps(sizes, optimizer, device, bound), values, device, options.rounds)
                 print(f"{workload:14} {case:16} {optimizer:8} {row}", flush=True)
             row = compare(unscaling(sizes, device, bound), [v * SCALE for v in values], device, options.rounds)

@@ -275,6 +275,7 @@ class Attachment:
         self._stepping = None
         self._put_back()
 
+    @untraced
     def _put_back(self) -> None:
         """Put back what was changed for the step."""
         while self._undo:

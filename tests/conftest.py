@@ -19,6 +19,10 @@ from legs import Leg  # noqa: E402
 from processes import Pool  # noqa: E402
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--leg", help="run the tests of this leg only: gpu, native, numpy, torch, interpreter or ptx")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "legs(*names): run the test on these legs only, of those that there are")
     config.pluginmanager.register(legs.worker_plugin(config) or legs.Relay(config), "legs")
@@ -35,9 +39,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("leg", legs.parameters(*(wanted.args if wanted else ())), indirect=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test of legs that are not there is no test."""
-    items[:] = [item for item in items if not legs.has_no_leg(item)]
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test of legs that are not there, or are not asked for, is no test."""
+    wanted = config.getoption("--leg")
+    items[:] = [item for item in items if not legs.has_no_leg(item) and (wanted is None or legs.is_of(item, wanted))]
 
 
 @pytest.fixture

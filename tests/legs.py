@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
@@ -55,6 +56,14 @@ class Leg:
     backend: str
     device: torch.device = CPU
     environment: tuple[tuple[str, str], ...] | None = None
+
+    @property
+    def obstacle(self) -> str:
+        """Why it cannot run beside the packages that there are, though all that it needs is there."""
+        if self.name == "interpreter" and _is_at_least("numpy", 2, 4) and not _is_at_least("triton", 3, 7):
+            packages = " ".join(f"{name} {version(name)}" for name in ("triton", "numpy"))
+            return f"{packages}: this interpreter makes numbers of arrays of one element, which this NumPy refuses"
+        return ""
 
     @property
     def truncates_bfloat16(self) -> bool:
@@ -100,6 +109,10 @@ class Leg:
             ptxlab.activate(90)
 
 
+def _is_at_least(package: str, *least: int) -> bool:
+    return tuple(int(part) for part in version(package).split(".")[: len(least)]) >= least
+
+
 _HAS_TRITON = find_spec("triton") is not None
 
 AVAILABLE = tuple(
@@ -118,7 +131,11 @@ AVAILABLE = tuple(
 
 def parameters(*names: str) -> list[Any]:
     """What to parametrize `leg` by: the available legs of these names, or all."""
-    return [pytest.param(leg, id=leg.name) for leg in AVAILABLE if not names or leg.name in names]
+    return [
+        pytest.param(leg, id=leg.name, marks=[pytest.mark.skip(reason=leg.obstacle)] if leg.obstacle else [])
+        for leg in AVAILABLE
+        if not names or leg.name in names
+    ]
 
 
 def names_of(parametrize: pytest.Mark) -> Sequence[str]:
@@ -130,6 +147,12 @@ def names_of(parametrize: pytest.Mark) -> Sequence[str]:
 def has_no_leg(item: pytest.Item) -> bool:
     """Whether the test is what pytest makes of an empty list of legs: one that is skipped."""
     return not isinstance(_parameters_of(item).get("leg", AVAILABLE[0]), Leg)
+
+
+def is_of(item: pytest.Item, name: str) -> bool:
+    """Whether the test runs on the leg of this name."""
+    leg = _parameters_of(item).get("leg")
+    return isinstance(leg, Leg) and leg.name == name
 
 
 def _parameters_of(item: pytest.Item) -> dict[str, Any]:

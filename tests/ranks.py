@@ -525,3 +525,29 @@ def _if_close(value: float | None, expected: float | None) -> float | None:
     if math.isnan(expected) and math.isnan(value):
         return value
     return value if math.isclose(value, expected, rel_tol=2.0**-16, abs_tol=2.0**-16) else expected
+
+
+def clip_on(device: str) -> Bits:
+    """Clip DTensors of a device that all ranks share, compare with fp64, and return the norm's bits."""
+    if device == "cuda":
+        torch.cuda.set_device(0)
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    rank, size = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(0)
+    whole_ones = [torch.randn(rows, 33, generator=generator) for rows in (8, 64, 6)]
+    parameters, parts = [], []
+    for index, full in enumerate(whole_ones):
+        shard = Shard(0) if index < 2 else Replicate()
+        parts.append(full.chunk(size)[rank] if index < 2 else full)
+        local = parts[-1].to(device)
+        parameters.append(nn.Parameter(DTensor.from_local(torch.zeros_like(local), mesh, [shard], run_check=False)))
+        parameters[-1].grad = DTensor.from_local(local.clone(), mesh, [shard], run_check=False)
+    exact = oracle.norm(whole_ones, 2.0)
+    norm = fastclip.clip_grad_norm_(parameters, exact / 10, norm_dtype=torch.float64)
+    assert isinstance(norm, DTensor)
+    assert norm.full_tensor().item() == pytest.approx(exact, rel=oracle.NORM_TOLERANCE[torch.float32])
+    for parameter, part in zip(parameters, parts, strict=True):
+        assert isinstance(parameter.grad, DTensor)
+        clipped = parameter.grad.to_local().cpu()
+        torch.testing.assert_close(clipped, part / 10, rtol=oracle.NORM_TOLERANCE[torch.float32], atol=1e-12)
+    return bits(norm)

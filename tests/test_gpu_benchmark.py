@@ -8,6 +8,8 @@ from types import ModuleType
 import pytest
 import torch
 
+import fastclip
+
 pytest.importorskip("matplotlib", reason="the benchmark draws a picture")
 
 
@@ -18,7 +20,7 @@ def benchmark_gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def run(module: ModuleType, out: Path) -> tuple[int, list[dict[str, str]]]:
-    status = int(module.main(["--small", "--only", "mixed", "--out", str(out)]))
+    status = int(module.main(["--small", "--only", "10 x 4 fp32", "--out", str(out)]))
     file = out / "gpu.csv"
     return status, list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
 
@@ -29,32 +31,38 @@ def test_table_csv_and_picture(benchmark_gpu: ModuleType, tmp_path: Path, capsys
     assert {(row["contender"], row["operation"]) for row in rows} >= {
         (contender, operation)
         for contender in ("fastclip", "torch foreach", "torch loop", "torch.compile")
-        for operation in ("norm", "idle", "clipping")
+        for operation in ("norm", "idle", "clipping", "value")
+        if (contender, operation) != ("torch.compile", "value")
     }
     for row in rows:
-        assert f"torch {torch.__version__}" in row["environment"]
+        assert f"torch {fastclip.info().versions['torch']}" in row["environment"]
         assert float(row["gpu_p20_ms"]) <= float(row["gpu_ms"]) <= float(row["gpu_p80_ms"])
         assert float(row["host_ms"]) > 0
-        assert float(row["gb_per_s"]) > 0
+        assert (
+            0
+            < float(row["floor_ms"])
+            == pytest.approx(float(row["percent_of_floor"]) / 100 * float(row["gpu_ms"]), rel=1e-9)
+        )
+        assert row["has_gaps"] == "False"
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
-    assert "225 M in 500 mixed, small" in capsys.readouterr().out
+    assert "10 x 4 fp32, small" in capsys.readouterr().out
 
 
 def test_no_speed_of_what_is_wrong(
     benchmark_gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def norm(_p: float) -> object:
-        return lambda grads: torch.nn.utils.get_total_norm(grads) * 1.2
-
-    def clip(_p: float) -> object:
-        return lambda params, bound: torch.nn.utils.clip_grad_norm_(params, bound * 0.8)
-
-    wrong = benchmark_gpu.Contender("fastclip", norm, clip)
-    monkeypatch.setattr(benchmark_gpu, "contenders", lambda _device: [wrong])
+    wrong = benchmark_gpu.Contender(
+        "fastclip",
+        lambda grads: torch.nn.utils.get_total_norm(grads) * 1.2,
+        lambda params, bound: torch.nn.utils.clip_grad_norm_(params, bound * 0.8),
+        lambda params, bound: torch.nn.utils.clip_grad_value_(params, bound * 0.7),
+    )
+    monkeypatch.setattr(benchmark_gpu, "contenders", lambda _workload, _params: [wrong])
     assert run(benchmark_gpu, tmp_path) == (1, [])
     out = capsys.readouterr().out
     assert "WRONG, and not timed: the norm is" in out
     assert "the norm of what was clipped is" in out
+    assert "the largest value that was clipped is" in out
 
 
 def test_no_speed_where_the_check_fails(

@@ -318,7 +318,14 @@ if not child:
     os._exit(0 if right and parameter.grad.numpy().max() == torch.tensor(1e-9).item() else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    command = [
+        sys.executable,
+        "-W",
+        "ignore::DeprecationWarning",
+        "-c",
+        script,
+    ]  # Python 3.12's, about fork and threads
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout.strip(), done.stderr) == ("0", "")
 
 

@@ -1,0 +1,113 @@
+"""Lists of gradients that someone has, or has published times for; and their norm in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+SMALLER = 1 << 12  # by this much `shrunk` divides the tensors' sizes, and 50 is the most of them
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A list of gradients, and the order of the norm to clip by.
+
+    Attributes:
+        shapes: Elements and dtype of each gradient.
+        source: Where the workload is from.
+    """
+
+    name: str
+    shapes: list[tuple[int, torch.dtype]]
+    source: str
+    p: float = 2.0
+
+    @property
+    def nbytes(self) -> int:
+        """Of the gradients together."""
+        return sum(numel * dtype.itemsize for numel, dtype in self.shapes)
+
+    def shrunk(self) -> Workload:
+        """Something like it that takes no time."""
+        shapes = [(-(-numel // SMALLER), dtype) for numel, dtype in self.shapes[:50]]
+        return replace(self, name=f"{self.name}, small", shapes=shapes)
+
+
+def models() -> Iterator[Workload]:
+    """Those of models that are trained."""
+    yield Workload("GPT-2 124M fp32", _gpt(12, 768, FP32), "OpenAI's GPT-2")
+    yield Workload("GPT-2 124M bf16", _gpt(12, 768, BF16), "OpenAI's GPT-2")
+    yield Workload("GPT 1.3B bf16", _gpt(24, 2048, BF16), "GPT-3 XL")
+    yield Workload("ResNet-50 fp32", [(numel, FP32) for numel in _resnet50()], "torchvision")
+    yield Workload("1 x 64 fp32", [(64, FP32)], "the least that a call costs")
+    yield Workload("2000 x 64 fp32", [(64, FP32)] * 2000, "nothing but the cost of a tensor")
+
+
+def published() -> Iterator[Workload]:
+    """Those with published numbers."""
+    yield Workload("2000 x 1024x1024 fp32", [(1 << 20, FP32)] * 2000, "pytorch #133586")
+    for count in (10, 100, 1000, 10_000):
+        for numel in (4, 65_536):
+            yield Workload(f"{count} x {numel} fp32", [(numel, FP32)] * count, "pytorch #91846")
+    yield Workload("256 x 1M fp32, inf norm", [(1 << 20, FP32)] * 256, "pytorch #120623", float("inf"))
+    yield Workload("10.26 B in 500 bf16", [(20_520_000, BF16)] * 500, "Automodel #3815")
+    yield Workload("225 M in 500 mixed", [(450_363, dtype) for dtype in (FP32, BF16)] * 250, "Automodel #3685")
+    yield Workload("6000261x256 bf16", [(6_000_261 * 256, BF16)], "Automodel #3685")
+
+
+def _gpt(layers: int, width: int, dtype: torch.dtype) -> list[tuple[int, torch.dtype]]:
+    attention = [width, width, 3 * width * width, 3 * width, width * width, width]
+    feed_forward = [width, width, 4 * width * width, 4 * width, 4 * width * width, width]
+    numels = [50_257 * width, 1024 * width, *(attention + feed_forward) * layers, width, width]
+    return [(numel, dtype) for numel in numels]
+
+
+def _resnet50() -> Iterator[int]:
+    yield from (3 * 64 * 49, 64, 64)
+    inputs = 64
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        middle = 64 << stage
+        outputs = 4 * middle
+        for block in range(blocks):
+            yield from (inputs * middle, middle, middle)
+            yield from (9 * middle * middle, middle, middle)
+            yield from (middle * outputs, outputs, outputs)
+            if block == 0:
+                yield from (inputs * outputs, outputs, outputs)
+            inputs = outputs
+    yield from (2048 * 1000, 1000)
+
+
+def parameters_of(workload: Workload, device: torch.device) -> list[nn.Parameter]:
+    """Parameters without memory of their own, and gradients as `refill` leaves them."""
+    made = []
+    for numel, dtype in workload.shapes:
+        parameter = nn.Parameter(torch.empty(1, dtype=dtype, device=device).expand(numel))
+        parameter.grad = torch.empty(numel, dtype=dtype, device=device)
+        made.append(parameter)
+    refill(gradients_of(made))
+    return made
+
+
+def refill(grads: Sequence[Tensor]) -> None:
+    """Give gradients normal values, the same each time."""
+    generator = torch.Generator(grads[0].device).manual_seed(0)
+    for grad in grads:
+        grad.normal_(generator=generator)
+
+
+def gradients_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """The parameters' gradients."""
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def exact_norm(grads: Sequence[Tensor], p: float = 2.0) -> float:
+    """The norm in fp64, in pieces, so that no large temporary is made."""
+    pieces = (piece for grad in grads for piece in grad.view(-1).split(1 << 27))
+    norms = [torch.linalg.vector_norm(piece, p, dtype=torch.float64) for piece in pieces]
+    return float(torch.linalg.vector_norm(torch.stack(norms), p))
