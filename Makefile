@@ -71,8 +71,8 @@ INCLUDE = $$("$(PY)" -c 'import sysconfig; print(sysconfig.get_path("include"))'
 own-environment:
 	@"$(PY)" -c '$(IS_COMPLETE)' $(NEEDED)
 	@"$(PY)" -c '$(HAS_FASTCLIP)' \
-	  || "$(PY)" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable . \
-	  || { echo 'Not installed, but linked: fastclip/kernels' && ln -sfn ../kernels fastclip/kernels; }
+	  || "$(PY)" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable . 2>/dev/null \
+	  || { echo 'Linked (fastclip/kernels), rather than installed: pip cannot do that there' && ln -sfn ../kernels fastclip/kernels; }
 	@"$(PY)" -c '$(HAS_NATIVE)' \
 	  || $(CC) $(subst -Werror,,$(KERNEL_FLAGS)) -O3 -shared -fPIC -DPy_LIMITED_API=0x030A0000 -I"$(INCLUDE)" \
 	    kernels/module.c kernels/cpu.c -o kernels/native.abi3.so \

@@ -28,7 +28,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import matplotlib as mpl
 import torch
@@ -46,7 +46,7 @@ LOOP_UP_TO = 1000  # tensors: it launches three kernels for each
 LESS_EACH_TIME = 0.98  # each bound that clips, of the one before: so many calls leave fp16 and bf16 far from 0
 
 Norm = Callable[[list[Tensor]], Tensor]
-Clip = Callable[[list[nn.Parameter], float], object]
+Clip = Callable[[list[nn.Parameter], float], Any]
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def environment_of(device: torch.device) -> str:
     """The device and the versions, in a line."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    packages = {**fastclip.info().versions, "CUDA": str(torch.version.cuda)}
+    packages = {**fastclip.info().versions, "fastclip": fastclip.__version__, "CUDA": str(torch.version.cuda)}
     return "; ".join([name, *(f"{package} {version}" for package, version in packages.items())])
 
 

@@ -69,7 +69,8 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, context, width = x.shape
         qkv = self.qkv(self.first(x)).view(batch, context, 3, self.heads, width // self.heads)
-        attended = functional.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), is_causal=True)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).reshape(batch, context, width))
         out: Tensor = x + self.down(functional.gelu(self.up(self.second(x))))
         return out
@@ -131,7 +132,11 @@ class Training:
         scaler, optimizer, parameters = self.scaler, self.optimizer, self.parameters
 
         def after_unscaling(clip: Callable[..., object]) -> Callable[[float], object]:
-            return lambda bound: (scaler.unscale_(optimizer), clip(parameters, bound))
+            def unscale_and_clip(bound: float) -> None:
+                scaler.unscale_(optimizer)
+                clip(parameters, bound)
+
+            return unscale_and_clip
 
         ways: dict[str, Callable[[float], object]] = {
             "none": lambda _: None,

@@ -108,6 +108,6 @@ def gradients_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 def exact_norm(grads: Sequence[Tensor], p: float = 2.0) -> float:
     """The norm in fp64, in pieces, so that no large temporary is made."""
-    pieces = (piece for grad in grads for piece in grad.view(-1).split(1 << 27))
+    pieces = (piece for grad in grads for piece in torch.split(grad.view(-1), 1 << 27))
     norms = [torch.linalg.vector_norm(piece, p, dtype=torch.float64) for piece in pieces]
     return float(torch.linalg.vector_norm(torch.stack(norms), p))

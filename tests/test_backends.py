@@ -301,10 +301,15 @@ def test_clamp_writes_no_vector_that_is_inside(leg: Leg) -> None:
 @forks
 @pytest.mark.legs("numpy", "interpreter", "ptx")
 @pytest.mark.parametrize("by_norm", [True, False])
-def test_a_group_that_is_not_clipped_is_not_written(leg: Leg, by_norm: bool) -> None:
-    inside, outside = Page(torch.ones(100)), torch.full((100,), 5.0)
+@pytest.mark.parametrize("size", [25, 100])  # the kernels take up to 64 elements in groups
+def test_a_group_that_is_not_clipped_is_not_written(leg: Leg, size: int, by_norm: bool) -> None:
+    inside, outside = Page(torch.ones(size)), torch.full((size,), 5.0)
     made = parameters([inside.tensor, outside])
-    rule = fastclip.ClipByNorm([10.0, 5.0]) if by_norm else fastclip.ClipByValue(-1.0, [1.0, 0.5], by="parameter")
+    rule = (
+        fastclip.ClipByNorm([10.0, 0.5 * size**0.5])
+        if by_norm
+        else fastclip.ClipByValue(-1.0, [1.0, 0.5], by="parameter")
+    )
 
     def work() -> None:
         inside.protect()

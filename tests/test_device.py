@@ -46,9 +46,12 @@ class Device:
         if self.is_gpu:
             torch.cuda.synchronize()
 
+    def new_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
     @contextlib.contextmanager
     def stream_of_its_own(self) -> Iterator[None]:
-        with torch.cuda.stream(torch.cuda.Stream()) if self.is_gpu else contextlib.nullcontext():
+        with torch.cuda.stream(self.new_stream()) if self.is_gpu else contextlib.nullcontext():
             yield
 
     @contextlib.contextmanager
@@ -90,7 +93,7 @@ def device(leg: Leg) -> Device:
 
 def exact_norm(parameters: list[nn.Parameter]) -> float:
     """In fp64, in pieces, so that no large temporary is made."""
-    pieces = [piece for parameter in parameters for piece in grad_of(parameter).split(1 << 27)]
+    pieces = [piece for parameter in parameters for piece in torch.split(grad_of(parameter), 1 << 27)]
     return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p, dtype=FP64) for p in pieces])))
 
 
@@ -177,7 +180,7 @@ def test_two_streams_at_once(device: Device) -> None:
     """Each has tables and scratch memory of its own."""
     lists = [device.parameters(*[device.size(1 << 20, 999)] * 40) for _ in range(2)]
     exact = [exact_norm(made) for made in lists]
-    streams = [torch.cuda.Stream() if device.is_gpu else None for _ in lists]
+    streams = [device.new_stream() if device.is_gpu else None for _ in lists]
     found: list[list[Tensor]] = [[], []]
     device.synchronize()
     for _ in range(40):

@@ -79,8 +79,8 @@ class Kernels:
             *addresses(*memory), *self.ends, p, 1.0, KIND=kind, NORM=self.norm_type, **self.options
         )
         each = torch.full((len(self.tensors),), math.nan, dtype=torch.float64)
-        memory = (self.partials, self.slices, each)
-        kernels.tensor_norms_kernel[(3,)](*addresses(*memory), len(self.tensors), **self.options)
+        tables = addresses(self.partials, self.slices, each)
+        kernels.tensor_norms_kernel[(3,)](*tables, len(self.tensors), **self.options)
         return self.norm.item(), each.tolist()
 
     def reduction_as_ptx(self, p: float) -> str:
