@@ -282,22 +282,28 @@ def _run(
         params = parameters_of(workload, device)
         for contender in contenders(workload, params):
             refill(gradients_of(params))
-            wrong = objections(contender, workload, params)
+            try:
+                wrong = objections(contender, workload, params)
+                if not wrong:
+                    for row in time_contender(contender, workload, params, clock, limits):
+                        print(_line(row), flush=True)
+                        writer.writerow({"environment": environment, **asdict(row)})
+                        file.flush()
+                        rows.append(row)
+            except Exception as error:  # noqa: BLE001 - one that cannot do it does not keep the others from being timed
+                wrong = [f"{type(error).__name__}: {error}"]
             if wrong:
-                print(f"{workload.name:28} {contender.name:18} WRONG, and not timed: {'; '.join(wrong)}")
+                print(f"{workload.name:28} {contender.name:18} WRONG, and not timed: {'; '.join(wrong)}", flush=True)
                 is_right &= contender.name != "fastclip"
-                continue
-            for row in time_contender(contender, workload, params, clock, limits):
-                print(
-                    f"{row.workload:28} {row.contender:18} {row.operation:8} {row.cache:4} {row.gpu_ms:9.3f} "
-                    f"{row.host_ms:9.3f} {row.percent_of_floor:11.0f}%{', with gaps' if row.has_gaps else ''}",
-                    flush=True,
-                )
-                writer.writerow({"environment": environment, **asdict(row)})
-                file.flush()
-                rows.append(row)
         del params
     return rows, is_right
+
+
+def _line(row: Row) -> str:
+    return (
+        f"{row.workload:28} {row.contender:18} {row.operation:8} {row.cache:4} {row.gpu_ms:9.3f} {row.host_ms:9.3f} "
+        f"{row.percent_of_floor:11.0f}%{', with gaps' if row.has_gaps else ''}"
+    )
 
 
 def _plot(path: Path, environment: str, rows: Sequence[Row]) -> None:

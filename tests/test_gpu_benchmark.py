@@ -65,6 +65,24 @@ def test_no_speed_of_what_is_wrong(
     assert "the largest value that was clipped is" in out
 
 
+def test_a_contender_that_cannot_does_not_stop_the_others(
+    benchmark_gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def raising(*_: object) -> torch.Tensor:
+        raise RuntimeError("no such kernel")
+
+    utils = torch.nn.utils
+    both = [
+        benchmark_gpu.Contender("broken", raising, raising),
+        benchmark_gpu.Contender("whole", utils.get_total_norm, utils.clip_grad_norm_),
+    ]
+    monkeypatch.setattr(benchmark_gpu, "contenders", lambda _workload, _params: both)
+    status, rows = run(benchmark_gpu, tmp_path)
+    assert status == 0
+    assert {row["contender"] for row in rows} == {"whole"}
+    assert "broken             WRONG, and not timed: RuntimeError: no such kernel" in capsys.readouterr().out
+
+
 def test_no_speed_where_the_check_fails(
     benchmark_gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
