@@ -50,7 +50,8 @@ sanitize: tests/native/drive.c $(wildcard kernels/*.c kernels/*.h)
 
 # In an environment of your own, what is missing is named and left to you. sys.path[0], the current folder, is no sign
 # of an installation and does not count.
-NEEDED := torch numpy matplotlib $(if $(filter test,$(MAKECMDGOALS)),pytest pytest-benchmark pytest-cov hypothesis)
+NEEDED := torch numpy matplotlib $(if $(filter test,$(MAKECMDGOALS)),pytest pytest-benchmark pytest-cov hypothesis) \
+  $(if $(filter gpu,$(MAKECMDGOALS)),pytest hypothesis)
 define IS_COMPLETE
 import sys; from importlib.util import find_spec; del sys.path[0]; \
 missing = [name for name in sys.argv[1:] if not find_spec(name.replace("-", "_"))]; \

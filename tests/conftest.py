@@ -20,7 +20,8 @@ from processes import Pool  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--leg", help="run the tests of this leg only: gpu, native, numpy, torch, interpreter or ptx")
+    names = ("gpu", "native", "numpy", "torch", "interpreter", "ptx")
+    parser.addoption("--leg", choices=names, help="run the tests of this leg only")
 
 
 def pytest_configure(config: pytest.Config) -> None:
