@@ -131,11 +131,7 @@ AVAILABLE = tuple(
 
 def parameters(*names: str) -> list[Any]:
     """What to parametrize `leg` by: the available legs of these names, or all."""
-    return [
-        pytest.param(leg, id=leg.name, marks=[pytest.mark.skip(reason=leg.obstacle)] if leg.obstacle else [])
-        for leg in AVAILABLE
-        if not names or leg.name in names
-    ]
+    return [pytest.param(leg, id=leg.name) for leg in AVAILABLE if not names or leg.name in names]
 
 
 def names_of(parametrize: pytest.Mark) -> Sequence[str]:
@@ -149,10 +145,10 @@ def has_no_leg(item: pytest.Item) -> bool:
     return not isinstance(_parameters_of(item).get("leg", AVAILABLE[0]), Leg)
 
 
-def is_of(item: pytest.Item, name: str) -> bool:
-    """Whether the test runs on the leg of this name."""
+def leg_of(item: pytest.Item) -> Leg | None:
+    """The leg that the test runs on, if it is one of a leg."""
     leg = _parameters_of(item).get("leg")
-    return isinstance(leg, Leg) and leg.name == name
+    return leg if isinstance(leg, Leg) else None
 
 
 def _parameters_of(item: pytest.Item) -> dict[str, Any]:
@@ -160,9 +156,9 @@ def _parameters_of(item: pytest.Item) -> dict[str, Any]:
     return dict(callspec.params) if callspec else {}
 
 
-def _leg_of(item: pytest.Item) -> Leg | None:
-    leg = _parameters_of(item).get("leg")
-    return leg if isinstance(leg, Leg) and leg.environment is not None else None
+def _worker_leg_of(item: pytest.Item) -> Leg | None:
+    leg = leg_of(item)
+    return leg if leg is not None and leg.environment is not None else None
 
 
 class Relay:
@@ -176,7 +172,7 @@ class Relay:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Put the workers' tests last, leg by leg: they run meanwhile."""
         order = {leg: position for position, leg in enumerate(AVAILABLE, start=1)}
-        items.sort(key=lambda item: order[leg] if (leg := _leg_of(item)) else 0)
+        items.sort(key=lambda item: order[leg] if (leg := _worker_leg_of(item)) else 0)
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
@@ -184,7 +180,7 @@ class Relay:
         options = self.config.option
         if not options.collectonly and (options.continue_on_collection_errors or not session.testsfailed):
             for leg in AVAILABLE:
-                mine = [item for item in session.items if _leg_of(item) is leg]
+                mine = [item for item in session.items if _worker_leg_of(item) is leg]
                 if mine:
                     self.workers[leg.name] = _Worker(self.config, leg, mine)
         try:
@@ -196,7 +192,7 @@ class Relay:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
         """Report a worker's test instead of running it."""
-        leg = _leg_of(item)
+        leg = _worker_leg_of(item)
         if leg is None:
             return None
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
