@@ -40,6 +40,7 @@ SMI = "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,power
 TESTS = ("-q", "-p", "no:cacheprovider", "--maxfail", "40", "--durations", "5")
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
 NCU = ("ncu", "--profile-from-start", "off", "--clock-control", "none", "--cache-control", "none", "--csv")
+DRY = {"OMP_NUM_THREADS": "1"}  # threads that wait for each other take minutes beside other work
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ class Session:
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **part.environment},
+            env={**os.environ, **part.environment, **(DRY if self.dry else {})},
             start_new_session=True,
         )
         return lambda: self._finish(part, process, output, start, start + min(part.seconds, left))
@@ -203,7 +204,8 @@ class Session:
         shown = lines[-part.shown if verdict == "ok" else -30 :]
         self.log.write(f"\n######## {part.name}\n{said}\n")
         self.say(f"== {part.name}: {verdict}, {seconds:.0f} s")
-        print(*(line[:240] for line in [*failed, *shown]), sep="\n", flush=True)
+        for line in [*failed, *shown]:
+            print(line[:240], flush=True)
 
     def close(self) -> int:
         """Write the summary; return the exit status."""

@@ -25,7 +25,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_dry_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.on_gpu", "--dry", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=420, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     parts = [
         "check",
