@@ -29,6 +29,10 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return str(request.param)
 
 
+# Linux counts a process's pages on each processor by itself, and adds them up 32 or more at a time, for memory of its own
+# and of files: what /proc tells is that far off (proc(5): "inaccurate"). Two processors, 2 x 2 x 48 pages of 4 KiB.
+COUNTING_ERROR = 0.75  # MiB
+
 PRELUDE = """
 import os, sys, threading, time
 import torch, fastclip
@@ -80,8 +84,8 @@ print(heaviest - before, mib("VmRSS") - before)
 """
     more, left = map(float, output_of(script, dtype))
     gradients = 32 * getattr(torch, dtype).itemsize
-    assert more <= 4
-    assert left <= 4 - gradients
+    assert more <= 4 + COUNTING_ERROR
+    assert left <= 4 + COUNTING_ERROR - gradients
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists a process's threads so")
