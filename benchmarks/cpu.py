@@ -35,6 +35,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import fastclip
+from benchmarks.workloads import Shape, gpt, resnet50
 from fastclip.gradients import collect
 from fastclip.plans import prepare
 
@@ -46,23 +47,11 @@ READ = 1 << 20  # bytes that are read by one call
 
 
 def _gpt2(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """The 148 tensors of GPT-2, 124 M elements."""
-    block = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,)]
-    block += [(768,), (768,), (768, 3072), (3072,), (3072, 768), (768,)]
-    return _normal([(50257, 768), (1024, 768), *block * 12, (768,), (768,)], dtype)
+    return _normal(gpt(layers=12, width=768), dtype)
 
 
 def _resnet50() -> list[Tensor]:
-    """The 161 tensors of ResNet-50, 25.6 M elements: convolutions, each with a batch norm, and one linear layer."""
-    convolutions: list[tuple[int, ...]] = [(64, 3, 7, 7)]
-    inputs = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            convolutions += [(width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
-            convolutions += [(4 * width, inputs, 1, 1)] * (block == 0)
-            inputs = 4 * width
-    layers = [shape for convolution in convolutions for shape in (convolution, convolution[:1], convolution[:1])]
-    return _normal([*layers, (1000, 2048), (1000,)])
+    return _normal(resnet50())
 
 
 def _demo() -> list[Tensor]:
@@ -72,7 +61,7 @@ def _demo() -> list[Tensor]:
     return _normal([(256, 144), (64, 144), *layer * 4, (144,), (144,)])
 
 
-def _normal(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def _normal(shapes: Sequence[Shape], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.randn(shape).to(dtype) for shape in shapes]
 
 

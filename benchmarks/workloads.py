@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 SMALLER = 1 << 12  # by this much `shrunk` divides the tensors' sizes, and 50 is the most of them
 
 FP32, BF16 = torch.float32, torch.bfloat16
+
+Shape: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,10 @@ class Workload:
 
 def models() -> Iterator[Workload]:
     """Those of models that are trained."""
-    yield Workload("GPT-2 124M fp32", _gpt(12, 768, FP32), "OpenAI's GPT-2")
-    yield Workload("GPT-2 124M bf16", _gpt(12, 768, BF16), "OpenAI's GPT-2")
-    yield Workload("GPT 1.3B bf16", _gpt(24, 2048, BF16), "GPT-3 XL")
-    yield Workload("ResNet-50 fp32", [(numel, FP32) for numel in _resnet50()], "torchvision")
+    yield Workload("GPT-2 124M fp32", _of(gpt(12, 768), FP32), "OpenAI's GPT-2")
+    yield Workload("GPT-2 124M bf16", _of(gpt(12, 768), BF16), "OpenAI's GPT-2")
+    yield Workload("GPT 1.3B bf16", _of(gpt(24, 2048), BF16), "GPT-3 XL")
+    yield Workload("ResNet-50 fp32", _of(resnet50(), FP32), "torchvision")
     yield Workload("1 x 64 fp32", [(64, FP32)], "the least that a call costs")
     yield Workload("2000 x 64 fp32", [(64, FP32)] * 2000, "nothing but the cost of a tensor")
 
@@ -60,27 +64,28 @@ def published() -> Iterator[Workload]:
     yield Workload("6000261x256 bf16", [(6_000_261 * 256, BF16)], "Automodel #3685")
 
 
-def _gpt(layers: int, width: int, dtype: torch.dtype) -> list[tuple[int, torch.dtype]]:
-    attention = [width, width, 3 * width * width, 3 * width, width * width, width]
-    feed_forward = [width, width, 4 * width * width, 4 * width, 4 * width * width, width]
-    numels = [50_257 * width, 1024 * width, *(attention + feed_forward) * layers, width, width]
-    return [(numel, dtype) for numel in numels]
+def gpt(layers: int, width: int) -> list[Shape]:
+    """The tensors of a GPT-2: with 12 layers of 768 they are 148, of 124 M elements."""
+    layer: list[Shape] = [(width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,)]
+    layer += [(width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width), (width,)]
+    return [(50_257, width), (1024, width), *layer * layers, (width,), (width,)]
 
 
-def _resnet50() -> Iterator[int]:
-    yield from (3 * 64 * 49, 64, 64)
+def resnet50() -> list[Shape]:
+    """The 161 tensors of ResNet-50, 25.6 M elements: convolutions, each with a batch norm, and one linear layer."""
+    convolutions: list[Shape] = [(64, 3, 7, 7)]
     inputs = 64
-    for stage, blocks in enumerate((3, 4, 6, 3)):
-        middle = 64 << stage
-        outputs = 4 * middle
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for block in range(blocks):
-            yield from (inputs * middle, middle, middle)
-            yield from (9 * middle * middle, middle, middle)
-            yield from (middle * outputs, outputs, outputs)
-            if block == 0:
-                yield from (inputs * outputs, outputs, outputs)
-            inputs = outputs
-    yield from (2048 * 1000, 1000)
+            convolutions += [(width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            convolutions += [(4 * width, inputs, 1, 1)] * (block == 0)
+            inputs = 4 * width
+    layers = [shape for convolution in convolutions for shape in (convolution, convolution[:1], convolution[:1])]
+    return [*layers, (1000, 2048), (1000,)]
+
+
+def _of(shapes: Sequence[Shape], dtype: torch.dtype) -> list[tuple[int, torch.dtype]]:
+    return [(math.prod(shape), dtype) for shape in shapes]
 
 
 def parameters_of(workload: Workload, device: torch.device) -> list[nn.Parameter]:
