@@ -393,10 +393,10 @@ def tile_loops(code: Sequence[Instruction], dtypes: Sequence[str]) -> list[Loop]
         raise RuntimeError(f"{len(outermost)} outermost loops in the machine code, {len(dtypes)} in the source")
     found = []
     for dtype, outer in zip(dtypes, outermost, strict=True):
-        # Only edges are read element by element, so that the narrowest access tells the element's size. (That of the
-        # partials may be outside of the loop.)
         if dtype == GROUPS:
             continue
+        # Only edges are read element by element, so that the narrowest access tells the element's size. (That of the
+        # partials may be outside of the loop.)
         size = min(width for i in outer for width in (code[i].load, code[i].store) if width)
         if size != DTYPES[dtype] and dtype != "partials":
             raise RuntimeError(f"the loop taken for {dtype}'s reads elements of {size} bytes")

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 import fastclip
 from benchmarks import by_hand
-from benchmarks.clock import Ceilings, Clock, Timing, ceilings
+from benchmarks.clock import Ceilings, Clock, ceilings
 from benchmarks.workloads import Workload, exact_norm, gradients_of, models, parameters_of, published, refill
 from fastclip import check
 
@@ -205,11 +205,11 @@ def time_contender(
     contender: Contender, workload: Workload, params: list[nn.Parameter], clock: Clock, limits: Ceilings
 ) -> Iterator[Row]:
     """Time each operation, with a hot and, where it makes a difference, a cold cache."""
+    drives_itself_out = workload.nbytes >= 4 * clock.cache_bytes
     for operation, work in works(contender, workload, params):
         floor = limits.floor_ms(workload.nbytes, writes=operation == "clipping")
-        for cache in ("hot", "cold") if workload.nbytes < 4 * clock.cache_bytes else ("cold",):
-            # What is larger than the cache drives itself out of it.
-            timing: Timing = clock.time(work, cold=cache == "cold" and workload.nbytes < 4 * clock.cache_bytes)
+        for cache in ("cold",) if drives_itself_out else ("hot", "cold"):
+            timing = clock.time(work, cold=cache == "cold" and not drives_itself_out)
             yield Row(
                 workload.name,
                 len(workload.shapes),

@@ -200,7 +200,7 @@ class Session:
     def _report(self, part: Part, verdict: str, seconds: float, said: str) -> None:
         self.verdicts[part.name] = verdict
         lines = said.rstrip().splitlines()
-        failed = [line for line in lines if line.startswith(("FAILED ", "ERROR ", "WRONG "))][:25]
+        failed = [line for line in lines if line.startswith(("FAILED ", "ERROR ")) or "WRONG, " in line][:25]
         shown = lines[-part.shown if verdict == "ok" else -30 :]
         self.log.write(f"\n######## {part.name}\n{said}\n")
         self.say(f"== {part.name}: {verdict}, {seconds:.0f} s")

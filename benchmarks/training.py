@@ -227,12 +227,13 @@ def rows(size: Size, device: torch.device) -> Iterator[Row]:
     """Train in all precisions, and time all ways."""
     for name, precision in PRECISIONS.items():
         training = Training(size, precision, device)
+        ways = training.ways()
         for frees in (True, False):
             for bound in (1e-3, FAR):
                 case = (name, "freed" if frees else "kept", "idle" if bound == FAR else "clips")
                 times: dict[str, list[Times]] = {}
                 for number in range(WARM_UP + size.steps):
-                    for way, clip in training.ways().items():
+                    for way, clip in ways.items():
                         seen = training.step(clip, bound, frees=frees)
                         if number >= WARM_UP:
                             times.setdefault(way, []).append(seen)

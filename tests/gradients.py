@@ -38,6 +38,11 @@ def twin(tensor: Tensor) -> Tensor:
     return copy.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
+def addresses(*memory: Tensor | None) -> list[int | None]:
+    """Where tensors lie, as the kernels take them."""
+    return [None if tensor is None else tensor.data_ptr() for tensor in memory]
+
+
 def grad_of(parameter: Tensor) -> Tensor:
     """The gradient, which is there."""
     assert parameter.grad is not None

@@ -13,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from gradients import assert_untouched_around, embedded, random_values, twin
+from gradients import addresses, assert_untouched_around, embedded, random_values, twin
 from legs import Leg
 from torch import Tensor
 
@@ -24,10 +24,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as the
 KINDS = {2.0: "two", 1.0: "one", 0.0: "zero", 3.0: "power", -1.0: "power", INF: "max", -INF: "min"}
 POISON = 0x7FC00000
 SPECIAL = (0.0, -0.0, 1.5, -3.0, INF, -INF, math.nan)
-
-
-def addresses(*memory: Tensor | None) -> list[int | None]:
-    return [None if tensor is None else tensor.data_ptr() for tensor in memory]
 
 
 class Launcher:

@@ -318,13 +318,8 @@ if not child:
     os._exit(0 if right and parameter.grad.numpy().max() == torch.tensor(1e-9).item() else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    command = [
-        sys.executable,
-        "-W",
-        "ignore::DeprecationWarning",
-        "-c",
-        script,
-    ]  # Python 3.12's, about fork and threads
+    # Python 3.12 warns of a fork beside threads.
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout.strip(), done.stderr) == ("0", "")
 

@@ -18,7 +18,7 @@ import oracle
 import ptxlab
 import pytest
 import torch
-from gradients import assert_untouched_around, embedded, random_values, twin
+from gradients import addresses, assert_untouched_around, embedded, random_values, twin
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -34,10 +34,6 @@ SOURCES = Path(str(importlib.import_module("fastclip.kernels").__file__)).parent
 def _without_gpu() -> Iterator[None]:
     yield
     ptxlab.deactivate()
-
-
-def addresses(*memory: Tensor) -> list[int]:
-    return [tensor.data_ptr() for tensor in memory]
 
 
 class Kernels:
