@@ -29,10 +29,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return str(request.param)
 
 
-# Linux counts a process's pages on each processor and adds them up 32 or more at a time, so what /proc tells is
-# "inaccurate" (proc(5)): 2 processors, 2 counters (memory of its own, and files), 32 pages of 4 KiB, in 2 readings.
-COUNTING_ERROR = 1.0  # MiB
-
 PRELUDE = """
 import os, sys, threading, time
 import torch, fastclip
@@ -84,8 +80,8 @@ print(heaviest - before, mib("VmRSS") - before)
 """
     more, left = map(float, output_of(script, dtype))
     gradients = 32 * getattr(torch, dtype).itemsize
-    assert more <= 4 + COUNTING_ERROR
-    assert left <= 4 + COUNTING_ERROR - gradients
+    assert more <= 4
+    assert left <= 4 - gradients
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists a process's threads so")
