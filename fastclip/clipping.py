@@ -8,16 +8,23 @@ purpose, and listed in the README under "Better than torch's".
 from __future__ import annotations
 
 import math
-import types
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from fastclip import originals
-from fastclip.backends.interface import Scalar, clip_coefficient, is_capturing, on
-from fastclip.caller import warn_caller
+from fastclip.backends.interface import Scalar, clip_coefficient, is_capturing, on, pieces
 from fastclip.dynamo import untraced
-from fastclip.gradients import Gradients, Parameters, as_gradients, check_bounds, collect, has_dtensors
+from fastclip.gradients import (
+    Gradients,
+    Parameters,
+    as_gradients,
+    check_bounds,
+    collect,
+    has_dtensors,
+    warn_of_empty_iterator,
+)
 from fastclip.plans import Prepared
 from fastclip.sharding import Sharded, as_plain, local_parts, on_mesh, prepare
 
@@ -46,7 +53,8 @@ def clip_grad_norm_(
     Args:
         parameters: A tensor, an iterable of tensors or of (name, tensor) pairs, or a module; ``.grad`` is clipped.
             Names, where given, are used in error messages.
-        max_norm: The largest norm allowed. ``inf`` only measures; 0 zeroes the gradients; a negative one flips them.
+        max_norm: The largest norm allowed. ``inf`` only measures, and never writes, whatever the norm; 0 zeroes the
+            gradients; a negative one flips them.
         norm_type: The order p: any real number, ``inf`` for max|g|, ``-inf`` for min|g|, 0 for the number of gradients
             with a nonzero element.
         error_if_nonfinite: Raise, before any gradient is changed, where the norm is NaN or infinite. It looks at the
@@ -76,18 +84,19 @@ def clip_grad_norm_(
         check_norm_dtype(norm_dtype)
     grads = collect(parameters)
     if not grads.tensors and not has_dtensors(grads):
-        _warn_if_used_up(parameters, grads)
         return torch.zeros((), dtype=norm_dtype)
-    prepared = prepare(grads, in_place=True)
+    writes = limit != math.inf
+    prepared = prepare(grads, in_place=writes)
     if foreach:
         _check_foreach(prepared)
     dtype = norm_dtype or prepared.dtype
-    if not error_if_nonfinite and type(prepared) is Prepared:
+    if writes and not error_if_nonfinite and type(prepared) is Prepared:
         return prepared.clip_(grads, p, limit, dtype)
     reduced = prepared.reduce(p, limit, dtype)
     if error_if_nonfinite:
         _raise_if_nonfinite(grads, p, reduced.total)
-    prepared.scale_(grads, reduced.coefficient)
+    if writes:
+        prepared.scale_(grads, reduced.coefficient)
     return on_mesh(reduced.norm, prepared)
 
 
@@ -97,6 +106,7 @@ def get_total_norm(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    dtype: torch.dtype | None = None,
     *,
     norm_dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -112,7 +122,9 @@ def get_total_norm(
         norm_type: The order p.
         error_if_nonfinite: Raise where the norm is NaN or infinite.
         foreach: Accepted for torch's sake.
-        norm_dtype: The dtype of the result; by default torch's.
+        dtype: The dtype of the result; by default the tensors' own, promoted where they differ. A coming version of
+            torch has it under this name (pull request 194033).
+        norm_dtype: The same, as `clip_grad_norm_` calls it.
 
     Returns:
         The norm: 0-dim, on the first tensor's device; ``tensor(0.)`` where there are no tensors. Of DTensors on one
@@ -120,18 +132,23 @@ def get_total_norm(
 
     Raises:
         RuntimeError: The norm is non-finite and `error_if_nonfinite`.
-        TypeError: `tensors` holds something other than tensors.
-        ValueError: `norm_type` is a string that is not a number.
+        TypeError: `tensors` holds something other than tensors, or a dtype is none of floating-point numbers.
+        ValueError: `norm_type` is a string that is not a number, or `dtype` and `norm_dtype` differ.
     """
     p = as_float("norm_type", norm_type)
     check_norm_dtype(norm_dtype)
+    check_norm_dtype(dtype, "dtype")
+    wanted = norm_dtype or dtype
+    if dtype not in (None, wanted):
+        raise ValueError(f"`dtype` and `norm_dtype` are one thing by two names, not {dtype} and {norm_dtype}")
     grads = as_gradients(tensors)
     if not grads.tensors:
-        return torch.zeros((), dtype=norm_dtype)
+        warn_of_empty_iterator("tensors", tensors, grads.owners, "whose norm is 0")
+        return torch.zeros((), dtype=wanted)
     prepared = prepare(grads, in_place=False)
     if foreach:
         _check_foreach(prepared)
-    reduced = prepared.reduce(p, float("inf"), norm_dtype or prepared.dtype)
+    reduced = prepared.reduce(p, math.inf, wanted or prepared.dtype)
     if error_if_nonfinite:
         _raise_if_nonfinite(grads, p, reduced.total)
     return on_mesh(reduced.norm, prepared)
@@ -153,7 +170,7 @@ def clip_grads_with_norm_(
 
     Args:
         parameters: As in :func:`clip_grad_norm_`.
-        max_norm: The largest norm allowed.
+        max_norm: The largest norm allowed; under ``inf`` nothing is written.
         total_norm: The norm, a tensor of one element on any device, or a DTensor.
         foreach: Accepted for torch's sake.
 
@@ -168,7 +185,7 @@ def clip_grads_with_norm_(
     total = as_plain(total_norm) if isinstance(total_norm, Tensor) else torch.tensor(total_norm, device="cpu")
     if total.numel() != 1:
         raise ValueError(f"`total_norm` must be one number, not a tensor of shape {tuple(total.shape)}")
-    if not grads.tensors:
+    if not grads.tensors or limit == math.inf:
         return
     prepared = prepare(grads, in_place=True)
     if foreach:
@@ -220,7 +237,7 @@ def _raise_if_nonfinite(grads: Gradients, p: float, total: Scalar) -> None:
     if math.isfinite(total):
         return
     parts = local_parts(grads)  # a look at DTensors themselves would be a collective
-    culprits = [i for i, part in enumerate(parts.tensors) if not bool(_stored(part).isfinite().all())]
+    culprits = [i for i, part in enumerate(parts.tensors) if not all(bool(p.isfinite().all()) for p in _pieces(part))]
     named = "; ".join(_describe(parts, index) for index in culprits[:_MOST_NAMED])
     more = f"; and {len(culprits) - _MOST_NAMED} more" if len(culprits) > _MOST_NAMED else ""
     if culprits:
@@ -237,12 +254,13 @@ def _raise_if_nonfinite(grads: Gradients, p: float, total: Scalar) -> None:
 
 
 def _describe(grads: Gradients, index: int) -> str:
-    values = _stored(grads.tensors[index])
-    return f"{grads.label(index)} ({int(values.isnan().sum())} NaN, {int(values.isinf().sum())} inf)"
+    counts = [(int(piece.isnan().sum()), int(piece.isinf().sum())) for piece in _pieces(grads.tensors[index])]
+    nans, infs = map(sum, zip(*counts, strict=True))
+    return f"{grads.label(index)} ({nans} NaN, {infs} inf)"
 
 
-def _stored(grad: Tensor) -> Tensor:
-    return grad.coalesce().values() if grad.layout is torch.sparse_coo else grad
+def _pieces(grad: Tensor) -> Iterator[Tensor]:
+    return pieces(grad.coalesce().values() if grad.layout is torch.sparse_coo else grad)
 
 
 def as_float(name: str, value: object) -> float:
@@ -258,20 +276,14 @@ def as_float(name: str, value: object) -> float:
         raise type(error)(f"`{name}` must be a real number, not {value!r}") from None
 
 
-def check_norm_dtype(norm_dtype: torch.dtype | None) -> None:
-    """Refuse what a norm cannot be of.
+def check_norm_dtype(dtype: torch.dtype | None, name: str = "norm_dtype") -> None:
+    """Refuse what a norm cannot be of, and the caller passed by this name.
 
     Raises:
         TypeError: It is no floating-point dtype.
     """
-    if norm_dtype is not None and not (isinstance(norm_dtype, torch.dtype) and norm_dtype.is_floating_point):
-        raise TypeError(f"`norm_dtype` must be a floating-point dtype such as torch.float32, not {norm_dtype!r}")
-
-
-def _warn_if_used_up(parameters: object, grads: Gradients) -> None:
-    if isinstance(parameters, types.GeneratorType) and not grads.owners.tensors:
-        message = "`parameters` is an empty generator, no gradient clipping will occur."
-        warn_caller(message)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"`{name}` must be a floating-point dtype such as torch.float32, not {dtype!r}")
 
 
 def _check_foreach(prepared: Prepared | Sharded) -> None:

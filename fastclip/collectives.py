@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastclip.backends.interface import stable_norm
+from fastclip.backends.interface import kept, stable_norm
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -85,7 +85,7 @@ def _unbinned(sums: Tensor, p: float) -> Tensor:
     return stable_norm(sums.pow(1 / p) * roots * roots, p, 1)
 
 
-@lru_cache
+@kept(128)
 def _bins(p: float, device: torch.device) -> tuple[float, Tensor, Tensor]:
     """The bins' width, an exponent of two, their numbers, [bins], and the square roots of their centres, [bins].
 

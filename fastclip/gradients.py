@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
+import types
 from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -72,27 +72,64 @@ class Gradients(NamedTuple):
         """Name one of `tensors` as the caller knows it."""
         position = self.positions[index]
         name = f" {self.owners.names[position]!r}" if self.owners.names else ""
-        return f"{self.argument}[{position}]{name} of shape {tuple(self.owners.tensors[position].shape)}"
+        shape = getattr(self.owners.tensors[position], "shape", self.tensors[index].shape)
+        return f"{self.argument}[{position}]{name} of shape {tuple(shape)}"
 
 
 def collect(parameters: Parameters) -> Gradients:
     """Collect the gradients of a tensor, of tensors, of (name, tensor) pairs, of a module or of parameter groups.
 
+    Where there is none, and the caller cannot have meant that, it warns.
+
     Raises:
         RuntimeError: No gradient is left, because optimizers have stepped inside of backward.
-        TypeError: `parameters` is not iterable, or holds something that is none of these; or it is a model of FSDP1.
+        TypeError: `parameters` is not iterable, or holds something that is none of these; or shards of FSDP1.
     """
-    if isinstance(parameters, nn.Module):
-        _refuse_fsdp1(parameters)
-    return gradients_of(listed(parameters, "parameters"))
+    owners = listed(parameters, "parameters")
+    grads = gradients_of(owners)
+    if not grads.tensors:
+        check_whole(grads)
+        warn_of_empty_iterator("parameters", parameters, owners, "no gradient clipping will occur.")
+        _warn_of_no_parameters(owners.tensors)
+    return grads
 
 
-def _refuse_fsdp1(model: nn.Module) -> None:
-    fsdp1 = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
-    if isinstance(model, fsdp1):
+def warn_of_empty_iterator(argument: str, given: object, owners: Owners, consequence: str) -> None:
+    """Say so where what the caller passed was an iterator that, most likely, somebody else has used up."""
+    if not owners.tensors and isinstance(given, Iterator):
+        kind = "generator" if isinstance(given, types.GeneratorType) else "iterator"
+        warn_caller(f"`{argument}` is an empty {kind}, {consequence}")
+
+
+def _warn_of_no_parameters(tensors: Sequence[Tensor]) -> None:
+    """Say so where no tensor has a gradient, nor can ever have one: as gradients themselves, or frozen parameters."""
+    if tensors and not any(getattr(tensor, "requires_grad", True) for tensor in tensors):
+        warn_caller(
+            f"none of the {len(tensors)} tensors in `parameters` has a gradient or requires one: nothing is clipped. "
+            "Pass parameters, not their gradients, and such as are not frozen"
+        )
+
+
+def check_whole(grads: Gradients) -> None:
+    """Refuse gradients of FSDP1's shards: each process would take the norm of its own part.
+
+    FSDP1 marks what it has flattened. Whether that is a part shows in its shape: a flat parameter knows that of the
+    whole. Of original parameters (`use_orig_params`) the parts have one dimension, and with NO_SHARD, where they are
+    whole, the shapes that they always had; so where each has one dimension they count as parts.
+
+    Raises:
+        TypeError: They are so.
+    """
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    flattened = [owner for owner in grads.owners.tensors if getattr(owner, "_fsdp_flattened", False)]
+    originals = [owner for owner in flattened if not hasattr(owner, "_unpadded_unsharded_size")]
+    if any(owner.shape != getattr(owner, "_unpadded_unsharded_size", owner.shape) for owner in flattened) or (
+        originals and all(owner.dim() == 1 for owner in originals)
+    ):
         raise TypeError(
-            "`parameters` is a model sharded by FSDP1, whose parameters do not tell of which whole they are parts: "
-            "use its own method, model.clip_grad_norm_(max_norm)"
+            f"`{grads.argument}` are of a model sharded by FSDP1, and each process would take its own part's norm: "
+            "use the model's own method, model.clip_grad_norm_(max_norm)"
         )
 
 
@@ -119,16 +156,19 @@ def gradients_of(owners: Owners) -> Gradients:
     if type(None) not in kinds:
         return Gradients(grads, owners, range(len(grads)), kinds, "parameters")
     positions = [position for position, grad in enumerate(grads) if grad is not None]
-    _refuse_used_up(owners.tensors, grads)
+    _warn_if_used_up(owners.tensors, grads)
     return Gradients([grads[i] for i in positions], owners, positions, kinds - {type(None)}, "parameters")
 
 
-def _refuse_used_up(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Say so where an optimizer may have used gradients up inside of backward, rather than clip what is left of them.
+def _warn_if_used_up(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Say so where an optimizer may have used gradients up inside of backward: only what is left of them is clipped.
 
     It steps in a hook that runs when a parameter's gradient is accumulated, and frees the gradient. Other hooks of that
-    kind leave the gradient, and parameters without hooks merely have none. So a hook may have freed what is not there;
-    it is an error where all is gone, and a hook is known to step. torch returns a norm of 0 then.
+    kind leave the gradient, and parameters without hooks merely have none. What a hook does cannot be told, so it is
+    an error only where torch's own `torch.distributed.optim` steps; torch returns a norm of 0 then.
+
+    Raises:
+        RuntimeError: It steps so for each of the parameters.
     """
     missing = [tensor for tensor, grad in zip(tensors, grads, strict=True) if grad is None and _has_hook(tensor)]
     if not missing:
@@ -147,7 +187,7 @@ def _refuse_used_up(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -
         "(fastclip.clip_grad_norm_(parameter, 1.0)), or attach a rule by parameter or by value to each optimizer "
         "(fastclip.attach(optimizer, clipnorm=1.0)). For a norm of all gradients, step after backward"
     )
-    if len(missing) == len(tensors) and any(map(_steps_in_backward, missing)):
+    if len(missing) == len(tensors) and any(hasattr(tensor, "_in_backward_optimizers") for tensor in tensors):
         raise RuntimeError(message)
     warn_caller(message)
 
@@ -155,15 +195,7 @@ def _refuse_used_up(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -
 def _has_hook(parameter: Tensor) -> bool:
     """Whether a hook sees the accumulated gradient: one of torch's own kind, or one by `torch.distributed.optim`."""
     hooks: object = getattr(parameter, "_post_accumulate_grad_hooks", None)
-    return parameter.requires_grad and (bool(hooks) or hasattr(parameter, "_in_backward_optimizers"))
-
-
-def _steps_in_backward(parameter: Tensor) -> bool:
-    """Whether a hook is taken to step: it is by `torch.distributed.optim`, or its code names a `step`."""
-    hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-    functions = [inspect.unwrap(getattr(hook, "func", hook)) for hook in hooks.values()]  # `func`: a partial's
-    codes = [getattr(function, "__code__", None) for function in functions]
-    return hasattr(parameter, "_in_backward_optimizers") or any("step" in code.co_names for code in codes if code)
+    return getattr(parameter, "requires_grad", False) and (bool(hooks) or hasattr(parameter, "_in_backward_optimizers"))
 
 
 def as_gradients(tensors: Parameters) -> Gradients:
@@ -258,6 +290,11 @@ def _check_dtypes(grads: Gradients, first: dict[torch.dtype, int]) -> None:
             raise RuntimeError(message)
 
 
+_WITHOUT_CLAMP = frozenset(
+    {torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc, torch._mkldnn}  # type: ignore[attr-defined]
+)
+
+
 def check_bounds(grads: Gradients, *bounds: float | Sequence[float]) -> None:
     """Refuse gradients that cannot be clamped to the bounds, which are rounded to the gradients' own dtypes.
 
@@ -267,8 +304,8 @@ def check_bounds(grads: Gradients, *bounds: float | Sequence[float]) -> None:
 
     Raises:
         NotImplementedError: A gradient is complex.
-        RuntimeError: A gradient is neither floating-point nor complex, or a finite bound is beyond the largest value of
-            its dtype.
+        RuntimeError: A gradient is neither floating-point nor complex, or of a layout that torch cannot clamp; or a
+            finite bound is beyond the largest value of its dtype.
     """
     first = _first_of_each_dtype(grads)
     _check_dtypes(grads, first)
@@ -282,6 +319,10 @@ def check_bounds(grads: Gradients, *bounds: float | Sequence[float]) -> None:
                 if largest < abs(value) < float("inf") and grads.tensors[i].dtype == dtype:
                     message = f"{value} cannot be converted to {dtype} without overflow, for {grads.label(i)}"
                     raise RuntimeError(f"{message}: the largest value there is {largest}")
+    for index, grad in enumerate(grads.tensors):
+        if grad.layout in _WITHOUT_CLAMP:
+            message = f"{grads.label(index)} is laid out as {grad.layout}, whose values torch cannot clamp"
+            raise RuntimeError(f"{message}: convert it before, for example by to_dense()")
 
 
 def _first_of_each_dtype(grads: Gradients) -> dict[torch.dtype, int]:
@@ -294,13 +335,17 @@ def check_writable(grads: Gradients) -> None:
     """Refuse gradients that torch would not write to, before any of them is written.
 
     Raises:
-        RuntimeError: Elements of a gradient share memory, or it is an inference tensor outside of inference mode.
+        RuntimeError: Elements of a gradient share memory, or it has none, or it is an inference tensor outside of
+            inference mode.
     """
     frozen = not torch.is_inference_mode_enabled()
     for index, grad in enumerate(grads.tensors):
         if grad.layout is torch.strided and not grad.is_contiguous() and _repeats_elements(grad):
             message = "unsupported operation: more than one element of the written-to tensor refers to a single memory"
             raise RuntimeError(f"{message} location. Please clone() {grads.label(index)} before clipping it")
+        if grad._is_zerotensor():
+            message = "ZeroTensors are immutable, for they have no memory: clone()"
+            raise RuntimeError(f"{message} {grads.label(index)} before clipping it, or set it to None")
         if frozen and grad.is_inference():
             message = "Inplace update to inference tensor outside InferenceMode is not allowed"
             raise RuntimeError(f"{message}: clone() {grads.label(index)} before clipping it")

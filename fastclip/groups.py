@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import for_graphs, norm_of_norms, upload
+from fastclip.backends.interface import for_graphs, kept, norm_of_norms, upload
 from fastclip.gradients import Owners
 
 By: TypeAlias = Literal["global", "parameter", "layer", "group"] | Callable[[str], Hashable] | Sequence[Hashable]
@@ -126,12 +126,12 @@ def index_of(positions: Sequence[int], device: torch.device) -> Tensor:
     return for_graphs(_index(tuple(positions), device))
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def _index(positions: tuple[int, ...], device: torch.device) -> Tensor:
     return upload(np.array(positions, dtype=np.int64), device, for_every_stream=True)
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def _levels(of: tuple[int, ...], count: int, device: torch.device) -> tuple[Tensor, ...]:
     """How to come from parameters to groups: matrices of positions, of which each row is combined to one norm.
 

@@ -4,8 +4,9 @@
 
 A gradient is *plain* when it fills its memory without gaps or overlaps and holds real floating-point numbers: then it
 is an address and a number of elements, which is all that the kernels need. Everything else (complex, strided views,
-tensor subclasses, meta tensors) is left to torch's own operations; a sparse gradient takes part by its values. Whatever
-the mixture, one norm is taken over all of it.
+tensor subclasses, meta tensors) is left to torch's own operations; a sparse gradient takes part by its values. So is
+every gradient while torch's operations are traced, or looked at by a mode. Whatever the mixture, one norm is taken over
+all of it.
 
 Training clips gradients that are alike again and again, and that lie elsewhere in each step
 (`zero_grad(set_to_none=True)` frees them). So what does not depend on their addresses is kept, their `Arrangement`: who
@@ -36,6 +37,7 @@ from fastclip.backends.interface import (
     Unscaling,
     combine,
     is_capturing,
+    is_traced,
     on,
     overlapping,
     reduction,
@@ -43,7 +45,7 @@ from fastclip.backends.interface import (
     upload,
     wide_dtype,
 )
-from fastclip.gradients import PLAIN_TYPES, Gradients, check_dtypes, check_writable
+from fastclip.gradients import PLAIN_TYPES, Gradients, check_dtypes, check_whole, check_writable
 
 # A part of torch that is torch's own affair: without it nothing is kept, and every call prepares anew.
 TensorGuards: Any = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
@@ -255,7 +257,7 @@ def prepare(grads: Gradients, *, in_place: bool) -> Prepared:
     """
     tensors = grads.tensors
     addresses = _addresses(grads) if grads.addresses is None else grads.addresses
-    if addresses is None:
+    if addresses is None or is_traced():
         return _prepared_anew(grads, in_place=in_place)
     first = tensors[0]
     sketch = (len(tensors), first.numel(), in_place, _variables.get(_variable))
@@ -312,6 +314,7 @@ def _captured(kept: Prepared | None) -> Prepared:
 
 def _prepared_anew(grads: Gradients, *, in_place: bool) -> Prepared:
     """Check and group gradients."""
+    check_whole(grads)
     check_dtypes(grads)
     if in_place:
         check_writable(grads)
@@ -333,10 +336,11 @@ def _group(values: Sequence[Tensor]) -> dict[tuple[Backend, torch.device], list[
     """The positions of the tensors that each backend serves on each device."""
     groups: dict[tuple[Backend, torch.device], list[int]] = {}
     plain: dict[torch.device, list[int]] = {}
+    by_kernels = not is_traced()
     for position, tensor in enumerate(values):
         if tensor.numel() == 0:
             continue
-        if _is_plain(tensor):
+        if by_kernels and _is_plain(tensor):
             plain.setdefault(tensor.device, []).append(position)
         else:
             groups.setdefault((TORCH, tensor.device), []).append(position)

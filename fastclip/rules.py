@@ -21,7 +21,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from itertools import repeat
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import EPS, Bounds, for_graphs, upload
+from fastclip.backends.interface import EPS, Bounds, for_graphs, kept, upload
 from fastclip.caller import warn_caller
 from fastclip.groups import By
 
@@ -355,7 +354,7 @@ def _check_order(minimum: float | Sequence[float], maximum: float | Sequence[flo
             raise ValueError(f"`clip_value_min`, {low}, is above `clip_value_max`, {high}")
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def _on(device: torch.device, bounds: tuple[float, ...]) -> Tensor:
     """The groups' bounds on a device, uploaded once."""
     return upload(np.array(bounds), device, for_every_stream=True)

@@ -262,7 +262,8 @@ int clip(const Level *level, const Table *table, char *const *address, double p,
          void *norm, int type) {
     double total;
     if (reduce(level, table, address, p, team, &total, NULL)) return -1;
-    double coefficient = max_norm / (total + 1e-6); /* as torch: it is finite where the norm is 0 */
+    /* As torch: it is finite where the norm is 0. Under an infinite bound nothing is clipped, whatever the norm. */
+    double coefficient = max_norm == INFINITY ? 1 : max_norm / (total + 1e-6);
     if (!(coefficient >= 1)) apply(level, table, address, &coefficient, 0, team); /* a NaN, too */
     store(norm, type, total);
     return 0;

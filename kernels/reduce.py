@@ -275,7 +275,8 @@ def reduce_kernel(
             tl.store(at(found_inf, tl.float32), 1.0, mask=(total < float("inf")) == 0)
             total *= tl.load(at(inv_scale, tl.float32)).to(tl.float64)
         coefficient = max_norm / (total + EPS)
-        coefficient = tl.where(coefficient > 1, 1.0, coefficient)  # a NaN stays one
+        # A NaN stays one; but under an infinite bound nothing is clipped, whatever the norm.
+        coefficient = tl.where((coefficient > 1) | (max_norm == float("inf")), 1.0, coefficient)
         if inv_scale is not None:
             coefficient *= tl.load(at(inv_scale, tl.float32)).to(tl.float64)
         tl.store(state, total)

@@ -54,8 +54,9 @@ def test_signature_is_torchs_with_keywords_added(name: str) -> None:
     theirs = list(inspect.signature(FUNCTIONS[name]).parameters.values())
     for our, their in zip(ours, theirs, strict=False):
         assert (our.name, our.kind, our.default) == (their.name, their.kind, their.default)
-    added = [parameter.kind for parameter in ours[len(theirs) :]]
-    assert added == [inspect.Parameter.KEYWORD_ONLY] * (name in ("clip_grad_norm_", "get_total_norm"))
+    added = {"clip_grad_norm_": ["norm_dtype"], "get_total_norm": ["dtype", "norm_dtype"]}
+    assert [parameter.name for parameter in ours[len(theirs) :]] == added.get(name, [])
+    assert all(parameter.default is None for parameter in ours[len(theirs) :])
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -129,7 +130,7 @@ def test_single_tensor(leg: Leg) -> None:
 NOTHING: dict[str, Callable[[], Any]] = {
     "empty list": list,
     "grads of None": lambda: [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))],
-    "empty iterator": lambda: iter([]),
+    "empty tuple": tuple,
     "tensor without grad": lambda: nn.Parameter(torch.zeros(2)),
 }
 
@@ -165,6 +166,93 @@ def test_empty_generator_warns_at_the_callers_line() -> None:
         caught[name] = [(warning.category, str(warning.message), warning.filename) for warning in seen]
     assert caught["ours"] == caught["torch's"]
     assert caught["ours"][0][2] == __file__
+
+
+CALLING: dict[str, Callable[[Any], object]] = {
+    "clip_grad_norm_": lambda made: fastclip.clip_grad_norm_(made, 1.0),
+    "clip_grad_value_": lambda made: fastclip.clip_grad_value_(made, 1.0),
+    "clip_grads_with_norm_": lambda made: fastclip.clip_grads_with_norm_(made, 1.0, torch.tensor(3.0)),
+    "clip_grads_": lambda made: fastclip.clip_grads_(made, fastclip.ClipByNorm(1.0)),
+    "clip_by_value_": lambda made: fastclip.clip_by_value_(made, -1.0, 1.0),
+    "clip_by_norm_": lambda made: fastclip.clip_by_norm_(made, 1.0),
+    "clip_by_global_norm_": lambda made: fastclip.clip_by_global_norm_(made, 1.0),
+    "clip_by_global_norm_ with a norm": lambda made: fastclip.clip_by_global_norm_(made, 1.0, 3.0),
+    "measure_grads": fastclip.measure_grads,
+    "clip_scaled_grad_norm_": lambda made: fastclip.clip_scaled_grad_norm_(made, 1.0, 0.5, torch.zeros(1)),
+}
+
+USED_UP: dict[str, Callable[[list[nn.Parameter]], Iterator[nn.Parameter]]] = {
+    "generator": lambda made: (parameter for parameter in made),
+    "iterator": lambda made: filter(lambda parameter: parameter.requires_grad, made),
+}
+
+
+@pytest.mark.parametrize("kind", USED_UP)
+@pytest.mark.parametrize("call", CALLING)
+def test_whatever_is_called_with_what_is_used_up_says_so(call: str, kind: str) -> None:
+    used_up = USED_UP[kind]([nn.Parameter(torch.zeros(2))])
+    assert len(list(used_up)) == 1
+    message = f"`parameters` is an empty {kind}, no gradient clipping will occur"
+    with pytest.warns(UserWarning, match=message) as caught:
+        CALLING[call](used_up)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize("kind", USED_UP)
+def test_the_norm_of_what_is_used_up_says_so(kind: str) -> None:
+    with pytest.warns(UserWarning, match=f"`tensors` is an empty {kind}, whose norm is 0"):
+        assert fastclip.get_total_norm(USED_UP[kind]([])).item() == 0
+
+
+NO_PARAMETERS: dict[str, Callable[[], Any]] = {
+    "gradients": lambda: [torch.ones(2), torch.ones(3)],
+    "a gradient": lambda: torch.ones(2),
+    "frozen parameters": lambda: nn.Linear(2, 2).requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("made", NO_PARAMETERS)
+@pytest.mark.parametrize("call", CALLING)
+def test_whatever_is_called_with_what_can_have_no_gradients_says_so(call: str, made: str) -> None:
+    with pytest.warns(UserWarning, match="tensors in `parameters` has a gradient or requires one") as caught:
+        CALLING[call](NO_PARAMETERS[made]())
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize("call", CALLING)
+def test_some_that_are_frozen_and_some_without_gradients_are_nothing_to_warn_of(call: str) -> None:
+    CALLING[call]([nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2), requires_grad=False)])
+    frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
+    frozen.grad = torch.tensor([3.0, 4.0])  # assigned by hand
+    CALLING[call]([frozen])
+
+
+class Has:
+    """What has a gradient, and is no tensor: torch asks for nothing else."""
+
+    def __init__(self, grad: Tensor | None) -> None:
+        self.grad = grad
+
+
+@pytest.mark.parametrize("call", CALLING)
+def test_holders_of_gradients_need_not_be_tensors(leg: Leg, call: str) -> None:
+    values = [[3.0, 4.0], [12.0]]
+    holders = [Has(torch.tensor(values[0], device=leg.device)), Has(None), Has(torch.tensor(values[1]))]
+    assert holders[2].grad is not None
+    holders[2].grad = holders[2].grad.to(leg.device)
+    made = [one(values[0], leg), nn.Parameter(torch.zeros(5, device=leg.device)), one(values[1], leg)]
+    CALLING[call](holders)
+    CALLING[call](made)
+    for holder, parameter in zip(holders, made, strict=True):
+        if parameter.grad is not None:
+            oracle.assert_same_bits(grad_of(holder), parameter.grad)  # type: ignore[arg-type]  # it is no tensor
+    CALLING[call]([Has(None)])
+
+
+def test_a_nan_in_a_holder_that_is_no_tensor_is_named(leg: Leg) -> None:
+    holders: Any = [Has(None), Has(torch.tensor([[1.0, NAN]], device=leg.device))]
+    with pytest.raises(RuntimeError, match=r"parameters\[1\] of shape \(1, 2\) \(1 NaN, 0 inf\)"):
+        fastclip.clip_grad_norm_(holders, 1.0, error_if_nonfinite=True)
 
 
 def test_generator_of_parameters_without_gradients_does_not_warn() -> None:
@@ -254,14 +342,39 @@ def test_matrix_norms_are_refused(name: str) -> None:
             clip([nn.Parameter(torch.zeros(1))], 1.0, name)  # type: ignore[arg-type]
 
 
-def test_infinite_max_norm_only_measures(leg: Leg) -> None:
-    parameter = one([3.0, -0.0, 4.0], leg)
-    before = grad_of(parameter).clone()
-    assert fastclip.clip_grad_norm_([parameter], INF).item() == 5
-    oracle.assert_same_bits(grad_of(parameter), before)
-    culprit = one([3.0, INF], leg)
-    assert fastclip.clip_grad_norm_([culprit], INF).item() == INF
-    assert all(map(math.isnan, values_of(culprit)))  # inf / inf
+UNDER_INF: dict[str, Callable[[list[nn.Parameter], Tensor], object]] = {
+    "clip_grad_norm_": lambda made, _: fastclip.clip_grad_norm_(made, INF),
+    "in one": lambda made, _: fastclip.clip_grad_norm_(made, INF, foreach=True),
+    "max": lambda made, _: fastclip.clip_grad_norm_(made, INF, INF),
+    "clip_grads_with_norm_": lambda made, norm: fastclip.clip_grads_with_norm_(made, INF, norm),
+}
+
+
+@pytest.mark.parametrize("values", [[3.0, -0.0, 4.0], [3.0, INF], [-INF, 0.0], [1.0, NAN]], ids=str)
+@pytest.mark.parametrize("call", UNDER_INF)
+def test_under_an_infinite_max_norm_nothing_is_written(leg: Leg, call: str, values: list[float]) -> None:
+    """People pass it to log the norm. Torch makes NaN of everything where the norm is not finite: inf / inf."""
+    made = [one(values, leg), one([1.0, 2.0], leg, torch.bfloat16), one([[0.0]], leg)]
+    before = [(grad_of(parameter).clone(), grad_of(parameter)._version) for parameter in made]
+    norm = torch.linalg.vector_norm(torch.tensor(values))
+    UNDER_INF[call](made, norm)
+    for parameter, (gradient, version) in zip(made, before, strict=True):
+        oracle.assert_same_bits(grad_of(parameter), gradient)
+        assert grad_of(parameter)._version == version
+    torch.nn.utils.clip_grad_norm_(made[1:2], INF)
+    if not math.isfinite(norm):
+        torch.nn.utils.clip_grad_norm_(made, INF)
+        assert all(math.isnan(value) for value in values_of(made[1]))
+
+
+def test_under_an_infinite_max_norm_the_norm_is_returned(leg: Leg) -> None:
+    assert fastclip.clip_grad_norm_([one([3.0, 4.0], leg)], INF).item() == 5
+    assert fastclip.clip_grad_norm_([one([3.0, INF], leg)], INF).item() == INF
+    assert fastclip.clip_grad_norm_([one([3.0, NAN], leg)], INF).isnan()
+    with pytest.raises(RuntimeError, match="1 NaN"):
+        fastclip.clip_grad_norm_([one([3.0, NAN], leg)], INF, error_if_nonfinite=True)
+    expanded = parameters([torch.tensor([2.0], device=leg.device).expand(3, 3)])
+    assert fastclip.clip_grad_norm_(expanded, INF).item() == 6  # it can be read
 
 
 @pytest.mark.parametrize("special", [INF, -INF, NAN])
@@ -560,6 +673,35 @@ def test_expanded_gradient_is_refused_and_nothing_written(leg: Leg) -> None:
         torch.nn.utils.clip_grad_norm_([expanded], 1.0)
 
 
+UNWRITABLE: dict[str, tuple[Callable[[], Tensor], str]] = {
+    "without memory": (lambda: torch._efficientzerotensor((4,)), "ZeroTensors are immutable"),  # type: ignore[attr-defined]
+    "compressed rows": (lambda: torch.eye(4).to_sparse_csr(), "whose values torch cannot clamp"),
+    "for mkldnn": (lambda: torch.ones(4).to_mkldnn(), "whose values torch cannot clamp"),  # type: ignore[attr-defined]
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.parametrize("kind", UNWRITABLE)
+@pytest.mark.parametrize("strides", [(4, 2), (2, 1)], ids=["with gaps", "without"])
+def test_all_or_nothing_whatever_the_gradients_are(kind: str, strides: tuple[int, int]) -> None:
+    """What cannot be written is found before a gradient ahead of it is, also where torch's operations do the work."""
+    make, message = UNWRITABLE[kind]
+    calls: list[Callable[[list[Any]], Any]] = [lambda made: fastclip.clip_grad_value_(made, 0.5)]
+    if kind == "without memory":
+        calls += [
+            lambda made: fastclip.clip_grad_norm_(made, 0.5),
+            lambda made: fastclip.clip_grads_with_norm_(made, 0.5, torch.tensor(5.0)),
+            lambda made: fastclip.clip_by_norm_(made, 0.5),
+        ]
+    for call in calls:
+        gradient = torch.arange(1.0, 17.0).as_strided((4, 2), strides)
+        before = gradient.clone()
+        with pytest.raises(RuntimeError, match=message) as error:
+            call([Has(gradient), Has(make())])
+        assert "parameters[1]" in str(error.value)
+        oracle.assert_same_bits(gradient, before)
+
+
 def test_meta_gradients(leg: Leg) -> None:
     parameter = nn.Parameter(torch.empty(3, 4, device="meta"))
     parameter.grad = torch.empty(3, 4, device="meta")
@@ -732,7 +874,6 @@ def test_not_tensors_to_measure() -> None:
 CALLS: dict[str, Callable[[list[nn.Parameter]], Any]] = {
     "norm, clipping": lambda made: fastclip.clip_grad_norm_(made, 0.1),
     "norm, not clipping": lambda made: fastclip.clip_grad_norm_(made, 1e9),
-    "norm, measuring": lambda made: fastclip.clip_grad_norm_(made, INF),
     "value, clipping": lambda made: fastclip.clip_grad_value_(made, 0.1),
     "value, not clipping": lambda made: fastclip.clip_grad_value_(made, 6e4),
     "known norm": lambda made: fastclip.clip_grads_with_norm_(made, 1e9, torch.tensor(1.0)),
@@ -761,6 +902,32 @@ def test_version_counters(leg: Leg, call: str) -> None:
     before = [grad_of(parameter)._version for parameter in made]
     CALLS[call](made)
     assert all(grad_of(parameter)._version > version for parameter, version in zip(made, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("ours", "expected"),
+    [
+        ({"dtype": torch.float64}, torch.float64),
+        ({"norm_dtype": torch.float64}, torch.float64),
+        ({"dtype": torch.float32, "norm_dtype": torch.float32}, torch.float32),
+        ({}, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_the_norm_s_dtype_by_either_name(leg: Leg, ours: Any, expected: torch.dtype) -> None:
+    """`dtype` is what a coming version of torch calls it."""
+    tensors = [torch.full((3,), 1.01, dtype=torch.bfloat16, device=leg.device)]
+    norm = fastclip.get_total_norm(tensors, **ours)
+    assert norm.dtype == expected
+    torch.testing.assert_close(norm, torch.linalg.vector_norm(tensors[0].double()).to(expected))
+    assert fastclip.get_total_norm([], **ours).dtype == (expected if ours else torch.float32)
+
+
+def test_the_norm_s_dtype_by_two_names_that_differ() -> None:
+    with pytest.raises(ValueError, match="one thing by two names"):
+        fastclip.get_total_norm([torch.ones(1)], dtype=torch.float32, norm_dtype=torch.float64)
+    with pytest.raises(TypeError, match="`dtype` must be a floating-point dtype"):
+        fastclip.get_total_norm([torch.ones(1)], dtype=torch.int64)
 
 
 def test_measuring_bumps_no_version(leg: Leg) -> None:

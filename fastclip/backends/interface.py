@@ -8,13 +8,17 @@ how it works on this machine.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 Scalar: TypeAlias = Tensor | float
 """One number in fp64: 0-dim on a device, or a Python float where it is on the host anyway."""
@@ -36,7 +40,7 @@ class Reduction(NamedTuple):
     Attributes:
         norm: The norm as it is returned: 0-dim, on the gradients' device, in the dtype asked for.
         total: The same norm before it was rounded to that dtype.
-        coefficient: ``min(max_norm / (total + 1e-6), 1)``; NaN where the norm is.
+        coefficient: ``min(max_norm / (total + 1e-6), 1)``; NaN where the norm is, but 1 where max_norm is infinite.
     """
 
     norm: Tensor
@@ -145,7 +149,9 @@ def reduction(total: Tensor, max_norm: float, dtype: torch.dtype, unscaling: Uns
 
 
 def clip_coefficient(total: Scalar, max_norm: float) -> Scalar:
-    """``min(max_norm / (total + 1e-6), 1)``, in fp64 where the device has it; a NaN stays one."""
+    """``min(max_norm / (total + 1e-6), 1)``, in fp64 where the device has it; NaN where the total is."""
+    if max_norm == math.inf:  # nothing is clipped, whatever the norm; inf / inf would be NaN
+        return torch.ones_like(total) if isinstance(total, Tensor) else 1.0
     coefficient = max_norm / (total + EPS)
     if isinstance(coefficient, Tensor):
         return torch.clamp(coefficient, max=1.0)
@@ -165,6 +171,38 @@ def stream_of(device: torch.device) -> int:
 def is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured on the device's current stream."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_trace: Callable[[], object] = torch._C._get_tracing_state
+
+
+def is_traced() -> bool:
+    """Whether something records or counts torch's operations (make_fx, jit.trace, a TorchDispatchMode).
+
+    What kernels do by address it would not see: a graph would return the example's numbers for every input.
+    """
+    return _modes() > 0 or _trace() is not None
+
+
+def kept(most: int) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Have a function keep the tensors that it made last, but neither make nor use them where tensors are others.
+
+    Those of a mode or a function transform (fake ones, say) must not be met outside of it, nor the other way round.
+    """
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        keeping: Any = lru_cache(maxsize=most)(function)
+
+        @wraps(function)
+        def made(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            is_plain = not is_traced() and torch._C._functorch.peek_interpreter_stack() is None
+            value: _R = (keeping if is_plain else function)(*args, **kwargs)
+            return value
+
+        return made
+
+    return decorate
 
 
 _read_by_graphs: list[Tensor] = []
@@ -204,6 +242,24 @@ def overlapping(starts: Int64s, sizes: Int64s) -> set[int]:
     order = starts.argsort(kind="stable")  # which is quick where they are nearly in order
     ends = np.maximum.accumulate((starts + sizes)[order])
     return set(order[1:][starts[order][1:] < ends[:-1]].tolist())
+
+
+PIECE = 1 << 20
+"""Elements of a gradient that torch's operations, which leave temporaries of that size, go through at a time."""
+
+
+def pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Views that make up a tensor, of at most `PIECE` elements each, cut where the strides are largest.
+
+    A tensor of a class other than torch's own stays whole.
+    """
+    if tensor.numel() <= PIECE or type(tensor) not in (Tensor, torch.nn.Parameter):
+        yield tensor
+        return
+    count = -(-tensor.numel() // PIECE)
+    dim = max(range(tensor.dim()), key=lambda d: (tensor.shape[d] > 1, tensor.stride(d)))
+    for part in torch.split(tensor.detach(), max(1, tensor.shape[dim] // count), dim):
+        yield from pieces(part)
 
 
 def combine(norms: Sequence[Tensor], p: float) -> Tensor:

@@ -14,6 +14,7 @@ from fastclip.backends.interface import (
     combine,
     on,
     one_each,
+    pieces,
     reduction,
     stable_norm,
     wide_dtype,
@@ -67,8 +68,9 @@ class TorchPlan(Plan):
             wide = _LOW_PRECISION.get(tensor.dtype)
             if wide is None:
                 tensor.mul_(own / power).mul_(power)
-            else:  # `mul_` would round the coefficient to the tensor's own precision first
-                tensor.copy_(tensor.to(wide).mul_(own / power).mul_(power))
+                continue
+            for piece in pieces(tensor):  # `mul_` would round the coefficient to the tensor's own precision first
+                piece.copy_(piece.to(wide).mul_(own / power).mul_(power))
 
     @torch.no_grad()
     def clamp_(self, minimum: Bounds, maximum: Bounds, *, watch: bool = False) -> Tensor | None:
@@ -76,7 +78,7 @@ class TorchPlan(Plan):
         flags = []
         for tensor, low, high in zip(self.tensors, minimums, maximums, strict=True):
             if watch:
-                flags.append(((tensor < low) | (tensor > high)).any())
+                flags += [((piece < low) | (piece > high)).any() for piece in pieces(tensor)]
             tensor.clamp_(min=low, max=high)
         return torch.stack(flags) if watch else None
 
@@ -93,7 +95,12 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def _norm(tensor: Tensor, p: float) -> Tensor:
-    """The norm in fp64, where the device has it."""
+    """The norm in fp64, where the device has it; for p = 0 the number of nonzero elements."""
+    norms = [_norm_of_piece(piece, p) for piece in pieces(tensor)]
+    return norms[0] if len(norms) == 1 else combine(norms, p)
+
+
+def _norm_of_piece(tensor: Tensor, p: float) -> Tensor:
     wide = wide_dtype(tensor.device)
     if p == 0:  # not `vector_norm`, which warns that it casts complex numbers
         return tensor.count_nonzero().to(wide)
