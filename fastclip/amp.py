@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from fastclip.backends.interface import Unscaling
 from fastclip.clipping import as_float, check_norm_dtype, clip_grad_norm_
 from fastclip.dynamo import untraced
-from fastclip.gradients import Gradients, Parameters, collect, has_dtensors
+from fastclip.gradients import Gradients, Parameters, check_whole, collect, has_dtensors
 from fastclip.optimizers import check_is_optimizer
 from fastclip.plans import prepare
 
@@ -163,6 +163,7 @@ def _clip(
     grads: Gradients, limit: float, p: float, inv_scale: Tensor, found_inf: Tensor, norm_dtype: torch.dtype | None
 ) -> Tensor:
     if not grads.tensors:
+        check_whole(grads)
         return torch.zeros((), dtype=norm_dtype)
     prepared = prepare(grads, in_place=True)
     inverse, found = inv_scale.detach().to(prepared.device, torch.float32), found_inf.to(prepared.device)

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from fastclip.backends.interface import Bounds, norm_of_norms, on, wide_dtype
 from fastclip.dynamo import untraced
-from fastclip.gradients import Gradients, Parameters, check_bounds, collect, has_dtensors
+from fastclip.gradients import Gradients, Parameters, check_bounds, check_whole, collect, has_dtensors
 from fastclip.groups import By, Groups, group, index_of
-from fastclip.plans import Prepared
 from fastclip.rules import AnyRule, Bound, ClipByGlobalNorm, ClipByNorm, ClipByValue, as_rule
-from fastclip.sharding import Sharded, as_plain, prepare, present
+from fastclip.sharding import as_plain, prepare, present
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,8 @@ def clip_by_value_(parameters: Parameters, clip_value_min: Bound, clip_value_max
     rule = rule.for_groups(groups.labels)
     if grads.tensors:
         limits = _limits(rule, grads, groups)
-        _prepared(grads, limits).clamp_(grads, *limits)
+        check_bounds(grads, *limits)
+        prepare(grads, in_place=True, measured=False).clamp_(grads, *limits)
 
 
 @untraced
@@ -169,7 +169,7 @@ def clip_by_global_norm_(parameters: Parameters, clip_norm: float, use_norm: Ten
         raise ValueError(f"`use_norm` must be one number, not a tensor of shape {tuple(norm.shape)}")
     if not grads.tensors:
         return on(norm.device, norm.reshape(()))
-    prepared = _prepared(grads)
+    prepared = prepare(grads, in_place=True, measured=False)
     norm = on(prepared.device, norm.reshape(()))
     prepared.scale_(grads, rule(norm))
     return norm
@@ -219,9 +219,12 @@ def apply_rule(
     if rule is not None:
         rule = rule.for_groups(groups.labels)
     if not grads.tensors and not has_dtensors(grads):
+        check_whole(grads)
         return _of_nothing(grads, groups)
     limits = _limits(rule, grads, groups) if isinstance(rule, ClipByValue) else None
-    prepared = _prepared(grads, limits, in_place=rule is not None)
+    if limits is not None:
+        check_bounds(grads, *limits)
+    prepared = prepare(grads, in_place=rule is not None, measured=limits is None)
     norms = None
     if each or not groups.is_one:
         norms = _scattered(_unscaled(prepared.norms(), scale), grads)
@@ -244,15 +247,6 @@ def _of_nothing(grads: Gradients, groups: Groups) -> ClipResult:
     norms = torch.zeros(len(grads.owners.tensors), dtype=torch.float64)
     group_norms = torch.zeros(len(groups.labels), dtype=torch.float64)
     return ClipResult(norms.sum(), norms, [], groups, group_norms)
-
-
-def _prepared(
-    grads: Gradients, limits: tuple[Bounds, Bounds] | None = None, *, in_place: bool = True
-) -> Prepared | Sharded:
-    """Prepare gradients to be changed, by values to these limits, once it is certain that nothing will be refused."""
-    if limits is not None:
-        check_bounds(grads, *limits)
-    return prepare(grads, in_place=in_place)
 
 
 def _any(flags: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -21,6 +21,7 @@ from fastclip.gradients import (
     Parameters,
     as_gradients,
     check_bounds,
+    check_whole,
     collect,
     has_dtensors,
     warn_of_empty_iterator,
@@ -84,6 +85,7 @@ def clip_grad_norm_(
         check_norm_dtype(norm_dtype)
     grads = collect(parameters)
     if not grads.tensors and not has_dtensors(grads):
+        check_whole(grads)
         return torch.zeros((), dtype=norm_dtype)
     writes = limit != math.inf
     prepared = prepare(grads, in_place=writes)
@@ -187,7 +189,7 @@ def clip_grads_with_norm_(
         raise ValueError(f"`total_norm` must be one number, not a tensor of shape {tuple(total.shape)}")
     if not grads.tensors or limit == math.inf:
         return
-    prepared = prepare(grads, in_place=True)
+    prepared = prepare(grads, in_place=True, measured=False)
     if foreach:
         _check_foreach(prepared)
     prepared.scale_(grads, clip_coefficient(on(prepared.device, total.detach().reshape(())), limit))
@@ -223,7 +225,7 @@ def clip_grad_value_(
     if not grads.tensors:
         return
     check_bounds(grads, bound)
-    prepared = prepare(grads, in_place=True)
+    prepared = prepare(grads, in_place=True, measured=False)
     if foreach:
         _check_foreach(prepared)
     prepared.clamp_(grads, -bound, bound)

@@ -88,7 +88,6 @@ def collect(parameters: Parameters) -> Gradients:
     owners = listed(parameters, "parameters")
     grads = gradients_of(owners)
     if not grads.tensors:
-        check_whole(grads)
         warn_of_empty_iterator("parameters", parameters, owners, "no gradient clipping will occur.")
         _warn_of_no_parameters(owners.tensors)
     return grads

@@ -240,7 +240,7 @@ _variables: Any = getattr(os.environ, "_data", os.environ)
 _variable: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE) if hasattr(os.environ, "_data") else ENVIRONMENT_VARIABLE
 
 
-def prepare(grads: Gradients, *, in_place: bool) -> Prepared:
+def prepare(grads: Gradients, *, in_place: bool, measured: bool = True) -> Prepared:
     """Group gradients into plans, or take over what was prepared for gradients like these in an earlier call.
 
     Gradients without elements contribute nothing and are left out. Of plain gradients that share memory (one listed
@@ -250,23 +250,25 @@ def prepare(grads: Gradients, *, in_place: bool) -> Prepared:
     Args:
         grads: At least one gradient.
         in_place: Whether they are going to be written.
+        measured: Whether a norm of them all is wanted.
 
     Raises:
         RuntimeError: A gradient has no norm or cannot be written, or the forced backend (`FASTCLIP_BACKEND`) cannot
             serve its device.
+        TypeError: They are parts of FSDP1's, and measured.
     """
     tensors = grads.tensors
     addresses = _addresses(grads) if grads.addresses is None else grads.addresses
     if addresses is None or is_traced():
-        return _prepared_anew(grads, in_place=in_place)
+        return _prepared_anew(grads, in_place=in_place, measured=measured)
     first = tensors[0]
-    sketch = (len(tensors), first.numel(), in_place, _variables.get(_variable))
+    sketch = (len(tensors), first.numel(), in_place, measured, _variables.get(_variable))
     pattern = _kept.find(sketch, tensors)
     prepared = None if pattern is None else pattern.at(addresses)
     if (pattern is None or pattern.arrangement.may_be_captured) and is_capturing(first.device):
         return _captured(prepared)
     if prepared is None:
-        prepared = _prepared_anew(grads, in_place=in_place)
+        prepared = _prepared_anew(grads, in_place=in_place, measured=measured)
         if TensorGuards is not None and prepared.arrangement.is_by_address:
             _kept.add(sketch, _Pattern(tensors, addresses, prepared))
     return prepared
@@ -312,9 +314,10 @@ def _captured(kept: Prepared | None) -> Prepared:
     return prepared
 
 
-def _prepared_anew(grads: Gradients, *, in_place: bool) -> Prepared:
+def _prepared_anew(grads: Gradients, *, in_place: bool, measured: bool) -> Prepared:
     """Check and group gradients."""
-    check_whole(grads)
+    if measured:
+        check_whole(grads)
     check_dtypes(grads)
     if in_place:
         check_writable(grads)

@@ -46,19 +46,21 @@ _Kind: TypeAlias = "DTensorSpec | torch.dtype"
 """What decides on a tensor's place: the mesh and placements of a DTensor, or, of any other, nothing but its dtype."""
 
 
-def prepare(grads: Gradients, *, in_place: bool) -> Prepared | Sharded:
+def prepare(grads: Gradients, *, in_place: bool, measured: bool = True) -> Prepared | Sharded:
     """Make gradients ready to be clipped together, by this process or by all that have parts of them.
 
     Args:
         grads: At least one gradient, or an owner that is a DTensor.
         in_place: Whether they are going to be written.
+        measured: Whether a norm of them all is wanted, for which they must not be parts that do not tell of the whole.
 
     Raises:
         RuntimeError: A gradient has no norm or cannot be written, or the forced backend (`FASTCLIP_BACKEND`) cannot
             serve its device.
+        TypeError: They are parts that do not tell of the whole (FSDP1's), and measured.
     """
     if grads.addresses is not None or not has_dtensors(grads):
-        return plans.prepare(grads, in_place=in_place)
+        return plans.prepare(grads, in_place=in_place, measured=measured)
     return Sharded(grads, in_place=in_place)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,13 @@ import torch.distributed as dist
 from ranks import grads_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -240,16 +247,72 @@ def patched(kind: str) -> tuple[Run, Run]:
     return replaced, train(kind, "its own")
 
 
-def refused(kind: str) -> str:
-    """What passing a model of FSDP1 itself comes to."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        net = KINDS[kind].make(_net())
+def _fsdp1(strategy: ShardingStrategy, *, originals: bool) -> tuple[nn.Module, float]:
+    """A model of FSDP1 behind a backward pass, and the true norm of its gradients."""
+    nets: list[nn.Module] = []
+    for shard in (True, False):
+        net: nn.Module = _net()
+        if shard:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                net = FullyShardedDataParallel(
+                    net, device_id=torch.device("cpu"), sharding_strategy=strategy, use_orig_params=originals
+                )
+        x, target = _data(torch.float32)  # the same on each process: the average of the gradients is the gradient
+        (net(x) - target).square().mean().backward()
+        nets.append(net)
+    whole = [parameter.grad for parameter in nets[1].parameters() if parameter.grad is not None]
+    return nets[0], torch.nn.utils.get_total_norm(whole).item()
+
+
+def _step_attached(net: nn.Module) -> None:
+    optimizer = torch.optim.SGD(net.parameters())
+    fastclip.attach(optimizer, global_clipnorm=BOUND)
+    optimizer.step()
+
+
+PASSED: dict[str, Callable[[nn.Module], object]] = {
+    "the model": lambda net: fastclip.clip_grad_norm_(net, BOUND),
+    "its parameters": lambda net: fastclip.clip_grad_norm_(net.parameters(), BOUND),
+    "their names, too": lambda net: fastclip.clip_by_norm_(net.named_parameters(), BOUND),
+    "an optimizer's": lambda net: fastclip.measure_grads(torch.optim.SGD(net.parameters()).param_groups),
+    "patched": fastclip.patched()(lambda net: torch.nn.utils.clip_grad_norm_(net.parameters(), BOUND)),
+    "attached": _step_attached,
+}
+
+
+def _message_of(call: Callable[[nn.Module], object], net: nn.Module) -> str:
     try:
-        fastclip.clip_grad_norm_(net, BOUND)
+        call(net)
     except TypeError as error:
         return str(error)
     return "nothing"
+
+
+def refused(strategy: str, originals: bool) -> dict[str, str]:
+    """What comes of passing a model of FSDP1, or its parameters, where these are parts, and whether one was changed."""
+    net, _ = _fsdp1(ShardingStrategy[strategy], originals=originals)
+    before = [None if parameter.grad is None else parameter.grad.clone() for parameter in net.parameters()]
+    messages = {name: _message_of(call, net) for name, call in PASSED.items()}
+    after = [parameter.grad for parameter in net.parameters()]
+    same = all(a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return {**messages, "changed": str(not same)}
+
+
+def by_value(strategy: str, originals: bool) -> float:
+    """The largest gradient of this process's, after FSDP1's were clipped by value, which parts can be, and scaled."""
+    net, _ = _fsdp1(ShardingStrategy[strategy], originals=originals)
+    fastclip.clip_grad_value_(net, 2e-3)
+    fastclip.clip_by_value_(net.parameters(), -1e-3, 1e-3)
+    fastclip.clip_grads_with_norm_(net.parameters(), 1.0, torch.tensor(2.0))
+    return max((p.grad.abs().max().item() for p in net.parameters() if p.grad is not None), default=0.0)
+
+
+def not_sharded(originals: bool) -> tuple[float, float, float]:
+    """The norm that is returned for FSDP1's parameters where each process has the whole, the true one, and the rest."""
+    net, true = _fsdp1(ShardingStrategy.NO_SHARD, originals=originals)
+    norm = fastclip.clip_grad_norm_(net.parameters(), BOUND).item()
+    return norm, true, fastclip.clip_grad_norm_(net, math.inf).item()
 
 
 def example(name: str, steps: int) -> tuple[Run, Run]:

@@ -84,6 +84,47 @@ print(heaviest - before, mib("VmRSS") - before)
     assert left <= 4 - gradients
 
 
+LARGE = {
+    "one NaN": "torch.full((SIZE,), 0.5, dtype=dtype).index_fill_(0, torch.tensor([7]), math.nan)",
+    "gaps": "torch.full((SIZE // 4, 6), 0.5, dtype=dtype)[:, :4]",
+    "gaps, on end": "torch.full((8, SIZE // 4), 0.5, dtype=dtype)[:, : SIZE // 8].t()",
+    "complex": "torch.full((SIZE // 2,), 0.5 + 0.25j, dtype=dtype.to_complex())",
+}
+
+
+@needs_proc
+@pytest.mark.parametrize("made", LARGE)
+def test_what_torch_s_operations_do_takes_little_memory_too(made: str) -> None:
+    """The look for NaN, and gradients that no kernel takes: on a full device the error is to be about the NaN."""
+    script = f"""
+import math
+
+class Holder:
+    def __init__(self, dtype, SIZE):
+        self.grad = {LARGE[made]}
+
+def call(made):
+    try:
+        for order in (2, 3, math.inf):
+            fastclip.clip_grad_norm_([made], 1e30, order, error_if_nonfinite=True)
+            fastclip.clip_grad_norm_([made], 1.0, order, error_if_nonfinite=True)
+        if not made.grad.is_complex():
+            fastclip.clip_grads_([made], fastclip.ClipByValue(-1e-9, 1e-9))
+    except RuntimeError as error:
+        assert "(1 NaN, 0 inf)" in str(error), error
+
+for dtype in (torch.float32, torch.float16, torch.float64):
+    call(Holder(dtype, 2 << 20))  # imports, and whatever else comes once
+    made = Holder(dtype, 24 << 20)
+    open("/proc/self/clear_refs", "w").write("5")  # the heaviest is the present weight from here on
+    before = mib("VmRSS")
+    call(made)
+    print(mib("VmHWM") - before)
+"""
+    more = list(map(float, output_of(script)))
+    assert max(more) <= 40  # of 96, 48 and 192; it took 2 to 4 times that
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists a process's threads so")
 def test_torch_s_number_of_threads_is_the_limit() -> None:
     """The process has as many threads as torch was told to use, whatever the dtype and the norm."""

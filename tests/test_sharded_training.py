@@ -76,9 +76,31 @@ def test_fsdp1_clips_itself(four: Pool, kind: str) -> None:
         assert replaced.losses == pytest.approx(trainings.single("torch").losses, rel=LIKE_FP64)
 
 
-def test_fsdp1_is_pointed_at(four: Pool) -> None:
-    for message in four.run(trainings.refused, "fsdp1"):
-        assert message.endswith("use its own method, model.clip_grad_norm_(max_norm)")
+@pytest.mark.parametrize("originals", [False, True])
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP"])
+def test_parts_of_fsdp1_are_refused_with_the_remedy(four: Pool, strategy: str, originals: bool) -> None:
+    """Each process would take the norm of its own, without a word."""
+    for found in four.run(trainings.refused, strategy, originals):
+        assert found.pop("changed") == "False"
+        assert set(found) == set(trainings.PASSED)
+        assert all(
+            text.endswith("use the model's own method, model.clip_grad_norm_(max_norm)") for text in found.values()
+        )
+
+
+@pytest.mark.parametrize("originals", [False, True])
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP"])
+def test_parts_of_fsdp1_are_clipped_by_value(four: Pool, strategy: str, originals: bool) -> None:
+    largest = four.run(trainings.by_value, strategy, originals)
+    assert max(largest) == pytest.approx(5e-4, rel=1e-6)
+
+
+@pytest.mark.parametrize("originals", [False, True])
+def test_the_norm_of_fsdp1_s_parameters_is_right_where_they_are_not_sharded(four: Pool, originals: bool) -> None:
+    for norm, true, clipped in four.run(trainings.not_sharded, originals):
+        assert norm == pytest.approx(true, rel=1e-5)
+        assert norm > trainings.BOUND
+        assert clipped == pytest.approx(trainings.BOUND, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["pipeline", "experts"])

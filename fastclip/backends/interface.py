@@ -244,7 +244,7 @@ def overlapping(starts: Int64s, sizes: Int64s) -> set[int]:
     return set(order[1:][starts[order][1:] < ends[:-1]].tolist())
 
 
-PIECE = 1 << 20
+PIECE = 1 << 18
 """Elements of a gradient that torch's operations, which leave temporaries of that size, go through at a time."""
 
 

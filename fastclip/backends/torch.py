@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -78,7 +80,8 @@ class TorchPlan(Plan):
         flags = []
         for tensor, low, high in zip(self.tensors, minimums, maximums, strict=True):
             if watch:
-                flags += [((piece < low) | (piece > high)).any() for piece in pieces(tensor)]
+                outside = (((piece < low) | (piece > high)).any() for piece in pieces(tensor))
+                flags.append(reduce(torch.logical_or, outside))
             tensor.clamp_(min=low, max=high)
         return torch.stack(flags) if watch else None
 
@@ -96,8 +99,14 @@ def _real(tensor: Tensor) -> Tensor:
 
 def _norm(tensor: Tensor, p: float) -> Tensor:
     """The norm in fp64, where the device has it; for p = 0 the number of nonzero elements."""
-    norms = [_norm_of_piece(piece, p) for piece in pieces(tensor)]
-    return norms[0] if len(norms) == 1 else combine(norms, p)
+    parts = list(pieces(tensor))
+    if len(parts) == 1:
+        return _norm_of_piece(tensor, p)
+    # Where one is put next to the other: left where they are made, among temporaries, they keep a heap from shrinking.
+    norms = torch.empty(len(parts), dtype=wide_dtype(tensor.device), device=tensor.device)
+    for i, piece in enumerate(parts):
+        norms[i] = _norm_of_piece(piece, p)
+    return combine(norms.unbind(), p)
 
 
 def _norm_of_piece(tensor: Tensor, p: float) -> Tensor:

@@ -1,0 +1,136 @@
+"""Whatever records torch's operations sees all of a clip, and nothing of it is kept for the calls that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastclip
+from fastclip import plans
+
+Step = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
+
+Owners = list[tuple[str, Tensor]]
+
+
+def given(first: Tensor, second: Tensor) -> Owners:
+    """Owners whose gradients follow from tensors: one of them with gaps, one of 16 bits, one missing."""
+    grads = {
+        "a.weight": first * 2,
+        "a.bias": second[:, 0],
+        "b.weight": (first[:1, :2] + 1).to(torch.bfloat16),
+        "b.bias": None,
+    }
+    owners = []
+    for name, grad in grads.items():
+        owner = torch.zeros(1) if grad is None else torch.zeros_like(grad)
+        owner.grad = grad
+        owners.append((name, owner))
+    return owners
+
+
+def gradients(owners: Owners) -> tuple[Tensor, ...]:
+    return tuple(owner.grad for _, owner in owners if owner.grad is not None)
+
+
+def stepping(clip: Callable[[Owners], object]) -> Step:
+    """What a call returns, if anything, and the gradients it leaves, as a function of tensors."""
+
+    def step(first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
+        owners = given(first, second)
+        found = clip(owners)
+        return (*gradients(owners), *([found] if isinstance(found, Tensor) else []))
+
+    return step
+
+
+CALLS: dict[str, Step] = {
+    "clip_grad_norm_": stepping(lambda owners: fastclip.clip_grad_norm_(owners, 0.5)),
+    "of another order": stepping(lambda owners: fastclip.clip_grad_norm_(owners, 0.5, 3.0)),
+    "clip_grad_value_": stepping(lambda owners: fastclip.clip_grad_value_(owners, 0.5)),
+    "get_total_norm": stepping(lambda owners: fastclip.get_total_norm(gradients(owners))),
+    "clip_grads_with_norm_": stepping(
+        lambda owners: fastclip.clip_grads_with_norm_(owners, 0.5, gradients(owners)[0].sum())
+    ),
+    "clip_by_norm_": stepping(lambda owners: fastclip.clip_by_norm_(owners, 0.5)),
+    "by layer": stepping(lambda owners: fastclip.clip_by_norm_(owners, [0.5, 0.1], by="layer")),
+    "clip_by_global_norm_": stepping(lambda owners: fastclip.clip_by_global_norm_(owners, 0.5)),
+    "measure_grads": stepping(lambda owners: fastclip.measure_grads(owners).group_norms),
+    "clip_grads_": stepping(lambda owners: fastclip.clip_grads_(owners, lambda norms: 1 / (1 + norms)).norm),
+}
+
+RECORDERS: dict[str, Callable[[Step, Tensor, Tensor], Step]] = {
+    "make_fx, real": lambda step, *example: make_fx(step, tracing_mode="real")(*example),
+    "make_fx, fake": lambda step, *example: make_fx(step, tracing_mode="fake")(*example),
+    "make_fx, symbolic": lambda step, *example: make_fx(step, tracing_mode="symbolic")(*example),
+    "jit.trace": lambda step, *example: torch.jit.trace(step, example),  # type: ignore[no-untyped-call]
+}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),  # of sizes, which a trace takes for constants
+]
+
+
+def inputs(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 3, generator=generator), torch.randn(2, 2, generator=generator) * 10**seed
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "after a call"])
+@pytest.mark.parametrize("recorder", RECORDERS)
+@pytest.mark.parametrize("call", CALLS)
+def test_a_recorded_step_is_right_for_other_inputs(
+    call: str, recorder: str, first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans, "_kept", plans._Kept())
+    step = CALLS[call]
+    if not first:
+        step(*inputs(0))
+    recorded = RECORDERS[recorder](step, *inputs(0))
+    for seed in (1, 2):
+        for found, expected in zip(recorded(*inputs(seed)), step(*inputs(seed)), strict=True):
+            torch.testing.assert_close(
+                found, expected, rtol=2e-5 if expected.dtype != torch.bfloat16 else 2**-7, atol=0
+            )
+
+
+class Names(TorchDispatchMode):
+    """Remembers which operations torch was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **kwargs or {})
+
+
+def test_a_mode_sees_what_is_written() -> None:
+    owners = given(*inputs(0))
+    fastclip.clip_grad_norm_(owners, 1e9)  # kept
+    with Names() as seen:
+        fastclip.clip_grad_norm_(owners, 0.5)
+    assert {"linalg_vector_norm", "mul_", "copy_"} <= seen.names
+    norm = fastclip.get_total_norm(gradients(owners), norm_dtype=torch.float64)
+    assert norm.item() == pytest.approx(0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_no_fake_tensor_is_kept(call: str) -> None:
+    """Nor is a kept one that is real met by a fake one."""
+    step = CALLS[call]
+    for _ in range(2):
+        with FakeTensorMode():
+            step(torch.zeros(2, 3), torch.zeros(2, 2))
+        for found in step(*inputs(0)):
+            assert type(found) is Tensor
