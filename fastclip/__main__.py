@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+_NORM_DTYPE = "--norm-dtype"
 _RUN = """\
 Run a training script that is not changed for it, with torch's clip_grad_norm_, clip_grad_value_, get_total_norm and
 clip_grads_with_norm_ replaced by fastclip's. What follows the script belongs to the script. Processes that it starts
@@ -39,7 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "run":
         from fastclip import running
 
-        return running.run(options.target, arguments[known:], as_module=options.module, verbose=options.verbose)
+        return running.run(
+            options.target,
+            arguments[known:],
+            as_module=options.module,
+            verbose=options.verbose,
+            norm_dtype=options.norm_dtype,
+        )
     import fastclip
 
     sys.stdout.write(f"{fastclip.info()}\n")
@@ -49,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _length_up_to_script(arguments: list[str]) -> int:
     if arguments[:1] == ["run"]:
         for index, argument in enumerate(arguments[1:], start=1):
-            if not argument.startswith("-"):
+            if not argument.startswith("-") and arguments[index - 1] != _NORM_DTYPE:
                 return index + 1
     return len(arguments)
 
@@ -60,13 +67,19 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="run a script with torch's clipping functions replaced",
-        usage="%(prog)s [-h] [-v] (script | -m module) [argument ...]",
+        usage=f"%(prog)s [-h] [-v] [{_NORM_DTYPE} DTYPE] (script | -m module) [argument ...]",
         description=_RUN,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     run.add_argument("-m", "--module", action="store_true", help="what follows is a module's name, not a path")
     run.add_argument(
         "-v", "--verbose", action="store_true", help="at exit, say on stderr how many calls went through fastclip"
+    )
+    run.add_argument(
+        _NORM_DTYPE,
+        choices=["float32", "float64", "bfloat16", "float16"],
+        help="the dtype of norms that are returned; by default torch's, which is the gradients' own",
     )
     run.add_argument("target", metavar="script", help="path of the script (with -m: name of the module)")
     commands.add_parser("check", help="check fastclip against torch on this machine", add_help=False)

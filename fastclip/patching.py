@@ -17,6 +17,7 @@ It cannot reach these:
 
 import contextlib
 import functools
+import inspect
 import sys
 import threading
 import warnings
@@ -27,6 +28,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fastclip import clipping, originals
+from fastclip.clipping import check_norm_dtype
+from fastclip.dynamo import untraced
 
 _Function = Callable[..., Any]
 
@@ -38,22 +41,31 @@ class _Replaced(NamedTuple):
 
 # Reentrant, because a warning may run the program's own code (`warnings.showwarning`), and that may call in here.
 _lock = threading.RLock()
-# Who wants torch patched: _EXPLICIT, for `patch()`, and an object for each `with patched()` that is entered.
-_holders: set[object] = set()
+# Who wants torch patched: _EXPLICIT, for `patch()`, and an object for each `with patched()` that is entered. With each
+# of them the `norm_dtype` that torch is patched with.
+_holders: dict[object, torch.dtype | None] = {}
 _EXPLICIT = "patch()"
 _replaced: dict[tuple[ModuleType, str], _Replaced] = {}
 
 
-def patch() -> None:
+def patch(*, norm_dtype: torch.dtype | None = None) -> None:
     """Replace torch's four clipping functions by fastclip's, in `torch.nn.utils` and `torch.nn.utils.clip_grad`.
 
     A second call does nothing. Every thread of the process is concerned.
+
+    Args:
+        norm_dtype: The dtype of the norms that `clip_grad_norm_` and `get_total_norm` return to callers that ask for
+            none. By default torch's, of which a norm of bf16 gradients keeps two to three digits.
+
+    Raises:
+        RuntimeError: Torch is patched already, with another `norm_dtype`.
+        TypeError: `norm_dtype` is no floating-point dtype.
 
     Warns:
         UserWarning: modules outside torch and fastclip hold torch's functions already, by an earlier
             `from torch.nn.utils import ...`, and will go on to call them. The warning names the modules.
     """
-    _hold(_EXPLICIT, _fastclip_functions())
+    _hold(_EXPLICIT, norm_dtype)
 
 
 def unpatch() -> None:
@@ -74,39 +86,66 @@ def unpatch() -> None:
 
 
 @contextlib.contextmanager
-def patched() -> Iterator[None]:
+def patched(*, norm_dtype: torch.dtype | None = None) -> Iterator[None]:
     """Patch torch inside a `with` block or, as a decorator, inside a function.
 
     Blocks may be nested, and may overlap in several threads: torch's functions come back when the last one ends, by
     an exception or not. They stay replaced if `patch()` was called before the block or inside it.
 
+    Args:
+        norm_dtype: As in `patch`.
+
     Yields:
         None.
+
+    Raises:
+        RuntimeError: As in `patch`.
+        TypeError: As in `patch`.
 
     Warns:
         UserWarning: as `patch()` does at the start, and as `unpatch()` does at the end.
     """
     holder = object()
-    _hold(holder, _fastclip_functions())
+    _hold(holder, norm_dtype)
     try:
         yield
     finally:
         _release(holder)
 
 
-def patch_counting(count: Callable[[str], None]) -> None:
+def patch_counting(count: Callable[[str], None], *, norm_dtype: torch.dtype | None = None) -> None:
     """Patch as `patch()` does, and call `count` with the function's name at each call that arrives.
 
     It is for `python -m fastclip run --verbose`: the wrapper that counts costs every call a little.
 
     Args:
         count: is called before the function, in the caller's thread.
+        norm_dtype: As in `patch`.
     """
-    _hold(_EXPLICIT, {name: _counted(name, function, count) for name, function in _fastclip_functions().items()})
+    _hold(_EXPLICIT, norm_dtype, lambda name, function: _counted(name, function, count))
 
 
-def _fastclip_functions() -> dict[str, _Function]:
-    return {name: getattr(clipping, name) for name in originals.__all__}
+def _fastclip_functions(norm_dtype: torch.dtype | None) -> dict[str, _Function]:
+    functions = {name: getattr(clipping, name) for name in originals.__all__}
+    if norm_dtype is not None:
+        for name in ("clip_grad_norm_", "get_total_norm"):
+            functions[name] = _with_norm_dtype(functions[name], norm_dtype)
+    return functions
+
+
+def _with_norm_dtype(function: _Function, norm_dtype: torch.dtype) -> _Function:
+    """The function with another default; what the caller asks for comes first."""
+    names = list(inspect.signature(function).parameters)
+
+    @untraced
+    @functools.wraps(function)
+    def with_norm_dtype(*args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if given.get("dtype") is None and given.get("norm_dtype") is None:
+            kwargs["norm_dtype"] = norm_dtype
+        return function(*args, **kwargs)
+
+    return with_norm_dtype
 
 
 def _counted(name: str, function: _Function, count: Callable[[str], None]) -> _Function:
@@ -130,20 +169,31 @@ def _places() -> Iterator[tuple[ModuleType, str, str]]:
                     yield module, attribute, name
 
 
-def _hold(holder: object, functions: dict[str, _Function]) -> None:
+def _hold(
+    holder: object,
+    norm_dtype: torch.dtype | None,
+    wrap: Callable[[str, _Function], _Function] = lambda _, function: function,
+) -> None:
+    check_norm_dtype(norm_dtype)
     with _lock:
+        in_force = next(iter(_holders.values()), norm_dtype)
+        if norm_dtype not in (None, in_force):
+            raise RuntimeError(
+                f"torch is patched already, with norm_dtype={in_force}, which cannot become {norm_dtype}: call "
+                "fastclip.unpatch() before"
+            )
         if not _holders:
             # Before anything is changed: where warnings are errors, a failed patch() must leave torch as it was.
             _warn_of_early_binding()
-            _replace(functions)
-        _holders.add(holder)
+            _replace({name: wrap(name, function) for name, function in _fastclip_functions(norm_dtype).items()})
+        _holders[holder] = in_force
 
 
 def _release(holder: object) -> None:
     with _lock:
         if holder not in _holders:  # unpatch() was called in the meantime
             return
-        _holders.remove(holder)
+        del _holders[holder]
         left = [] if _holders else _restore()
     _warn_of_left(left)
 

@@ -25,7 +25,14 @@ from typing import Any
 _NOT_FOUND = 2
 
 
-def run(target: str, arguments: Sequence[str], *, as_module: bool = False, verbose: bool = False) -> int:
+def run(
+    target: str,
+    arguments: Sequence[str],
+    *,
+    as_module: bool = False,
+    verbose: bool = False,
+    norm_dtype: str | None = None,
+) -> int:
     """Run `target` as the main program of this process, as `python target` or `python -m target` would.
 
     It gets its own `__main__` module, `sys.argv` and `sys.path[0]`. Its exceptions pass through, `SystemExit` too;
@@ -39,11 +46,12 @@ def run(target: str, arguments: Sequence[str], *, as_module: bool = False, verbo
         as_module: `target` is the name of a module.
         verbose: at the exit of each process, write to stderr how many calls went through fastclip. In processes
             started by `multiprocessing`, only if there were any.
+        norm_dtype: the name in torch of the dtype of returned norms, see `fastclip.patch`.
 
     Returns:
         0 when the script came to its end, 2 when there was nothing to run; stderr says why.
     """
-    _follow(_Calls(os.getpid()) if verbose else None)
+    _follow(_Calls(os.getpid()) if verbose else None, norm_dtype)
     main = ModuleType("__main__")
     vars(main)["__builtins__"] = builtins
     sys.modules["__main__"] = main
@@ -146,9 +154,9 @@ def _is_own(traceback: TracebackType) -> bool:
     return filename.startswith(starters)
 
 
-def _follow(calls: "_Calls | None") -> None:
+def _follow(calls: "_Calls | None", norm_dtype: str | None) -> None:
     """Patch torch here as soon as it is imported, and do the same in the processes that multiprocessing starts."""
-    apply = _patcher(calls)
+    apply = _patcher(calls, norm_dtype)
     if "torch" in sys.modules:
         apply()
     else:
@@ -158,21 +166,24 @@ def _follow(calls: "_Calls | None") -> None:
 
     def with_patch(name: str) -> dict[str, Any]:
         # The new process unpickles this before it loads the script, and ignores keys that it does not know.
-        return {**preparation_data(name), "fastclip": _InNewProcess(calls is not None)}
+        return {**preparation_data(name), "fastclip": _InNewProcess(calls is not None, norm_dtype)}
 
     spawn.__dict__["get_preparation_data"] = with_patch
     if calls is not None:
         calls.report_at_exit()
 
 
-def _patcher(calls: "_Calls | None") -> Callable[[], None]:
+def _patcher(calls: "_Calls | None", norm_dtype: str | None) -> Callable[[], None]:
     def apply() -> None:
-        from fastclip import patching  # imports torch
+        import torch
 
+        from fastclip import patching  # imports torch, too
+
+        dtype = None if norm_dtype is None else getattr(torch, norm_dtype)
         if calls is None:
-            patching.patch()
+            patching.patch(norm_dtype=dtype)
         else:
-            patching.patch_counting(calls.count)
+            patching.patch_counting(calls.count, norm_dtype=dtype)
 
     return apply
 
@@ -180,15 +191,16 @@ def _patcher(calls: "_Calls | None") -> Callable[[], None]:
 class _InNewProcess:
     """Unpickled in a new process, sets it up as this one is."""
 
-    def __init__(self, verbose: bool) -> None:
+    def __init__(self, verbose: bool, norm_dtype: str | None) -> None:
         self.verbose = verbose
+        self.norm_dtype = norm_dtype
 
-    def __reduce__(self) -> tuple[Callable[[bool], None], tuple[bool]]:
-        return _start_child, (self.verbose,)
+    def __reduce__(self) -> tuple[Callable[[bool, str | None], None], tuple[bool, str | None]]:
+        return _start_child, (self.verbose, self.norm_dtype)
 
 
-def _start_child(verbose: bool) -> None:
-    _follow(_Calls(None) if verbose else None)
+def _start_child(verbose: bool, norm_dtype: str | None) -> None:
+    _follow(_Calls(None) if verbose else None, norm_dtype)
 
 
 class _AtTorchImport(MetaPathFinder):

@@ -12,6 +12,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -297,6 +298,63 @@ def by_patch() -> Iterator[None]:
     """Patch by `patch()`, as a context manager."""
     fastclip.patch()
     yield
+
+
+def norm_of_bf16(**arguments: Any) -> torch.Tensor:
+    """What torch's name returns of a gradient whose norm bf16 does not hold."""
+    p = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    p.grad = torch.full((3,), 1.0, dtype=torch.bfloat16)
+    norm: torch.Tensor = torch.nn.utils.clip_grad_norm_([p], 10.0, **arguments)
+    return norm
+
+
+def test_patched_with_a_dtype_for_norms() -> None:
+    """What a caller asks for comes first."""
+    fastclip.patch(norm_dtype=torch.float32)
+    assert norm_of_bf16().dtype == torch.float32
+    assert norm_of_bf16().item() == pytest.approx(3**0.5, rel=1e-6)
+    assert norm_of_bf16(norm_dtype=torch.float64).dtype == torch.float64
+    assert norm_of_bf16(foreach=True).dtype == torch.float32
+    assert clip_positionally().dtype == torch.float32
+    grads = [torch.ones(3, dtype=torch.bfloat16)]
+    total: Any = torch.nn.utils.get_total_norm
+    assert total(grads).dtype == torch.float32
+    assert total(grads, dtype=None).dtype == torch.float32
+    assert total(grads, dtype=torch.float64).dtype == torch.float64
+    assert total(grads, 2.0, False, None, torch.float64).dtype == torch.float64
+    assert torch.nn.utils.clip_grad_value_ is fastclip.clip_grad_value_
+    fastclip.unpatch()
+    assert held() == TORCHS
+    with fastclip.patched(norm_dtype=torch.float64):
+        assert norm_of_bf16().dtype == torch.float64
+    with fastclip.patched():
+        assert norm_of_bf16().dtype == torch.bfloat16
+
+
+def clip_positionally() -> torch.Tensor:
+    p = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    p.grad = torch.full((3,), 1.0, dtype=torch.bfloat16)
+    return torch.nn.utils.clip_grad_norm_([p], 10.0, 2.0, False, True)
+
+
+def test_patched_again_with_another_dtype_for_norms() -> None:
+    with fastclip.patched(norm_dtype=torch.float32):
+        fastclip.patch()  # which asks for none
+        with pytest.raises(RuntimeError, match=r"norm_dtype=torch.float32, which cannot become torch.float64"):
+            fastclip.patch(norm_dtype=torch.float64)
+        fastclip.patch(norm_dtype=torch.float32)
+    assert norm_of_bf16().dtype == torch.float32
+    fastclip.unpatch()
+    fastclip.patch()
+    with pytest.raises(RuntimeError, match="norm_dtype=None"), fastclip.patched(norm_dtype=torch.float32):
+        pass
+    assert norm_of_bf16().dtype == torch.bfloat16
+
+
+def test_patched_with_what_is_no_dtype_for_norms_changes_nothing() -> None:
+    with pytest.raises(TypeError, match="`norm_dtype` must be a floating-point dtype"):
+        fastclip.patch(norm_dtype=torch.int64)
+    assert held() == TORCHS
 
 
 @pytest.mark.parametrize("patching_it", [by_patch, fastclip.patched])
@@ -604,6 +662,31 @@ def test_run_reaches_the_processes_that_multiprocessing_starts(method: str, targ
     assert reports == ["clip_grad_norm_ 1", "clip_grad_norm_ 1", "clip_grad_norm_ 2"], result.stderr
 
 
+NORMS = """
+    import sys
+    import torch
+    import torch.multiprocessing as mp
+
+    def clip(rank):
+        p = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+        p.grad = torch.ones(3, dtype=torch.bfloat16)
+        print(torch.nn.utils.clip_grad_norm_([p], 10.0).dtype, *sys.argv[1:], flush=True)
+
+    if __name__ == "__main__":
+        clip(0)
+        mp.start_processes(clip, nprocs=1, start_method="spawn")
+"""
+
+
+@pytest.mark.parametrize("options", [["--norm-dtype", "float32"], ["-v", "--norm-dtype=float32", "-m"]], ids=str)
+def test_run_with_a_dtype_for_norms(options: list[str], tmp_path: Path) -> None:
+    """In the processes that the script starts, too."""
+    write(tmp_path / "train.py", NORMS)
+    target = "train" if "-m" in options else "train.py"
+    result = python("-m", "fastclip", "run", *options, target, "--norm-dtype", "mine", folder=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "torch.float32 --norm-dtype mine\n" * 2), result.stderr
+
+
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no torch.distributed")
 def test_run_works_under_torchrun(tmp_path: Path) -> None:
     source = """
@@ -647,7 +730,10 @@ def test_the_command_prints_info(capsys: pytest.CaptureFixture[str], monkeypatch
     ("arguments", "words"),
     [
         (["--help"], ["run", "check", "info"]),
-        (["run", "--help"], ["(script | -m module)", "--verbose", "torchrun", "accelerate launch", "subprocess"]),
+        (
+            ["run", "--help"],
+            ["(script | -m module)", "--verbose", "--norm-dtype", "torchrun", "accelerate launch", "subprocess"],
+        ),
     ],
 )
 def test_help(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
