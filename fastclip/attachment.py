@@ -33,9 +33,20 @@ from fastclip.optimizers import (
     is_in_another_step,
     is_stepping,
     lend,
+    lend_copies,
     skip_step,
 )
-from fastclip.rules import AnyRule, ClipByGlobalNorm, ClipByNorm, ClipByValue, as_rule, from_state, positive, state_of
+from fastclip.rules import (
+    AnyRule,
+    ClipByGlobalNorm,
+    ClipByNorm,
+    ClipByValue,
+    as_rule,
+    from_state,
+    positive,
+    real,
+    state_of,
+)
 
 if TYPE_CHECKING:
     from fastclip.monitor import Monitor
@@ -53,6 +64,7 @@ def attach(
     monitor: Monitor | None = None,
     names: nn.Module | Iterable[tuple[str, Tensor]] | None = None,
     fold: bool = False,
+    keep_grads: bool = False,
 ) -> Attachment:
     r"""Clip the gradients of an optimizer at each of its steps, by a rule that is given once.
 
@@ -63,6 +75,8 @@ def attach(
     ``clipvalue=c``        :math:`g_i \leftarrow \min(\max(g_i, -c), c)`
     ``global_clipnorm=c``  :math:`g_t \leftarrow g_t \cdot \min(c / \|g\|_2, 1)`, all parameters together
     =====================  ===================================================================================
+
+    where 0 is off, as with Keras: norms are taken, and nothing is clipped.
 
     The optimizer's state dict holds the rule and what it last found, under the key ``"fastclip"``. Loading it into an
     optimizer that has something attached restores them; one without passes over it, and so does
@@ -88,6 +102,11 @@ def attach(
     Gradients that share memory are divided for each of their parameters when it is that one's turn. A state dict whose
     groups are not fused is refused before any of it is loaded.
 
+    What is clipped is ``.grad`` itself: once the step is over it holds what the optimizer was given. With `fold`, too,
+    which leaves it as it was up to the step. With `keep_grads` the step is given copies, clipped, and ``.grad`` is as
+    it was afterwards, to be logged or accumulated further: a pass more, and the gradients' bytes again for the time of
+    the step. Where a step raises, the copies stay.
+
     Where the optimizer's own ``step`` calls that of its base class, it is the outer one that is clipped; the gradients
     of a closure that it makes itself are not.
 
@@ -100,15 +119,16 @@ def attach(
     Args:
         optimizer: Any `torch.optim.Optimizer`.
         rule: What to clip by; None, where a monitor is given, watches only.
-        clipnorm: As in Keras, above 0.
-        clipvalue: As in Keras, above 0.
-        global_clipnorm: As in Keras, above 0.
+        clipnorm: As in Keras, above 0, or 0 for nothing.
+        clipvalue: As in Keras, above 0, or 0 for nothing.
+        global_clipnorm: As in Keras, above 0, or 0 for nothing.
         monitor: Is told of every step, and may skip it.
         names: The model, or its ``named_parameters()``, for rules and messages that go by names; all of the optimizer's
             parameters must be there. The optimizer knows them itself if it was made from ``model.named_parameters()``,
             and so does a monitor made from a model.
         fold: Have the optimizer apply the coefficient: torch's Adam, AdamW, SGD or Adagrad with ``fused=True``, and a
             rule that has one coefficient for all gradients.
+        keep_grads: Leave ``.grad`` as it is, and clip copies for the step.
 
     Returns:
         The attachment: ``norm`` and ``clipped`` tell of the last step, ``detach()`` ends it.
@@ -136,9 +156,10 @@ def attach(
     if any(isinstance(owner, Attachment) and owner.is_attached for owner in owners_of_hooks):
         raise ValueError("the optimizer has a rule attached already: detach() it first")
     chosen = _one_of(rule, clipnorm, clipvalue, global_clipnorm)
-    if chosen is None and monitor is None:
+    is_off = chosen is None and any(bound is not None for bound in (clipnorm, clipvalue, global_clipnorm))
+    if chosen is None and monitor is None and not is_off:
         raise ValueError("nothing to attach: give a rule, one of clipnorm, clipvalue, global_clipnorm, or a monitor")
-    return Attachment(optimizer, chosen, monitor, names, fold=fold)
+    return Attachment(optimizer, chosen, monitor, names, fold=fold and not is_off, keep_grads=keep_grads)
 
 
 class Attachment:
@@ -161,6 +182,7 @@ class Attachment:
         names: nn.Module | Iterable[tuple[str, Tensor]] | None,
         *,
         fold: bool,
+        keep_grads: bool,
     ) -> None:
         self.rule = rule
         self.monitor = monitor
@@ -169,9 +191,11 @@ class Attachment:
         self._kind = type(optimizer).__name__
         self._names = _names_by_id(names)
         self._folds = fold
+        self._keeps_grads = keep_grads
         self._members: tuple[list[list[int]], Owners, Groups] | None = None
         self._clipped: Tensor | None = None  # as it was restored
         self._undo: list[Callable[[], None]] = []
+        self._give_back: Callable[[], None] | None = None  # of the gradients, where the step has copies
         self._restored: dict[str, Any] | None = None
         self._stepping: Optimizer | None = None  # stays where a step raises
         self._calls_another = False  # whether a step was seen to call that of a base class
@@ -195,13 +219,14 @@ class Attachment:
 
     def __repr__(self) -> str:
         state = "attached to" if self.is_attached else "detached from"
-        return f"<{self.rule or self.monitor} {state} {self._kind}>"
+        return f"<{self.rule or self.monitor or 'nothing'} {state} {self._kind}>"
 
     def detach(self) -> None:
         """End it: the optimizer steps as before. What the last step found stays readable."""
         self.is_attached = False
         if self._stepping is not None and is_stepping(self._stepping):
             return  # torch is going through its hooks: they stay, put back what was lent, and do nothing
+        self._give_back = None
         self._end_step()
         for handle in self._handles:
             handle.remove()
@@ -214,7 +239,8 @@ class Attachment:
         if self._stepping is not None and is_in_another_step(optimizer):
             self._calls_another = True
             return None  # the gradients were clipped ahead of the outer step
-        self._end_step()  # a step that raised did not get there
+        self._give_back = None  # since a step that raised there may have been another backward
+        self._end_step()  # which it did not get to
         self._stepping = optimizer
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if not callable(closure):
@@ -252,6 +278,8 @@ class Attachment:
                 f"{self.rule} is attached, but the gradients still carry the scale of GradScaler: call "
                 "scaler.unscale_(optimizer) before scaler.step(optimizer)"
             )
+        if self._keeps_grads:
+            self._give_back = lend_copies(owners)
         grads = gradients_of(owners)
         if self._folds:
             check_fused(optimizer)
@@ -280,6 +308,9 @@ class Attachment:
         """Put back what was changed for the step."""
         while self._undo:
             self._undo.pop()()
+        if self._give_back is not None:
+            self._give_back()
+            self._give_back = None
 
     def _find_members(self, optimizer: Optimizer) -> tuple[Owners, Groups]:
         """The optimizer's parameters and their groups; found anew only where the optimizer has other parameters."""
@@ -332,7 +363,7 @@ def _one_of(
     clipvalue: float | None,
     global_clipnorm: float | None,
 ) -> AnyRule | None:
-    """The one rule that is given, in whichever way."""
+    """The one rule that is given, in whichever way; None where there is none, or it is off."""
     given: dict[str, Any] = {
         "rule": rule,
         "clipnorm": clipnorm,
@@ -342,14 +373,20 @@ def _one_of(
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise ValueError(f"only one rule can be attached, not {' and '.join(named)} together")
-    if clipnorm is not None:
-        return ClipByNorm(positive("clipnorm", clipnorm))
-    if clipvalue is not None:
-        bound = positive("clipvalue", clipvalue)
-        return ClipByValue(-bound, bound)
-    if global_clipnorm is not None:
-        return ClipByGlobalNorm(positive("global_clipnorm", global_clipnorm))
-    return None if rule is None else as_rule(rule)
+    if rule is not None:
+        return as_rule(rule)
+    bounds = [(name, value) for name, value in given.items() if value is not None]
+    if not bounds or real(*bounds[0]) == 0:  # with Keras 0 is off
+        return None
+    name, bound = bounds[0][0], positive(*bounds[0])
+    return _KERAS[name](bound)
+
+
+_KERAS: dict[str, Callable[[float], AnyRule]] = {
+    "clipnorm": ClipByNorm,
+    "clipvalue": lambda bound: ClipByValue(-bound, bound),
+    "global_clipnorm": ClipByGlobalNorm,
+}
 
 
 def _grouped(owners: Owners, rule: AnyRule | None) -> Groups:

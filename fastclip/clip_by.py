@@ -88,6 +88,7 @@ def clip_by_value_(parameters: Parameters, clip_value_min: Bound, clip_value_max
     .. math:: g_i \leftarrow \max(\min(g_i, \text{clip\_value\_max}), \text{clip\_value\_min})
 
     TensorFlow's ``tf.clip_by_value``: see `ClipByValue`. One pass, which writes only where something is out of bounds.
+    Unlike the original it refuses integers, of which there are no gradients.
 
     Args:
         parameters: As in `clip_grads_`.

@@ -180,6 +180,21 @@ def lend(optimizer: Optimizer, name: str, value: Tensor) -> Callable[[], None]:
     return put_back
 
 
+def lend_copies(owners: Owners) -> Callable[[], None]:
+    """Put copies in the gradients' place for the step that follows; return what puts the gradients back."""
+    grads = [parameter.grad for parameter in owners.tensors]
+    copies = [None if grad is None else grad.clone() for grad in grads]
+    for parameter, copy in zip(owners.tensors, copies, strict=True):
+        parameter.grad = copy
+
+    def give_back() -> None:
+        for parameter, grad, copy in zip(owners.tensors, grads, copies, strict=True):
+            if parameter.grad is copy:  # and not what the step has put there
+                parameter.grad = grad
+
+    return give_back
+
+
 def skip_step(optimizer: Optimizer, owners: Owners, skip: Tensor) -> list[Callable[[], None]]:
     """Have the step that follows change nothing where `skip` is set; return what puts things back after it.
 

@@ -190,7 +190,8 @@ class ClipByValue(_Bounded):
     .. math:: g_i \leftarrow \max(\min(g_i, \text{clip\_value\_max}), \text{clip\_value\_min})
 
     TensorFlow's ``tf.clip_by_value``; Keras' ``clipvalue=c`` is ``ClipByValue(-c, c)``. NaN stays NaN, and an infinity
-    becomes the bound on its side. The bounds are rounded to each gradient's dtype.
+    becomes the bound on its side. The bounds are rounded to each gradient's dtype. TensorFlow clamps integers, too;
+    here they are refused, for autograd makes no gradients of integers, and what is one is no gradient.
 
     Args:
         clip_value_min: The smallest value allowed.
@@ -213,7 +214,7 @@ class ClipByValue(_Bounded):
             _check_order(low, high)
 
     def _number(self, name: str, value: object) -> float:
-        number = _real(name, value)
+        number = real(name, value)
         if math.isnan(number):
             raise ValueError(f"`{name}` must be a number, not NaN")
         return number
@@ -288,13 +289,19 @@ def positive(name: str, value: object) -> float:
         TypeError: `value` is not a number.
         ValueError: It is not above 0, or not finite.
     """
-    number = _real(name, value)
+    number = real(name, value)
     if not 0 < number < math.inf:
         raise ValueError(f"`{name}` must be above 0 and finite, not {value}")
     return number
 
 
-def _real(name: str, value: object) -> float:
+def real(name: str, value: object) -> float:
+    """Return a number as a float.
+
+    Raises:
+        TypeError: `value` is not a number.
+        ValueError: It is beyond the range of floats.
+    """
     try:
         # float() takes text and booleans too, which are mistakes here.
         return float(None if isinstance(value, (str, bytes, bool)) else value)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from gradients import grad_of
 from legs import Leg
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -90,6 +91,87 @@ def test_the_arguments_of_keras(keras: dict[str, float], clip: Callable[[nn.Modu
     ours.steps()
     theirs.steps(lambda: clip(theirs.model))
     ours.assert_same_as(theirs)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("name", ["clipnorm", "clipvalue", "global_clipnorm"])
+def test_0_is_off_as_with_keras(name: str, fold: bool) -> None:
+    """Training is that without a clip; the norm is there to be logged."""
+    ours, plain = Training(), Training()
+    clipper = fastclip.attach(ours.optimizer, fold=fold, **{name: 0})  # type: ignore[arg-type]
+    assert repr(clipper) == "<nothing attached to SGD>"
+    ours.steps()
+    plain.steps()
+    ours.assert_same_as(plain)
+    assert clipper.norm is not None
+    assert clipper.norm.item() == pytest.approx(oracle.norm([grad_of(p) for p in ours.model.parameters()], 2), rel=1e-6)
+    assert clipper.clipped is not None
+    assert not clipper.clipped
+    ours.optimizer.load_state_dict(ours.optimizer.state_dict())
+
+
+KEEPING: dict[str, tuple[Callable[[Any], Optimizer], dict[str, Any]]] = {
+    "SGD": (lambda parameters: torch.optim.SGD(parameters, lr=0.5, momentum=0.9), {}),
+    "fused": (lambda parameters: torch.optim.AdamW(parameters, lr=0.1, fused=True), {}),
+    "folded": (lambda parameters: torch.optim.AdamW(parameters, lr=0.1, fused=True), {"fold": True}),
+    "closure": (lambda parameters: torch.optim.LBFGS(parameters, lr=0.1, max_iter=3), {}),
+}
+
+
+@pytest.mark.parametrize("kind", KEEPING)
+def test_gradients_that_are_kept(kind: str) -> None:
+    """The step is that of clipped gradients; what is left are the very tensors that backward made, as they were."""
+    make, options = KEEPING[kind]
+    ours, theirs = Training(make), Training(make)
+    clipper = fastclip.attach(ours.optimizer, global_clipnorm=0.02, keep_grads=True, **options)
+    fastclip.attach(theirs.optimizer, global_clipnorm=0.02, **options)
+    before: list[tuple[Tensor, Tensor]] = []
+
+    def closure_of(training: Training, batch: int) -> Callable[[], Any]:
+        def closure() -> Any:
+            training.optimizer.zero_grad()
+            loss = training.backward(batch)
+            if training is ours:
+                before[:] = [(grad_of(p), grad_of(p).clone()) for p in ours.model.parameters()]
+            return loss
+
+        return closure
+
+    for batch in range(3):
+        for training in (ours, theirs):
+            closure = closure_of(training, batch)
+            if kind == "closure":
+                training.optimizer.step(closure)
+            else:
+                closure()
+                training.optimizer.step()
+        for parameter, (grad, values) in zip(ours.model.parameters(), before, strict=True):
+            assert parameter.grad is grad
+            oracle.assert_same_bits(grad, values)
+    ours.assert_same_as(theirs)
+    assert clipper.clipped
+    assert clipper.norm is not None
+    assert clipper.norm.item() == pytest.approx(oracle.norm([grad for grad, _ in before], 2), rel=1e-6)
+
+
+def test_kept_gradients_of_a_step_that_raised_do_not_come_back_over_new_ones() -> None:
+    training = Training()
+    fastclip.attach(training.optimizer, global_clipnorm=0.02, keep_grads=True)
+
+    def fail(*_: object) -> None:
+        raise KeyError
+
+    training.backward(0)
+    handle = training.optimizer.register_step_pre_hook(fail)
+    with pytest.raises(KeyError):
+        training.optimizer.step()
+    handle.remove()
+    training.optimizer.zero_grad(set_to_none=False)
+    training.backward(1)  # adds to the copies
+    after = [grad_of(p).clone() for p in training.model.parameters()]
+    training.optimizer.step()
+    for parameter, grad in zip(training.model.parameters(), after, strict=True):
+        oracle.assert_same_bits(grad_of(parameter), grad)
 
 
 def test_accumulated_gradients_are_clipped_once() -> None:
@@ -454,7 +536,9 @@ def test_parameters_that_come_later() -> None:
         ({}, ValueError, "nothing to attach"),
         ({"clipnorm": 1.0, "clipvalue": 1.0}, ValueError, "only one rule can be attached, not clipnorm and clipvalue"),
         ({"rule": fastclip.ClipByNorm(1.0), "global_clipnorm": 1.0}, ValueError, "rule and global_clipnorm"),
-        ({"clipnorm": 0.0}, ValueError, "above 0"),
+        ({"clipnorm": 0.0, "clipvalue": 0.0}, ValueError, "only one rule can be attached"),
+        ({"clipnorm": -1.0}, ValueError, "above 0"),
+        ({"clipnorm": False}, TypeError, "`clipnorm` must be a real number"),
         ({"clipvalue": -1.0}, ValueError, "`clipvalue` must be above 0"),
         ({"clipvalue": "a lot"}, TypeError, "`clipvalue` must be a real number"),
         ({"clipnorm": [1.0]}, TypeError, "`clipnorm` must be a real number"),
