@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastclip.backends.interface import kept, stable_norm
+from fastclip.backends.interface import is_traced, kept, stable_norm
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -128,11 +128,26 @@ def all_reduce(parts: Sequence[Tensor], shares: Sequence[Share], operation: dist
         # To the mesh's kind of device, to which its groups' backend belongs: gradients may be offloaded to the CPU.
         on_mesh = [piece.to(mesh.device_type) for piece in pieces]
         buffer = on_mesh[0] if len(pieces) == 1 else torch.cat(on_mesh)
-        dist.all_reduce(buffer, operation, group)
+        buffer = all_reduced(buffer, operation, group)
         wholes = [buffer] if len(pieces) == 1 else torch.split(buffer, [len(piece) for piece in pieces])
         for i, piece, whole in zip(members, pieces, wholes, strict=True):
             reduced[i] = whole.to(piece.device)
     return reduced
+
+
+def all_reduced(tensor: Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> Tensor:
+    """Reduce a tensor over a process group; it may be overwritten.
+
+    While torch's operations are traced or counted it is a functional collective, as those of DTensors are. That takes
+    3 to 5 times as long (gloo, 8 bytes: 58 µs, 190 as `all_reduce` of torch's functional ones).
+    """
+    if is_traced():
+        from torch.distributed import _functional_collectives as functional
+
+        reduced: Tensor = functional.wait_tensor(functional.all_reduce(tensor, operation.name.lower(), group))
+        return reduced
+    dist.all_reduce(tensor, operation, group)
+    return tensor
 
 
 def groups_of(share: Share) -> Iterable[dist.ProcessGroup]:

@@ -32,8 +32,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastclip import plans
-from fastclip.backends.interface import Bounds, Reduction, Scalar, clip_coefficient, combine, on, reduction, wide_dtype
-from fastclip.collectives import Share, all_reduce, code_of, groups_of
+from fastclip.backends.interface import (
+    Bounds,
+    Reduction,
+    Scalar,
+    clip_coefficient,
+    combine,
+    is_traced,
+    on,
+    reduction,
+    wide_dtype,
+)
+from fastclip.collectives import Share, all_reduce, all_reduced, code_of, groups_of
 from fastclip.gradients import Gradients, dtensor_type, has_dtensors
 from fastclip.groups import index_of
 from fastclip.plans import Prepared, promoted
@@ -213,7 +223,7 @@ class Sharded:
             sums = all_reduce(encoded, self.layout.shares, code.operation)
             wholes = [code.decode(whole).reshape(()) for whole in sums]
             total = wholes[0] if len(wholes) == 1 else combine(wholes, p)
-        if self.device.type == "cpu":  # where numbers are faster than tensors
+        if self.device.type == "cpu" and not is_traced():  # where numbers are faster than tensors
             number = total.item()
             return Reduction(total.to(dtype), number, clip_coefficient(number, max_norm))
         return reduction(total, max_norm, dtype)
@@ -285,7 +295,7 @@ class Sharded:
             mine = [tensors[i] for i in addends.members]
             sums = torch.cat([tensor.reshape(-1) for tensor in mine]).to(addends.share.mesh.device_type)
             for group in groups_of(addends.share):
-                dist.all_reduce(sums, dist.ReduceOp.SUM, group)
+                sums = all_reduced(sums, dist.ReduceOp.SUM, group)
             sums = sums.div_(addends.divisor).to(mine[0].device)
             for i, whole in zip(addends.members, torch.split(sums, [tensor.numel() for tensor in mine]), strict=True):
                 tensors[i] = whole

@@ -172,6 +172,19 @@ def collectives(function: Callable[[], Any]) -> int:
     return int(counts.get_total_counts())
 
 
+def kinds_of_collectives(p: float) -> tuple[set[str], set[str], list[bool]]:
+    """What those who count collectives are told of fastclip's clip, and of torch's; and whether both did the same."""
+    items: list[Item] = [((8, 4), ("S0",)), ((4, 3), ("S0",)), ((6,), ("R",))]  # torch takes no empty shards
+    seen, results = [], []
+    for clip_ in (fastclip.clip_grad_norm_, torch.nn.utils.clip_grad_norm_):
+        parameters = made(mesh_of(4), items, torch.float32)
+        with CommDebugMode() as counts:  # type: ignore[no-untyped-call]
+            norm = clip_(parameters, 0.5, p)
+        seen.append({str(kind) for kind in counts.get_comm_counts()})
+        results.append([whole(norm), *(whole(grad) for grad in grads_of(parameters))])
+    return seen[0], seen[1], [torch.allclose(*pair, rtol=1e-5) for pair in zip(*results, strict=True)]
+
+
 def counted(shape: tuple[int, ...], items: Sequence[Item], p: float = 2.0, dtype: torch.dtype = torch.float32) -> int:
     """How many collectives a norm takes; each is of one small buffer."""
     parameters = made(mesh_of(*shape), items, dtype)

@@ -52,6 +52,15 @@ def same(results: list[list[int]]) -> bool:
     return all(result == results[0] for result in results)
 
 
+@pytest.mark.parametrize("p", [2.0, INF, 3.0])
+def test_those_who_count_collectives_see_those_of_dtensors(four: Pool, p: float) -> None:
+    """Functional ones, where torch's own clip has them, while somebody counts."""
+    for ours, torchs, same_results in four.run(ranks.kinds_of_collectives, p):
+        assert ours <= {"c10d_functional.all_reduce"}
+        assert torchs <= ours
+        assert all(same_results)
+
+
 @pytest.mark.parametrize("p", ORDERS)
 @pytest.mark.parametrize(
     ("shape", "items"),

@@ -73,7 +73,7 @@ def build(source: str, name: str, flags: Sequence[str], *, libraries: Sequence[s
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         code, built = Path(scratch) / "kernel.c", Path(scratch) / name
         code.write_text(source)
-        # Not under the sanitizer that this process may run under (see `races`): there gcc takes 50 times as long.
+        # Not under the sanitizer that this process may run under (see `races`), where gcc takes several times as long.
         environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
         command = [compiler, *flags, "-o", built, code, *libraries]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

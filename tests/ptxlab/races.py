@@ -11,11 +11,12 @@ from pathlib import Path
 RACE_FOUND = 66  # the exit status of a process in which ThreadSanitizer reported a race
 
 
-def run_under_sanitizer(arguments: Sequence[str], *, timeout: float = 300) -> "subprocess.CompletedProcess[str]":
+def run_under_sanitizer(arguments: Sequence[str], *, timeout: float = 1800) -> "subprocess.CompletedProcess[str]":
     """Runs `python *arguments` under ThreadSanitizer; the status is `RACE_FOUND` if a race was reported.
 
     Kernels must be compiled for it in that process: `activate(sanitize="thread")` or `Kernel(..., sanitize="thread")`.
-    The process finds this package.
+    The process finds this package. The limit is there for what would never end; a loaded machine does not reach it: of
+    the tests' processes none computes for more than some ten seconds.
     """
     environment = _environment()
     path = [str(Path(__file__).parent.parent), *filter(None, [environment.get("PYTHONPATH")])]
