@@ -20,18 +20,20 @@ if TYPE_CHECKING:
     )
     from fastclip.clipping import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
     from fastclip.environment import info, warm_up
+    from fastclip.functional import clip_by_global_norm
     from fastclip.history import History
     from fastclip.monitor import Monitor
     from fastclip.patching import patch, patched, unpatch
     from fastclip.rules import ClipAtThreshold, ClipByGlobalNorm, ClipByNorm, ClipByValue, ClipGradNorm, Rule
     from fastclip.sinks import CSVFile, JSONLines, Sink, TensorBoard
-    from fastclip.triggers import Jump, NonFinite, Report, TriggerError, Vanishing
+    from fastclip.triggers import Above, Jump, NonFinite, Report, TriggerError, Vanishing
 
 __version__ = "0.1.0"
 
 # Imported when they are first asked for, because they import torch: `python -m fastclip run` must not do that before
 # the script does.
 _HOMES = {
+    "Above": "fastclip.triggers",
     "Attachment": "fastclip.attachment",
     "CSVFile": "fastclip.sinks",
     "ClipAtThreshold": "fastclip.rules",
@@ -52,6 +54,7 @@ _HOMES = {
     "TriggerError": "fastclip.triggers",
     "Vanishing": "fastclip.triggers",
     "attach": "fastclip.attachment",
+    "clip_by_global_norm": "fastclip.functional",
     "clip_by_global_norm_": "fastclip.clip_by",
     "clip_by_norm_": "fastclip.clip_by",
     "clip_by_value_": "fastclip.clip_by",
@@ -71,6 +74,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Above",
     "Attachment",
     "CSVFile",
     "ClipAtThreshold",
@@ -91,6 +95,7 @@ __all__ = [
     "TriggerError",
     "Vanishing",
     "attach",
+    "clip_by_global_norm",
     "clip_by_global_norm_",
     "clip_by_norm_",
     "clip_by_value_",

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import Bounds, norm_of_norms, on, wide_dtype
+from fastclip.backends.interface import Bounds, norm_of_norms, on, stable_norm, wide_dtype
 from fastclip.dynamo import untraced
 from fastclip.gradients import Gradients, Parameters, check_bounds, check_whole, collect, has_dtensors
 from fastclip.groups import By, Groups, group, index_of
@@ -51,6 +51,19 @@ class ClipResult:
         if self.coefficients is not None:
             return (self.coefficients != 1).any()
         return torch.zeros((), dtype=torch.bool, device=self.norm.device) if self.changed is None else self.changed
+
+    @cached_property
+    def clipped_norm(self) -> Tensor | None:
+        """The 2-norm of all gradients after clipping: 0-dim, fp64, on the device. The gradients are not read for it.
+
+        None where values were clamped, of which the norms before tell nothing.
+        """
+        if self.changed is not None:
+            return None
+        if self.coefficients is None:
+            return self.norm
+        norms = self.group_norms * self.coefficients
+        return norms[0].abs() if len(norms) == 1 else stable_norm(norms, 2.0)
 
 
 @untraced

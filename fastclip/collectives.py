@@ -144,7 +144,8 @@ def all_reduced(tensor: Tensor, operation: dist.ReduceOp.RedOpType, group: dist.
     if is_traced():
         from torch.distributed import _functional_collectives as functional
 
-        reduced: Tensor = functional.wait_tensor(functional.all_reduce(tensor, operation.name.lower(), group))
+        pending = functional.all_reduce(tensor, operation.name.lower(), group)
+        reduced: Tensor = functional.wait_tensor(pending)  # type: ignore[no-untyped-call]
         return reduced
     dist.all_reduce(tensor, operation, group)
     return tensor

@@ -34,11 +34,15 @@ class History:
         steps: The steps' numbers, [S], from 1 on.
         has_loss: Whether there was a loss, [S].
         has_coefficient: Whether gradients were clipped by norm, [S].
+        has_clipped_norm: Whether there were gradients of which the norm after clipping is known, [S].
         present: Which parameters had a gradient, [S, P].
         loss: The loss, [S].
         norm: The 2-norm of all gradients before clipping, [S].
         coefficient: The smallest that gradients were multiplied by, [S]; NaN where values were clipped, or nothing.
         clipped: Whether anything was clipped, [S].
+        clipped_norm: The 2-norm of all gradients after clipping, [S]; NaN where values were clipped.
+        clip_rate: The share of the last `window` steps up to this one in which anything was clipped, [S].
+        window: Of how many steps the clip rate is, once there are as many.
         norms: The 2-norm of each parameter's gradient, [S, P].
         weights: The 2-norm of each parameter before the step, [S, P], or [S, 0] where these were not asked for.
         mean: Running means of loss and norm before the step, [S, 2].
@@ -54,11 +58,15 @@ class History:
     steps: Array
     has_loss: Array
     has_coefficient: Array
+    has_clipped_norm: Array
     present: Array
     loss: Array
     norm: Array
     coefficient: Array
     clipped: Array
+    clipped_norm: Array
+    clip_rate: Array
+    window: int
     norms: Array
     weights: Array
     mean: Array
@@ -113,9 +121,9 @@ class History:
     def rows(self) -> Iterator[Row]:
         """Yield each step as a flat dict, as sinks take it.
 
-        Its keys: "step"; "loss" and "grad_norm", each with "_mean", "_s" and "_z"; "coefficient", "clipped", "skipped",
-        "nonfinite"; "grad_norm/" and each group's label; and with weights "nonfinite_weights" and "weight_norm/" and
-        each group's label.
+        Its keys: "step"; "loss" and "grad_norm", each with "_mean", "_s" and "_z"; "clipped_grad_norm", that after
+        clipping; "coefficient", "clipped", "clip_rate", "skipped", "nonfinite"; "grad_norm/" and each group's label;
+        and with weights "nonfinite_weights" and "weight_norm/" and each group's label.
         """
         columns: dict[str, tuple[Array, Array | None]] = {"step": (self.steps, None)}
         series_of_two = (("loss", self.loss, self.has_loss), ("grad_norm", self.norm, self.has_norm))
@@ -124,9 +132,11 @@ class History:
             for what in ("mean", "s", "z"):
                 series = getattr(self, what)[:, i]
                 columns[f"{name}_{what}"] = series, ~np.isnan(series)
+        columns["clipped_grad_norm"] = self.clipped_norm, self.has_clipped_norm
         columns["coefficient"] = self.coefficient, self.has_coefficient
         columns |= {
             "clipped": (self.clipped, None),
+            "clip_rate": (self.clip_rate, None),
             "skipped": (self.skipped, None),
             "nonfinite": (self.nonfinite, None),
         }
@@ -144,7 +154,9 @@ class History:
             return "no steps"
         skipped, nonfinite = np.count_nonzero(self.skipped), np.count_nonzero(self.nonfinite)
         span = f"steps {self.steps[0]} to {self.steps[-1]}"
-        lines = [f"{span}: {self.share_clipped:.1%} clipped, {skipped} skipped, {nonfinite} with non-finite gradients"]
+        lately = f" ({self.clip_rate[-1]:.1%} of the last {self.window})" if len(self.steps) > self.window else ""
+        clipped = f"{self.share_clipped:.1%} clipped{lately}"
+        lines = [f"{span}: {clipped}, {skipped} skipped, {nonfinite} with non-finite gradients"]
         for i, (name, values) in enumerate((("loss", self.loss), ("norm", self.norm))):
             if np.isfinite(values).any():
                 largest = int(np.argmax(np.where(np.isfinite(values), values, -math.inf)))

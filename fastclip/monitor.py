@@ -43,15 +43,19 @@ class _Step(NamedTuple):
         number: The step's number.
         has_loss: Whether there was a loss.
         has_coefficient: Whether gradients were clipped by norm.
+        has_clipped_norm: Whether it is known what their norm was afterwards.
         present: The positions of the parameters that had a gradient.
         numbers: All else, as one vector: see `_Parts`.
+        clip_rate: The share of the steps up to this one in which anything was clipped; known once the host has looked.
     """
 
     number: int
     has_loss: bool
     has_coefficient: bool
+    has_clipped_norm: bool
     present: Sequence[int]
     numbers: Tensor
+    clip_rate: float = math.nan
 
 
 class _Parts(NamedTuple):
@@ -61,6 +65,7 @@ class _Parts(NamedTuple):
         values: Loss and norm, [2].
         coefficient: The smallest of the groups', [1].
         clipped: 1 or 0, [1].
+        clipped_norm: The norm after clipping, [1].
         norms: Those of the gradients, [parameters].
         weights: The norms of the parameters, [parameters], or [0] where they are not taken.
         before: The state of the averages before the step, [3 x 2].
@@ -70,6 +75,7 @@ class _Parts(NamedTuple):
     values: Tensor
     coefficient: Tensor
     clipped: Tensor
+    clipped_norm: Tensor
     norms: Tensor
     weights: Tensor
     before: Tensor
@@ -115,6 +121,7 @@ class Monitor:
         weights: Whether to take the norms of the parameters too, before the step. It reads them once more.
         decay: Of the running averages, see `fastclip.averages`; 0.97 remembers some 30 steps.
         warmup: Steps before the first z-score, and so before a `Jump` may fire.
+        window: The number of steps of which the clip rate is the share that was clipped.
         history: The number of steps that are kept.
         every: How many steps the host waits before it looks, for triggers that warn, raise or call a function.
         max_skipped: How many steps in a row may be skipped, before an error says so at the next look: at the latest
@@ -135,11 +142,18 @@ class Monitor:
         weights: bool = False,
         decay: float = 0.97,
         warmup: int = 25,
+        window: int = 100,
         history: int = 1000,
         every: int = 1,
         max_skipped: int = 10,
     ) -> None:
-        counts = {"warmup": warmup, "history": history, "every": every, "max_skipped": max_skipped}
+        counts = {
+            "warmup": warmup,
+            "window": window,
+            "history": history,
+            "every": every,
+            "max_skipped": max_skipped,
+        }
         for name, count in counts.items():
             check_count(name, count)
         check_real("decay", decay)
@@ -168,11 +182,12 @@ class Monitor:
         self._held = torch.zeros(len(self.triggers))  # for how many steps in a row, up to the last that was judged
         self._patience = torch.tensor([float(trigger.patience) for trigger in self.triggers])
         count = len(self.names)
-        self._widths = [len(SERIES), 1, 1, count, count if weights else 0, self._state.numel(), len(self.triggers)]
+        self._widths = [len(SERIES), 1, 1, 1, count, count if weights else 0, self._state.numel(), len(self.triggers)]
         self._skipping = sum(trigger.action == "skip" for trigger in self.triggers)  # how many do
         self._unread: list[_Step] = []
         self._seen: deque[_Step] = deque(maxlen=history)
         self._logs: list[_Log] = []
+        self._recent: deque[bool] = deque(maxlen=window)  # whether anything was clipped, in the last steps looked at
         self._skipped = 0  # steps in a row, up to the last that was looked at
         self._fired = np.zeros(len(self.triggers), dtype=bool)  # in the last step that was looked at
 
@@ -182,7 +197,7 @@ class Monitor:
         given = list(triggers)
         for trigger in given:
             if not isinstance(trigger, Trigger):
-                raise TypeError(f"`triggers` must hold Jump, NonFinite or Vanishing, not {trigger!r}")
+                raise TypeError(f"`triggers` must hold Jump, Above, NonFinite or Vanishing, not {trigger!r}")
             if trigger.watches_weights and not self.weights:
                 raise ValueError(f"{trigger} needs the norms of the weights: Monitor(..., weights=True)")
         return given
@@ -255,7 +270,7 @@ class Monitor:
         if loss is not None:
             self.record_loss(loss)
         with torch.no_grad():
-            has = (self._loss is not None, result.coefficients is not None)
+            has = (self._loss is not None, result.coefficients is not None, self._knows_clipped_norm(result))
             step = _Step(self.steps + 1, *has, result.present, self._facts(result, result.norms))
             if self.skips:
                 step = self._judged(step)
@@ -334,7 +349,9 @@ class Monitor:
         """
         self._look()
         held = self._held.cpu()
-        return {"steps": self.steps, "averages": self._state.cpu(), "skipped": self._skipped, "held": held}
+        recent = torch.tensor(list(self._recent), dtype=torch.bool)
+        averages = self._state.cpu()
+        return {"steps": self.steps, "averages": averages, "skipped": self._skipped, "held": held, "recent": recent}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state of `state_dict`, and forget the steps seen before.
@@ -351,6 +368,7 @@ class Monitor:
         # For other triggers than before, what they have seen says nothing.
         self._held = held.clone() if held.shape == self._held.shape else torch.zeros_like(self._held)
         self._skipped = state.get("skipped", 0)
+        self._recent = deque(state.get("recent", torch.zeros(0)).tolist(), maxlen=self._recent.maxlen)
         self._fired[:] = False
         self._unread.clear()
         self._seen.clear()
@@ -358,6 +376,10 @@ class Monitor:
             log.until = self.steps
 
     # ---- in the step
+
+    @staticmethod
+    def _knows_clipped_norm(result: ClipResult) -> bool:
+        return bool(result.present) and result.clipped_norm is not None
 
     def _facts(self, result: ClipResult, norms: Tensor) -> Tensor:
         """What was found in a step: its numbers without the last two parts."""
@@ -367,6 +389,7 @@ class Monitor:
             _number(like if result.present else None, like),
             _number(None if result.coefficients is None else result.coefficients.min(), like),
             result.clipped.reshape(1),
+            _number(result.clipped_norm, like),
             norms,
         ]
         if self.weights:
@@ -375,7 +398,7 @@ class Monitor:
 
     def _judged(self, step: _Step) -> _Step:
         """The step with the rest of its numbers: enter it into the averages, and see which triggers fire."""
-        values, _, _, norms, weights = torch.split(step.numbers, self._widths[:5])
+        values, _, _, _, norms, weights = torch.split(step.numbers, self._widths[:6])
         before = on(values.device, self._state)
         standing = self._averages.compare(before, values)
         self._state = self._averages.enter(before, values, standing)
@@ -410,6 +433,7 @@ class Monitor:
         steps = [step._replace(numbers=row) for step, row in zip(steps, numbers, strict=True)]
         if not self.skips:
             steps = [self._judged(step) for step in steps]
+        steps = [step._replace(clip_rate=self._rate(step)) for step in steps]
         self._seen.extend(steps)
         due = [log for log in self._logs if self.steps % log.every == 0]
         errors = self._hand_on(due)
@@ -418,6 +442,11 @@ class Monitor:
             errors += asked_for + self._hand_on([log for log in self._logs if log not in due])
         if errors:
             raise errors[0]
+
+    def _rate(self, step: _Step) -> float:
+        """The clip rate, of which a step is now the last."""
+        self._recent.append(bool(self._parts(step.numbers).clipped > 0))
+        return sum(self._recent) / len(self._recent)
 
     def _hand_on(self, logs: Sequence[_Log]) -> list[Exception]:
         """Hand rows to sinks, and return what went wrong; the rows of a write that failed are handed on again."""
@@ -482,11 +511,15 @@ class Monitor:
             steps=np.array([step.number for step in steps], dtype=np.int64),
             has_loss=np.array([step.has_loss for step in steps], dtype=bool),
             has_coefficient=np.array([step.has_coefficient for step in steps], dtype=bool),
+            has_clipped_norm=np.array([step.has_clipped_norm for step in steps], dtype=bool),
             present=present,
             loss=parts.values[:, 0].numpy(),
             norm=parts.values[:, 1].numpy(),
             coefficient=parts.coefficient[:, 0].numpy(),
             clipped=parts.clipped[:, 0].numpy() > 0,
+            clipped_norm=parts.clipped_norm[:, 0].numpy(),
+            clip_rate=np.array([step.clip_rate for step in steps], dtype=np.float64),
+            window=self._recent.maxlen or 0,
             norms=np.where(present, parts.norms.numpy(), math.nan),
             weights=parts.weights.numpy(),
             mean=np.where(is_new, math.nan, mean),

@@ -1,4 +1,4 @@
-"""A picture of training: the loss, the global norm, and below them the norm of every layer, each over the steps.
+"""A picture of training: the loss, the global norm before clipping and after, the clip rate, every layer's norm.
 
 It is to be read at a glance for 10 layers and for 1000. So there are never more cells than can be told apart: layers
 and steps that share a cell show the largest of their norms, and a NaN or infinity is never averaged away but marked.
@@ -24,6 +24,7 @@ _LABELS = 40  # layers that are named
 _LABEL_WIDTH = 36  # characters
 _DRAWABLE = (1e-100, 1e100)  # matplotlib's axes overflow beyond
 _MEAN = "0.5"
+_CLIPPED = "C2"
 _SKIPPED = "C1"
 _MISSING = "0.85"  # grey: no gradient
 _ALARM = "#e3170a"  # red: not finite
@@ -48,18 +49,27 @@ def draw(history: History) -> Figure:
         raise ModuleNotFoundError(message, name="matplotlib") from error
 
     labels = [str(label) for label in history.groups.labels]
-    height = 4.5 + 0.22 * min(len(labels), _LABELS)
-    figure = Figure(figsize=(11, height), layout="constrained", dpi=130)
-    has_loss = bool(history.has_loss.any())
-    heights = [1.3] * has_loss + [1.3, height - 2.6]
-    *loss_axes, norm_axes, layer_axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    for axes in loss_axes:
+    has_loss, has_clips = bool(history.has_loss.any()), bool(history.clipped.any())
+    layers = 1.9 + 0.22 * min(len(labels), _LABELS)
+    heights = [1.3] * has_loss + [1.3] + [0.6] * has_clips + [layers]
+    figure = Figure(figsize=(11, 1.3 + sum(heights)), layout="constrained", dpi=130)
+    all_axes = list(figure.subplots(len(heights), 1, sharex=True, height_ratios=heights))
+    layer_axes = all_axes.pop()
+    rate_axes = [all_axes.pop()] if has_clips else []
+    norm_axes = all_axes.pop()
+    for axes in all_axes:
         _draw_series(axes, history, history.loss, history.mean[:, 0], history.has_loss)
         axes.set(ylabel="loss", yscale="log" if _spans_decades(history.loss) else "linear")
+    if has_clips:
+        norm_axes.plot(history.steps, _drawable(_finite(history.clipped_norm)), color=_CLIPPED, linewidth=1)
     _draw_series(norm_axes, history, history.norm, history.mean[:, 1], history.has_norm)
     norm_axes.set_ylabel("global norm")
     if (history.norm > 0).any():
         norm_axes.set_yscale("log", nonpositive="mask")
+    for axes in rate_axes:
+        axes.fill_between(history.steps, history.clip_rate, color=_CLIPPED, alpha=0.5, linewidth=0)
+        axes.set(ylabel="clip rate", ylim=(0, 1))
+        axes.grid(alpha=0.3)
     _draw_layers(figure, layer_axes, history, labels)
     _explain(figure, history)
     return figure
@@ -67,7 +77,7 @@ def draw(history: History) -> Figure:
 
 def _draw_series(axes: Axes, history: History, values: Array, mean: Array, known: Array) -> None:
     """A line, its running mean, and the steps that were skipped, or in which it was not finite."""
-    finite = _drawable(np.where(np.isfinite(values), values, math.nan))
+    finite = _drawable(_finite(values))
     axes.plot(history.steps, finite, color="C0", linewidth=1, marker=".", markersize=2)
     axes.plot(history.steps, _drawable(mean), color=_MEAN, linewidth=1, linestyle="--")
     bad = known & ~np.isfinite(values)
@@ -123,6 +133,8 @@ def _explain(figure: Figure, history: History) -> None:
     from matplotlib.lines import Line2D
 
     marks = [Line2D([], [], color=_MEAN, linestyle="--", label="running mean")]
+    if history.clipped.any() and history.has_clipped_norm.any():
+        marks.append(Line2D([], [], color=_CLIPPED, label="norm after clipping"))
     if history.skipped.any():
         marks.append(Line2D([], [], color=_SKIPPED, marker="v", linestyle="", label="skipped"))
     if history.nonfinite.any() or (history.has_loss & ~np.isfinite(history.loss)).any():
@@ -142,6 +154,10 @@ def _largest(values: Array, columns: int, rows: int) -> Array:
 def _shortened(label: str) -> str:
     short = label if len(label) <= _LABEL_WIDTH else f"…{label[1 - _LABEL_WIDTH :]}"
     return short.replace("$", r"\$")  # which would begin a formula
+
+
+def _finite(values: Array) -> Array:
+    return np.where(np.isfinite(values), values, math.nan)
 
 
 def _drawable(values: Array) -> Array:

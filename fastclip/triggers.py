@@ -1,6 +1,6 @@
 """What a monitor watches for: each trigger is a small function from a step's statistics to yes or no, on the device.
 
->>> Jump("norm", z=6.0, action="skip"), Jump("loss", ratio=4.0), NonFinite("gradients", action="raise")
+>>> Jump("norm", z=6.0, action="skip"), Above("norm", 100.0, action="skip"), NonFinite("gradients", action="raise")
 
 What happens then is the trigger's action:
 
@@ -213,6 +213,46 @@ class Jump(Trigger):
         limit = max(mean + self.z * s, (self.ratio or -math.inf) * mean)
         message = f"the {self.of} is {value:.4g}, above {limit:.4g}; before it was {mean:.4g} ± {s:.2g} (z = {z:.3g})"
         return value, limit, message
+
+
+@dataclass(frozen=True, repr=False)
+class Above(Trigger):
+    r"""The loss or the norm is above a limit.
+
+    .. math:: \text{not}\; x \le \text{limit}
+
+    So it holds where the value is NaN, too: a step that is to be skipped above a limit is to be skipped then.
+
+    Args:
+        of: What is looked at: "loss", or the global "norm" of the gradients before clipping.
+        limit: The largest value that passes.
+        action: What to do, see `fastclip.triggers`.
+
+    Raises:
+        TypeError: `limit` is not a real number.
+        ValueError: `of` is neither, or `limit` is not finite.
+    """
+
+    of: Literal["loss", "norm"]
+    limit: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_of(self.of, SERIES)
+        check_real("limit", self.limit)
+        if not math.isfinite(self.limit):
+            raise ValueError(f"`limit` must be finite, not {self.limit}")
+
+    def holds(self, moment: Moment) -> Tensor:
+        """Return whether the value is there, and not within the limit."""
+        i = SERIES.index(self.of)
+        exceeds = ~(moment.values[i] <= self.limit)
+        return exceeds if moment.known[i] else torch.zeros_like(exceeds)
+
+    def explain(self, moment: Moment) -> tuple[float, float, str]:
+        """Return the value, the limit and a message."""
+        value = float(moment.values[SERIES.index(self.of)])
+        return value, self.limit, f"the {self.of} is {value:.4g}, and should be {self.limit:.4g} at most"
 
 
 @dataclass(frozen=True, repr=False)

@@ -216,6 +216,77 @@ def test_share_clipped_and_the_smallest_coefficient() -> None:
     assert history.coefficient.tolist() == pytest.approx([1 / 20, 1, 1 / 8, 1])  # the weight's norm is 2 x scale
 
 
+AFTERWARDS: dict[str, Any] = {
+    "global": RULE,
+    "parameters": fastclip.ClipByNorm(1.0),
+    "layers": fastclip.ClipByNorm([1.0, 7.0], by="layer"),
+    "torch's": fastclip.ClipGradNorm(0.5),
+    "a function": lambda norms: -0.5 * torch.ones_like(norms),
+    "nothing to clip": fastclip.ClipByGlobalNorm(1e9),
+}
+
+
+@pytest.mark.parametrize("rule", AFTERWARDS)
+@pytest.mark.parametrize("scale", [3.0, 1e200], ids=str)
+def test_the_norm_after_clipping(rule: str, scale: float) -> None:
+    """As it is, were the gradients read again."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).double()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.grad = scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    monitor = fastclip.Monitor(model)
+    monitor.update(fastclip.clip_grads_(model, AFTERWARDS[rule]))
+    exact = oracle.norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None], 2)
+    history = monitor.read()
+    assert history.clipped_norm[0] == pytest.approx(exact, rel=1e-12)
+    assert next(history.rows())["clipped_grad_norm"] == history.clipped_norm[0]
+
+
+def test_the_norm_after_clipping_where_there_is_none() -> None:
+    model = nn.Linear(2, 2)
+    monitor = fastclip.Monitor(model)
+    monitor.update(fastclip.clip_grads_(model, RULE))  # without gradients
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 5.0)
+    monitor.update(fastclip.measure_grads(model))
+    monitor.update(fastclip.clip_grads_(model, fastclip.ClipByValue(-1, 1)))
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, math.nan)
+    monitor.update(fastclip.clip_grads_(model, RULE))
+    rows = [row["clipped_grad_norm"] for row in monitor.read().rows()]
+    assert rows[:3] == [None, pytest.approx(math.sqrt(6 * 25)), None]
+    assert math.isnan(rows[3] or 0)
+
+
+@pytest.mark.parametrize("skips", [False, True], ids=["at the look", "in the step"])
+def test_the_clip_rate_is_of_the_last_steps(skips: bool) -> None:
+    """However many are looked at together, and behind a checkpoint."""
+    triggers = [fastclip.NonFinite("loss", action="skip")] if skips else []
+    norms = [0.5, 2.0, 3.0, 0.1, 0.2, 4.0, 0.3]
+    expected = [0, 1 / 2, 2 / 3, 2 / 4, 2 / 4, 2 / 4, 1 / 4]
+
+    def rates(*spans: int) -> list[float]:
+        """With a monitor that is saved and restored after so many steps, looked at in the middle of each span."""
+        found, state, left = [], None, list(norms)
+        for span in spans:
+            monitor = fastclip.Monitor(named(1), triggers=triggers, window=4)
+            if state is not None:
+                monitor.load_state_dict(state)
+            series(monitor, left[: span // 2])
+            monitor.read()
+            series(monitor, left[span // 2 : span])
+            found += monitor.read().clip_rate.tolist()
+            state, left = monitor.state_dict(), left[span:]
+        return found
+
+    assert rates(7) == pytest.approx(expected)
+    assert rates(3, 4) == pytest.approx(expected)
+    monitor = fastclip.Monitor(named(1), window=4)
+    series(monitor, norms)
+    assert [row["clip_rate"] for row in monitor.read().rows()] == pytest.approx(expected)
+    assert str(monitor.read()).startswith("steps 1 to 7: 42.9% clipped (25.0% of the last 4), 0 skipped")
+
+
 @pytest.mark.parametrize("rule", [None, fastclip.ClipByValue(-1, 1)])
 def test_without_coefficients(rule: Any) -> None:
     model = nn.Linear(2, 2)
@@ -391,7 +462,7 @@ def test_bad_options(options: Any, message: str) -> None:
 
 
 def test_bad_triggers() -> None:
-    with pytest.raises(TypeError, match="Jump, NonFinite or Vanishing, not 'loss'"):
+    with pytest.raises(TypeError, match="Jump, Above, NonFinite or Vanishing, not 'loss'"):
         fastclip.Monitor(named(1), triggers=["loss"])  # type: ignore[list-item]
 
 

@@ -99,6 +99,23 @@ def test_panels() -> None:
     assert exploded.axes[0].get_yscale() == "log"
 
 
+def test_panels_of_what_was_clipped() -> None:
+    """The norm after clipping beside the one before, and the clip rate below."""
+    model = nn.Linear(2, 1, bias=False)
+    monitor = fastclip.Monitor(model, window=2)
+    for value in (3.0, 0.1, 0.2, 3.0):
+        model.weight.grad = torch.tensor([[value, 0.0]])
+        monitor.update(fastclip.clip_grads_(model, fastclip.ClipByGlobalNorm(1.0)))
+    figure = monitor.plot()
+    assert [axes.get_ylabel() for axes in figure.axes] == ["global norm", "clip rate", "", "gradient norm"]
+    assert explained(figure) == ["running mean", "norm after clipping"]
+    drawn = [list(np.asarray(line.get_ydata(), dtype=float)) for line in figure.axes[0].get_lines()]
+    assert any(after == pytest.approx([1.0, 0.1, 0.2, 1.0]) for after in drawn)
+    (area,) = figure.axes[1].collections
+    heights = {(x, round(y, 3)) for x, y in area.get_paths()[0].vertices.tolist()}  # type: ignore[union-attr]
+    assert {(1.0, 1.0), (2.0, 0.5), (3.0, 0.0), (4.0, 0.5)} <= heights
+
+
 @pytest.mark.parametrize("row", [[0.0, 0.0], [math.nan, math.nan], [-1, -1]], ids=["zeros", "NaNs", "no gradients"])
 def test_nothing_to_scale_colours_by(row: list[float], tmp_path: Path) -> None:
     figure = monitor_of([row] * 2).plot(tmp_path / "norms.png")

@@ -19,7 +19,8 @@ from fastclip.history import Row
 
 KEYS = [
     *("step", "loss", "loss_mean", "loss_s", "loss_z", "grad_norm", "grad_norm_mean", "grad_norm_s", "grad_norm_z"),
-    *("coefficient", "clipped", "skipped", "nonfinite", "grad_norm/0", "grad_norm/1"),
+    *("clipped_grad_norm", "coefficient", "clipped", "clip_rate", "skipped", "nonfinite"),
+    *("grad_norm/0", "grad_norm/1"),
 ]
 
 
@@ -49,7 +50,9 @@ def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[0] | {"grad_norm": None, "coefficient": None} == dict.fromkeys(KEYS) | {
         "step": 1,
         "loss": 3.0,
+        "clipped_grad_norm": pytest.approx(1.0),
         "clipped": True,
+        "clip_rate": 1.0,
         "skipped": False,
         "nonfinite": 0,
         "grad_norm/0": 4.0,
@@ -64,8 +67,10 @@ def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         "grad_norm": 0.25,
         "grad_norm_mean": rows[0]["grad_norm"],
         "grad_norm_s": pytest.approx(0.01 * math.sqrt(32)),
+        "clipped_grad_norm": 0.25,
         "coefficient": 1.0,
         "clipped": False,
+        "clip_rate": 0.5,
         "skipped": False,
         "nonfinite": 0,
         "grad_norm/0": 0.25,

@@ -14,7 +14,7 @@ from legs import Leg
 from torch import Tensor, nn
 
 import fastclip
-from fastclip import Jump, NonFinite, Report, Vanishing
+from fastclip import Above, Jump, NonFinite, Report, Vanishing
 
 RULE = fastclip.ClipByGlobalNorm(1.0)
 STEPS = 60
@@ -87,12 +87,20 @@ def vanish(_: nn.Module, loss: Tensor) -> Tensor:
         (lambda action: Jump("norm", ratio=10.0, action=action), explode, "2.weight"),
         (lambda action: Jump("loss", z=6.0, ratio=3.0, action=action), explode, "2.weight"),
         (lambda action: Jump("loss", ratio=10.0, action=action), explode, "2.weight"),
+        (lambda action: Above("norm", 1e3, action=action), explode, "2.weight"),
+        (lambda action: Above("loss", 1e3, action=action), explode, "2.weight"),
+        (lambda action: Above("loss", 1e3, action=action), spoil_loss, "0.weight"),
+        (lambda action: Above("norm", 1e3, action=action), spoil_a_gradient, "2.bias"),
         (lambda action: NonFinite("loss", action=action), spoil_loss, "0.weight"),
         (lambda action: NonFinite("gradients", action=action), spoil_a_gradient, "2.bias"),
         (lambda action: NonFinite("weights", action=action), spoil_a_weight, "0.weight"),
         (lambda action: Vanishing(1e-6, steps=1, action=action), vanish, "2.weight"),
     ],
-    ids=["norm z", "norm ratio", "loss z and ratio", "loss ratio", "loss", "gradients", "weights", "vanishing"],
+    ids=[
+        *("norm z", "norm ratio", "loss z and ratio", "loss ratio"),
+        *("norm above", "loss above", "loss NaN", "norm infinite"),
+        *("loss", "gradients", "weights", "vanishing"),
+    ],
 )
 @pytest.mark.parametrize("skips", [False, True], ids=["host", "device"])
 def test_a_trigger_fires_in_its_step(make: Any, sabotage: Sabotage, worst: str, skips: bool) -> None:
@@ -318,6 +326,7 @@ def test_a_report_in_print() -> None:
     [
         (Jump("norm", z=6.0), "Jump('norm', z=6.0)"),
         (Jump("loss", ratio=4, action="skip"), "Jump('loss', ratio=4)"),
+        (Above("loss", 10.0, action="raise"), "Above('loss', limit=10.0)"),
         (NonFinite("weights", action=print), "NonFinite('weights')"),
         (Vanishing(1e-7), "Vanishing(1e-07)"),
         (Vanishing(1e-7, steps=2), "Vanishing(1e-07, steps=2)"),
@@ -325,6 +334,28 @@ def test_a_report_in_print() -> None:
 )
 def test_triggers_in_print(trigger: fastclip.triggers.Trigger, printed: str) -> None:
     assert repr(trigger) == printed
+
+
+def test_the_limit_itself_is_not_above_it() -> None:
+    reports: list[Report] = []
+    model = nn.Linear(1, 1, bias=False)
+    monitor = fastclip.Monitor(model, triggers=[Above(of, 2, action=reports.append) for of in ("loss", "norm")])  # type: ignore[arg-type]
+    for value in (2.0, -3.0, 2.5, -math.inf, math.nan):
+        model.weight.grad = torch.full((1, 1), value)
+        monitor.update(fastclip.measure_grads(model), value)
+    fired = [(report.step, report.trigger.of) for report in reports if isinstance(report.trigger, Above)]
+    assert fired == [(2, "norm"), (3, "loss"), (3, "norm"), (4, "norm"), (5, "loss"), (5, "norm")]
+    assert reports[1].message == "the loss is 2.5, and should be 2 at most"
+    assert (reports[1].value, reports[1].limit) == (2.5, 2)
+    assert reports[4].message == "the loss is nan, and should be 2 at most"
+
+
+def test_what_is_missing_is_not_above_a_limit() -> None:
+    monitor = fastclip.Monitor(
+        [nn.Parameter(torch.zeros(1))],
+        triggers=[Above("loss", -1.0, action="raise"), Above("norm", -1.0, action="raise")],
+    )
+    monitor.update(fastclip.measure_grads([nn.Parameter(torch.zeros(1))]))
 
 
 def test_what_a_jump_was_compared_with() -> None:
@@ -352,6 +383,9 @@ def test_what_a_jump_was_compared_with() -> None:
         (lambda: Jump("gradients", z=3.0), "`of` must be one of 'loss', 'norm', not 'gradients'"),  # type: ignore[arg-type]
         (lambda: Jump("norm", z=-1.0), "`z` must be above 0"),
         (lambda: Jump("norm", ratio=0.5), "`ratio` must be above 1"),
+        (lambda: Above("weights", 1.0), "`of` must be one of 'loss', 'norm'"),  # type: ignore[arg-type]
+        (lambda: Above("norm", math.inf), "`limit` must be finite"),
+        (lambda: Above("norm", math.nan), "`limit` must be finite"),
         (lambda: NonFinite("norm"), "'loss', 'gradients', 'weights', not 'norm'"),  # type: ignore[arg-type]
         (lambda: NonFinite("loss", action="stop"), "`action` must be 'warn', 'raise', 'skip' or"),  # type: ignore[arg-type]
         (lambda: Vanishing(0.0), "`below` must be above 0"),
