@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastclip.backends.interface import is_traced, kept, stable_norm
+from fastclip.backends.interface import is_watched, kept, stable_norm
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -138,10 +138,11 @@ def all_reduce(parts: Sequence[Tensor], shares: Sequence[Share], operation: dist
 def all_reduced(tensor: Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> Tensor:
     """Reduce a tensor over a process group; it may be overwritten.
 
-    While torch's operations are traced or counted it is a functional collective, as those of DTensors are. That takes
-    3 to 5 times as long (gloo, 8 bytes: 58 µs, 190 as `all_reduce` of torch's functional ones).
+    While anyone looks at torch's operations it is a functional collective, as those of DTensors are, so that it is
+    counted and recorded with them (`CommDebugMode`, make_fx). Else not, for that takes three times as long (gloo, 8
+    bytes: 58 µs, and 190).
     """
-    if is_traced():
+    if is_watched():
         from torch.distributed import _functional_collectives as functional
 
         pending = functional.all_reduce(tensor, operation.name.lower(), group)

@@ -5,8 +5,7 @@
 A gradient is *plain* when it fills its memory without gaps or overlaps and holds real floating-point numbers: then it
 is an address and a number of elements, which is all that the kernels need. Everything else (complex, strided views,
 tensor subclasses, meta tensors) is left to torch's own operations; a sparse gradient takes part by its values. So is
-every gradient while torch's operations are traced, or looked at by a mode. Whatever the mixture, one norm is taken over
-all of it.
+every gradient while torch's operations are traced. Whatever the mixture, one norm is taken over all of it.
 
 Training clips gradients that are alike again and again, and that lie elsewhere in each step
 (`zero_grad(set_to_none=True)` frees them). So what does not depend on their addresses is kept, their `Arrangement`: who

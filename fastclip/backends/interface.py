@@ -175,14 +175,25 @@ def is_capturing(device: torch.device) -> bool:
 
 _modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _trace: Callable[[], object] = torch._C._get_tracing_state
+_includes: Callable[[Any], bool] = torch._C._dispatch_tls_is_dispatch_key_included
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+_RECORDING = [getattr(torch._C._TorchDispatchModeKey, name) for name in ("PROXY", "FAKE", "FUNCTIONAL")]
 
 
 def is_traced() -> bool:
-    """Whether something records or counts torch's operations (make_fx, jit.trace, a TorchDispatchMode).
+    """Whether torch records its operations (make_fx, jit.trace), or has other tensors in the place of real ones.
 
-    What kernels do by address it would not see: a graph would return the example's numbers for every input.
+    What kernels do by address is not recorded: the graph would return the example's numbers for every input. A mode of
+    anyone else, which looks at operations or counts them, is no reason to take other ones.
     """
-    return _modes() > 0 or _trace() is not None
+    if _modes() > 0 and any(torch._C._get_dispatch_mode(key) is not None for key in _RECORDING):
+        return True
+    return _trace() is not None or _includes(_PRE_DISPATCH)
+
+
+def is_watched() -> bool:
+    """Whether anyone looks at torch's operations, or counts them."""
+    return _modes() > 0
 
 
 def kept(most: int) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
