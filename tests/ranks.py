@@ -272,6 +272,19 @@ def nonfinite(p: float, value: float, rank: int) -> str:
     return "nothing"
 
 
+def measured(value: float, rank: int) -> tuple[float, bool]:
+    """The norm under an infinite bound, and whether a part was changed, or marked as changed, by it."""
+    parameters = made(mesh_of(4), ROWS_OF_FOUR)
+    if dist.get_rank() == rank:
+        grad = parameters[1].grad
+        assert isinstance(grad, DTensor)
+        grad.to_local().view(-1)[0] = value
+    before = local_bits(parameters), [grad._version for grad in grads_of(parameters)]
+    norm = fastclip.clip_grad_norm_(parameters, math.inf)
+    fastclip.clip_grads_with_norm_(parameters, math.inf, norm)
+    return whole(norm).item(), (local_bits(parameters), [grad._version for grad in grads_of(parameters)]) != before
+
+
 ROWS_OF_FOUR: list[Item] = [((8, 2), ("S0",)), ((12,), ("S0",)), ((3, 3), ("R",))]
 
 

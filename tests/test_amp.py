@@ -102,6 +102,21 @@ def test_what_is_not_finite_is_found(leg: Leg, rng: np.random.Generator, culprit
         np.testing.assert_array_equal(oracle.as_numpy(own), oracle.as_numpy(other))
 
 
+@pytest.mark.parametrize("culprit", [1.0, math.inf, math.nan])
+def test_an_infinite_bound_unscales_only(leg: Leg, rng: np.random.Generator, culprit: float) -> None:
+    """Whatever the norm is: torch's own clip would make NaN of all where it is not finite."""
+    scaled = drawn(rng, leg)
+    scaled[0][3] = culprit
+    ours, theirs = (optimizer_of([twin(grad) for grad in scaled]) for _ in range(2))
+    scaler, stock = scaler_for(leg), scaler_for(leg)
+    norm = fastclip.unscale_and_clip_grad_norm_(scaler, ours, math.inf)
+    stock.unscale_(theirs)
+    assert state_of(scaler, ours) == state_of(stock, theirs)
+    np.testing.assert_equal(math.isfinite(norm.item()), math.isfinite(culprit))
+    for own, other in zip(grads_of(ours), grads_of(theirs), strict=True):
+        np.testing.assert_array_equal(oracle.as_numpy(own), oracle.as_numpy(other))
+
+
 def test_finite_gradients_whose_squares_overflow_are_finite(leg: Leg) -> None:
     scaled = [torch.full((3000,), 1e38, device=leg.device), torch.full((70,), -3e38, device=leg.device)]
     optimizer = optimizer_of(scaled)

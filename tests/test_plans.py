@@ -340,3 +340,15 @@ def test_version_counters_are_bumped_also_where_nothing_changes(leg: Leg, call: 
     plans, grads = prepared(tensors)
     CALLS[call](plans, grads)
     assert all(tensor._version > 0 for tensor in tensors)
+
+
+@pytest.mark.parametrize("value", [1.0, INF, NAN])
+def test_under_an_infinite_bound_a_plan_writes_nothing_either(leg: Leg, value: float) -> None:
+    """The public functions do not ask it to clip then, but the coefficient is 1 all the same, not inf / inf."""
+    tensors = [torch.tensor([value, 2.0], device=leg.device), torch.full((100,), 3.0, device=leg.device)]
+    plans, grads = prepared(tensors)
+    before = [tensor.clone() for tensor in tensors]
+    plans.clip_(grads, 2.0, INF, torch.float32)
+    assert float(plans.reduce(2.0, INF, torch.float32).coefficient) == 1
+    for tensor, old in zip(tensors, before, strict=True):
+        oracle.assert_same_bits(tensor, old)

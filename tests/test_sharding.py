@@ -152,6 +152,13 @@ def test_ranks_without_gradients_take_part(four: Pool, absent: dict[int, tuple[i
     ]
 
 
+@pytest.mark.parametrize("value", [1.0, INF, math.nan])
+def test_an_infinite_bound_measures_only(four: Pool, value: float) -> None:
+    for norm, changed in four.run(ranks.measured, value, 2):
+        assert math.isfinite(norm) == math.isfinite(value)
+        assert not changed
+
+
 @pytest.mark.parametrize("p", [2.0, INF, -INF, 1.0])
 @pytest.mark.parametrize("rank", [0, 3])
 def test_error_if_nonfinite_raises_on_all_ranks(four: Pool, p: float, rank: int) -> None:

@@ -21,11 +21,11 @@ Step = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 Owners = list[tuple[str, Tensor]]
 
 
-def given(first: Tensor, second: Tensor) -> Owners:
-    """Owners whose gradients follow from tensors: one of them with gaps, one of 16 bits, one missing."""
+def given(first: Tensor, second: Tensor, *, gaps: bool = False) -> Owners:
+    """Owners whose gradients follow from tensors: one of 16 bits, one missing, and, maybe, one with gaps."""
     grads = {
         "a.weight": first * 2,
-        "a.bias": second[:, 0],
+        "a.bias": second[:, 0] if gaps else second * 3,
         "b.weight": (first[:1, :2] + 1).to(torch.bfloat16),
         "b.bias": None,
     }
@@ -41,11 +41,11 @@ def gradients(owners: Owners) -> tuple[Tensor, ...]:
     return tuple(owner.grad for _, owner in owners if owner.grad is not None)
 
 
-def stepping(clip: Callable[[Owners], object]) -> Step:
+def stepping(clip: Callable[[Owners], object], *, gaps: bool = False) -> Step:
     """What a call returns, if anything, and the gradients it leaves, as a function of tensors."""
 
     def step(first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
-        owners = given(first, second)
+        owners = given(first, second, gaps=gaps)
         found = clip(owners)
         return (*gradients(owners), *([found] if isinstance(found, Tensor) else []))
 
@@ -54,6 +54,7 @@ def stepping(clip: Callable[[Owners], object]) -> Step:
 
 CALLS: dict[str, Step] = {
     "clip_grad_norm_": stepping(lambda owners: fastclip.clip_grad_norm_(owners, 0.5)),
+    "with gaps": stepping(lambda owners: fastclip.clip_grad_norm_(owners, 0.5), gaps=True),
     "of another order": stepping(lambda owners: fastclip.clip_grad_norm_(owners, 0.5, 3.0)),
     "clip_grad_value_": stepping(lambda owners: fastclip.clip_grad_value_(owners, 0.5)),
     "get_total_norm": stepping(lambda owners: fastclip.get_total_norm(gradients(owners))),
