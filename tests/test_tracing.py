@@ -79,7 +79,7 @@ RECORDERS: dict[str, Callable[[Step, Tensor, Tensor], Step]] = {
 }
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.trace"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),  # of sizes, which a trace takes for constants
 ]
 
