@@ -69,7 +69,8 @@ def clip_grad_norm_(
 
     Raises:
         RuntimeError: The norm is non-finite and `error_if_nonfinite`; or a gradient cannot be written in place.
-        TypeError: `parameters` holds something other than tensors, or a number or dtype is not one.
+        TypeError: `parameters` holds something other than tensors, or a number or dtype is not one; or they are parts
+            of a model that FSDP1 has sharded.
         ValueError: `norm_type` or `max_norm` is a string that is not a number.
 
     Example:
@@ -239,7 +240,7 @@ def _raise_if_nonfinite(grads: Gradients, p: float, total: Scalar) -> None:
     if math.isfinite(total):
         return
     parts = local_parts(grads)  # a look at DTensors themselves would be a collective
-    culprits = [i for i, part in enumerate(parts.tensors) if not all(bool(p.isfinite().all()) for p in _pieces(part))]
+    culprits = [i for i, part in enumerate(parts.tensors) if not all(piece.isfinite().all() for piece in _pieces(part))]
     named = "; ".join(_describe(parts, index) for index in culprits[:_MOST_NAMED])
     more = f"; and {len(culprits) - _MOST_NAMED} more" if len(culprits) > _MOST_NAMED else ""
     if culprits:

@@ -83,7 +83,7 @@ def collect(parameters: Parameters) -> Gradients:
 
     Raises:
         RuntimeError: No gradient is left, because optimizers have stepped inside of backward.
-        TypeError: `parameters` is not iterable, or holds something that is none of these; or shards of FSDP1.
+        TypeError: `parameters` is not iterable, or holds something that is none of these.
     """
     owners = listed(parameters, "parameters")
     grads = gradients_of(owners)
