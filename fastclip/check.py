@@ -6,6 +6,7 @@ python -m fastclip check [--device cuda:0]
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -100,8 +101,11 @@ def _compare_norm_clipping(device: torch.device, dtype: torch.dtype, p: float) -
     yield row("norm", "fp64", abs(norm / exact_norm - 1), tolerance)
     yield row("clipped by norm", "fp64", _difference(ours, clipped), tolerance + 2 * rounding)
     theirs_clipped = [_gradient(parameter).double().cpu() for parameter in theirs]
-    # torch's norm and coefficient are sums and quotients in fp32 at best, or rounded to the gradients' 16 bits.
-    yield row("clipped by norm", "torch", _difference(ours, theirs_clipped), 10 * tolerance + 6 * rounding)
+    # torch's norm and coefficient are sums and quotients in fp32 at best, or rounded to the gradients' 16 bits. On one
+    # thread its sums of n powers are rounded n times: by a random walk of up to sqrt(n) roundings, twice which is
+    # allowed (3.2e-5 in fp32, where 300 draws came to 1.1e-5).
+    walk = 2 * math.sqrt(sum(SIZES)) * torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
+    yield row("clipped by norm", "torch", _difference(ours, theirs_clipped), tolerance + walk + 6 * rounding)
 
 
 def _compare_the_rest(device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
@@ -112,6 +116,7 @@ def _compare_the_rest(device: torch.device, dtype: torch.dtype) -> Iterator[Row]
 
     gradients = _random_gradients(device, dtype)
     untouched = _parameters(gradients)
+    clipping.clip_grad_norm_(untouched, 1e6)
     clipping.clip_grad_norm_(untouched, float("inf"))
     yield row("nothing to clip", _identical(untouched, _parameters(gradients)))
     each = _parameters(gradients)

@@ -83,7 +83,9 @@ def norm(tensors: Sequence[Tensor], p: float) -> float:
 
 
 def coefficient(total: float, max_norm: float) -> float:
-    """``min(max_norm / (total + 1e-6), 1)``, where a NaN stays one."""
+    """``min(max_norm / (total + 1e-6), 1)``, where a NaN stays one; 1 under an infinite bound, whatever the norm."""
+    if max_norm == math.inf:
+        return 1.0
     quotient = max_norm / (total + EPS)
     return 1.0 if quotient > 1 else quotient
 
