@@ -162,8 +162,8 @@ def clip_scaled_grad_norm_(
 def _clip(
     grads: Gradients, limit: float, p: float, inv_scale: Tensor, found_inf: Tensor, norm_dtype: torch.dtype | None
 ) -> Tensor:
+    check_whole(grads)
     if not grads.tensors:
-        check_whole(grads)
         return torch.zeros((), dtype=norm_dtype)
     prepared = prepare(grads, in_place=True)
     inverse, found = inv_scale.detach().to(prepared.device, torch.float32), found_inf.to(prepared.device)

@@ -105,7 +105,7 @@ def attach(
     What is clipped is ``.grad`` itself: once the step is over it holds what the optimizer was given. With `fold`, too,
     which leaves it as it was up to the step. With `keep_grads` the step is given copies, clipped, and ``.grad`` is as
     it was afterwards, to be logged or accumulated further: a pass more, and the gradients' bytes again for the time of
-    the step. Where a step raises, the copies stay.
+    the step. Where the optimizer itself raises, the copies stay.
 
     Where the optimizer's own ``step`` calls that of its base class, it is the outer one that is clipped; the gradients
     of a closure that it makes itself are not.
@@ -278,8 +278,17 @@ class Attachment:
                 f"{self.rule} is attached, but the gradients still carry the scale of GradScaler: call "
                 "scaler.unscale_(optimizer) before scaler.step(optimizer)"
             )
-        if self._keeps_grads:
-            self._give_back = lend_copies(owners)
+        if not self._keeps_grads:
+            self._apply(optimizer, owners, groups, scale)
+            return
+        self._give_back = lend_copies(owners)
+        try:
+            self._apply(optimizer, owners, groups, scale)
+        except BaseException:
+            self._put_back()
+            raise
+
+    def _apply(self, optimizer: Optimizer, owners: Owners, groups: Groups, scale: Tensor | None) -> None:
         grads = gradients_of(owners)
         if self._folds:
             check_fused(optimizer)
@@ -375,14 +384,13 @@ def _one_of(
         raise ValueError(f"only one rule can be attached, not {' and '.join(named)} together")
     if rule is not None:
         return as_rule(rule)
-    bounds = [(name, value) for name, value in given.items() if value is not None]
-    if not bounds or real(*bounds[0]) == 0:  # with Keras 0 is off
-        return None
-    name, bound = bounds[0][0], positive(*bounds[0])
-    return _KERAS[name](bound)
+    for name in named:  # the only one
+        bound = given[name]
+        return None if real(name, bound) == 0 else _RULES_OF_KERAS[name](positive(name, bound))
+    return None
 
 
-_KERAS: dict[str, Callable[[float], AnyRule]] = {
+_RULES_OF_KERAS: dict[str, Callable[[float], AnyRule]] = {
     "clipnorm": ClipByNorm,
     "clipvalue": lambda bound: ClipByValue(-bound, bound),
     "global_clipnorm": ClipByGlobalNorm,

@@ -6,7 +6,7 @@ import sys
 import warnings
 from types import FrameType
 
-_OURS = frozenset({"fastclip", "torch"})
+_OURS = frozenset({"fastclip", "torch", "typing_extensions"})  # by the last torch marks what is deprecated
 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:

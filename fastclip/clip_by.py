@@ -122,7 +122,7 @@ def clip_by_value_(parameters: Parameters, clip_value_min: Bound, clip_value_max
     if grads.tensors:
         limits = _limits(rule, grads, groups)
         check_bounds(grads, *limits)
-        prepare(grads, in_place=True, measured=False).clamp_(grads, *limits)
+        prepare(grads, in_place=True).clamp_(grads, *limits)
 
 
 @untraced
@@ -183,7 +183,7 @@ def clip_by_global_norm_(parameters: Parameters, clip_norm: float, use_norm: Ten
         raise ValueError(f"`use_norm` must be one number, not a tensor of shape {tuple(norm.shape)}")
     if not grads.tensors:
         return on(norm.device, norm.reshape(()))
-    prepared = prepare(grads, in_place=True, measured=False)
+    prepared = prepare(grads, in_place=True)
     norm = on(prepared.device, norm.reshape(()))
     prepared.scale_(grads, rule(norm))
     return norm
@@ -232,13 +232,14 @@ def apply_rule(
     """
     if rule is not None:
         rule = rule.for_groups(groups.labels)
-    if not grads.tensors and not has_dtensors(grads):
+    if not isinstance(rule, ClipByValue):  # which clips parts as well as wholes
         check_whole(grads)
+    if not grads.tensors and not has_dtensors(grads):
         return _of_nothing(grads, groups)
     limits = _limits(rule, grads, groups) if isinstance(rule, ClipByValue) else None
     if limits is not None:
         check_bounds(grads, *limits)
-    prepared = prepare(grads, in_place=rule is not None, measured=limits is None)
+    prepared = prepare(grads, in_place=rule is not None)
     norms = None
     if each or not groups.is_one:
         norms = _scattered(_unscaled(prepared.norms(), scale), grads)

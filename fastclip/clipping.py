@@ -85,8 +85,8 @@ def clip_grad_norm_(
     if norm_dtype is not None:
         check_norm_dtype(norm_dtype)
     grads = collect(parameters)
+    check_whole(grads)
     if not grads.tensors and not has_dtensors(grads):
-        check_whole(grads)
         return torch.zeros((), dtype=norm_dtype)
     writes = limit != math.inf
     prepared = prepare(grads, in_place=writes)
@@ -146,7 +146,7 @@ def get_total_norm(
         raise ValueError(f"`dtype` and `norm_dtype` are one thing by two names, not {dtype} and {norm_dtype}")
     grads = as_gradients(tensors)
     if not grads.tensors:
-        warn_of_empty_iterator("tensors", tensors, grads.owners, "whose norm is 0")
+        warn_of_empty_iterator("tensors", tensors, grads.tensors, "whose norm is 0")
         return torch.zeros((), dtype=wanted)
     prepared = prepare(grads, in_place=False)
     if foreach:
@@ -190,7 +190,7 @@ def clip_grads_with_norm_(
         raise ValueError(f"`total_norm` must be one number, not a tensor of shape {tuple(total.shape)}")
     if not grads.tensors or limit == math.inf:
         return
-    prepared = prepare(grads, in_place=True, measured=False)
+    prepared = prepare(grads, in_place=True)
     if foreach:
         _check_foreach(prepared)
     prepared.scale_(grads, clip_coefficient(on(prepared.device, total.detach().reshape(())), limit))
@@ -226,7 +226,7 @@ def clip_grad_value_(
     if not grads.tensors:
         return
     check_bounds(grads, bound)
-    prepared = prepare(grads, in_place=True, measured=False)
+    prepared = prepare(grads, in_place=True)
     if foreach:
         _check_foreach(prepared)
     prepared.clamp_(grads, -bound, bound)

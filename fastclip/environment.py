@@ -11,7 +11,7 @@ from torch import nn
 
 from fastclip.backends import choose
 from fastclip.clipping import clip_grad_norm_, clip_grad_value_
-from fastclip.gradients import Parameters, as_gradients
+from fastclip.gradients import Parameters, as_gradients, warn_of_empty_iterator
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ def warm_up(parameters: Parameters, norm_type: float = 2.0, *, norm_dtype: torch
     """
     stand_ins = []
     tensors = as_gradients(parameters).tensors
+    warn_of_empty_iterator("parameters", parameters, tensors, "nothing will be compiled")
     # Integers (quantised, frozen weights) have no gradients.
     kinds = dict.fromkeys((t.device, t.dtype) for t in tensors if t.is_floating_point() or t.is_complex())
     for device, dtype in kinds:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from fastclip.backends.interface import wide_dtype
-from fastclip.rules import positive
+from fastclip.gradients import warn_of_empty_iterator
+from fastclip.rules import positive, real
 
 _Grads = TypeVar("_Grads", bound=Tensor | Sequence[Tensor | None] | Mapping[Any, Tensor | None])
 
-_NARROW = frozenset({torch.bfloat16, torch.float16})
+_WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.complex32: torch.complex64}
+_OF_COEFFICIENTS = {torch.float64: torch.float64, torch.complex128: torch.float64}  # in fp32 for all others
 
 
 def clip_by_global_norm(
@@ -29,7 +31,8 @@ def clip_by_global_norm(
     ``torch.compile(fullgraph=True)``. Where there is nothing to differentiate, `clip_by_global_norm_` is faster.
 
     The norm is computed in fp64 (fp32 on devices without it). Every gradient becomes NaN where it is not finite; that
-    of fp64 gradients is infinite where their squares overflow. Where all gradients are 0 its derivative is taken for 0.
+    of fp64 gradients is infinite where their squares overflow, and 0 where they underflow. Where all gradients are 0
+    its derivative is taken for 0.
 
     Args:
         grads: A tensor, a sequence or a mapping of tensors, as ``torch.autograd.grad`` and ``torch.func.grad`` return
@@ -38,12 +41,12 @@ def clip_by_global_norm(
         use_norm: The norm, where it is known already: a number, or a tensor of one element.
 
     Returns:
-        The gradients in the same form (a tuple for a sequence that is no list), each of its shape, dtype and device;
-        and the norm, 0-dim, fp64, on the first gradient's device.
+        The gradients in the same form (a dict for any mapping, a tuple for any sequence that is no list), each of its
+        shape, dtype and device; and the norm, 0-dim, fp64, on the first gradient's device.
 
     Raises:
-        TypeError: `grads` holds something other than tensors of floating-point or complex numbers, or a sparse one; or
-            `clip_norm` is not a number.
+        TypeError: `grads` holds something other than tensors of floating-point or complex numbers, or a sparse one, or
+            parameters; or `clip_norm` or `use_norm` is not a number.
         ValueError: `clip_norm` is a number that is not above 0 and finite, or it or `use_norm` has more than one
             element.
 
@@ -69,6 +72,7 @@ def _clipped(
     items: Iterable[Tensor | None], clip_norm: float | Tensor, use_norm: float | Tensor | None
 ) -> tuple[list[Any], Tensor]:
     grads = list(items)
+    warn_of_empty_iterator("grads", items, grads, "no gradient clipping will occur.")
     _check(grads)
     device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
     bound = _number("clip_norm", clip_norm, device)
@@ -81,8 +85,8 @@ def _check(grads: Sequence[Any]) -> None:
     for index, grad in enumerate(grads):
         if grad is None:
             continue
-        if not isinstance(grad, Tensor):
-            raise TypeError(f"grads[{index}] is a {type(grad).__name__}, not a tensor")
+        if not isinstance(grad, Tensor) or isinstance(grad, torch.nn.Parameter):
+            raise TypeError(f"grads[{index}] is a {type(grad).__name__}, not a gradient: pass tensors such as p.grad")
         if not (grad.is_floating_point() or grad.is_complex()):
             raise TypeError(f"grads[{index}] is of {grad.dtype}: gradients are of floating-point or complex numbers")
         if grad.layout is not torch.strided:
@@ -90,7 +94,9 @@ def _check(grads: Sequence[Any]) -> None:
 
 
 def _number(name: str, value: float | Tensor, device: torch.device) -> Tensor:
-    number = torch.as_tensor(value, dtype=wide_dtype(device), device=device)
+    number = torch.as_tensor(
+        value if isinstance(value, Tensor) else real(name, value), dtype=wide_dtype(device), device=device
+    )
     if number.numel() != 1:
         raise ValueError(f"`{name}` must be one number, not a tensor of shape {tuple(number.shape)}")
     return number.reshape(())
@@ -101,14 +107,13 @@ def _norm(grads: Sequence[Tensor | None], device: torch.device) -> Tensor:
     squares = torch.zeros((), dtype=wide_dtype(device), device=device)
     for grad in grads:
         if grad is not None:
-            real = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
-            squares = squares + real.to(wide_dtype(grad.device)).square().sum().to(device)
+            parts = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
+            squares = squares + parts.to(wide_dtype(grad.device)).square().sum().to(device)
     is_zero = squares == 0
     return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, squares).sqrt())
 
 
 def _scaled(grad: Tensor, coefficient: Tensor) -> Tensor:
-    wide = torch.float32 if grad.dtype in _NARROW else grad.dtype
-    real = wide.to_real() if wide.is_complex else wide
-    scaled: Tensor = (grad.to(wide) * coefficient.to(grad.device, real)).to(grad.dtype)
+    factor = coefficient.to(grad.device, _OF_COEFFICIENTS.get(grad.dtype, torch.float32))
+    scaled: Tensor = (grad.to(_WIDE.get(grad.dtype, grad.dtype)) * factor).to(grad.dtype)
     return scaled

@@ -25,7 +25,7 @@ from fastclip.backends.interface import on
 from fastclip.caller import warn_caller
 from fastclip.clip_by import ClipResult
 from fastclip.dynamo import untraced
-from fastclip.gradients import Parameters, as_gradients
+from fastclip.gradients import Parameters, as_gradients, check_whole
 from fastclip.groups import By, group
 from fastclip.history import History, Row
 from fastclip.sharding import prepare
@@ -160,6 +160,7 @@ class Monitor:
         if not 0 <= decay < 1:
             raise ValueError(f"`decay` must be from 0 to below 1, not {decay}")
         self._parameters = as_gradients(parameters)
+        check_whole(self._parameters)
         self.owners = self._parameters.owners
         if not self.owners.tensors:
             raise ValueError("there are no parameters to monitor: an iterator that was used before is empty")
@@ -389,7 +390,7 @@ class Monitor:
             _number(like if result.present else None, like),
             _number(None if result.coefficients is None else result.coefficients.min(), like),
             result.clipped.reshape(1),
-            _number(result.clipped_norm, like),
+            _number(result.clipped_norm if result.present else None, like),
             norms,
         ]
         if self.weights:

@@ -44,7 +44,7 @@ from fastclip.backends.interface import (
     upload,
     wide_dtype,
 )
-from fastclip.gradients import PLAIN_TYPES, Gradients, check_dtypes, check_whole, check_writable
+from fastclip.gradients import PLAIN_TYPES, Gradients, check_dtypes, check_writable
 
 # A part of torch that is torch's own affair: without it nothing is kept, and every call prepares anew.
 TensorGuards: Any = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
@@ -239,7 +239,7 @@ _variables: Any = getattr(os.environ, "_data", os.environ)
 _variable: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE) if hasattr(os.environ, "_data") else ENVIRONMENT_VARIABLE
 
 
-def prepare(grads: Gradients, *, in_place: bool, measured: bool = True) -> Prepared:
+def prepare(grads: Gradients, *, in_place: bool) -> Prepared:
     """Group gradients into plans, or take over what was prepared for gradients like these in an earlier call.
 
     Gradients without elements contribute nothing and are left out. Of plain gradients that share memory (one listed
@@ -249,25 +249,23 @@ def prepare(grads: Gradients, *, in_place: bool, measured: bool = True) -> Prepa
     Args:
         grads: At least one gradient.
         in_place: Whether they are going to be written.
-        measured: Whether a norm of them all is wanted.
 
     Raises:
         RuntimeError: A gradient has no norm or cannot be written, or the forced backend (`FASTCLIP_BACKEND`) cannot
             serve its device.
-        TypeError: They are parts of FSDP1's, and measured.
     """
     tensors = grads.tensors
     addresses = _addresses(grads) if grads.addresses is None else grads.addresses
     if addresses is None or is_traced():
-        return _prepared_anew(grads, in_place=in_place, measured=measured)
+        return _prepared_anew(grads, in_place=in_place)
     first = tensors[0]
-    sketch = (len(tensors), first.numel(), in_place, measured, _variables.get(_variable))
+    sketch = (len(tensors), first.numel(), in_place, _variables.get(_variable))
     pattern = _kept.find(sketch, tensors)
     prepared = None if pattern is None else pattern.at(addresses)
     if (pattern is None or pattern.arrangement.may_be_captured) and is_capturing(first.device):
         return _captured(prepared)
     if prepared is None:
-        prepared = _prepared_anew(grads, in_place=in_place, measured=measured)
+        prepared = _prepared_anew(grads, in_place=in_place)
         if TensorGuards is not None and prepared.arrangement.is_by_address:
             _kept.add(sketch, _Pattern(tensors, addresses, prepared))
     return prepared
@@ -313,10 +311,8 @@ def _captured(kept: Prepared | None) -> Prepared:
     return prepared
 
 
-def _prepared_anew(grads: Gradients, *, in_place: bool, measured: bool) -> Prepared:
+def _prepared_anew(grads: Gradients, *, in_place: bool) -> Prepared:
     """Check and group gradients."""
-    if measured:
-        check_whole(grads)
     check_dtypes(grads)
     if in_place:
         check_writable(grads)

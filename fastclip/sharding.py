@@ -56,21 +56,19 @@ _Kind: TypeAlias = "DTensorSpec | torch.dtype"
 """What decides on a tensor's place: the mesh and placements of a DTensor, or, of any other, nothing but its dtype."""
 
 
-def prepare(grads: Gradients, *, in_place: bool, measured: bool = True) -> Prepared | Sharded:
+def prepare(grads: Gradients, *, in_place: bool) -> Prepared | Sharded:
     """Make gradients ready to be clipped together, by this process or by all that have parts of them.
 
     Args:
         grads: At least one gradient, or an owner that is a DTensor.
         in_place: Whether they are going to be written.
-        measured: Whether a norm of them all is wanted, for which they must not be parts that do not tell of the whole.
 
     Raises:
         RuntimeError: A gradient has no norm or cannot be written, or the forced backend (`FASTCLIP_BACKEND`) cannot
             serve its device.
-        TypeError: They are parts that do not tell of the whole (FSDP1's), and measured.
     """
     if grads.addresses is not None or not has_dtensors(grads):
-        return plans.prepare(grads, in_place=in_place, measured=measured)
+        return plans.prepare(grads, in_place=in_place)
     return Sharded(grads, in_place=in_place)
 
 
@@ -194,11 +192,11 @@ class Sharded:
     def __init__(self, grads: Gradients, *, in_place: bool) -> None:
         self._grads = grads
         self._parts = _local_parts(grads)
-        owners, kinds = _kinds(grads.owners.tensors), _kinds(grads.tensors)
+        owners, kinds = _kinds_of_owners(grads), _kinds(grads.tensors)
         # Equal meshes may be those of process groups that have ended: what is kept must be of this very mesh.
         mesh = next(kind.mesh for kind in chain(owners, kinds) if not isinstance(kind, torch.dtype))
         self.layout = _layout_on(mesh, owners, kinds, grads.positions)
-        self.device = (grads.tensors or grads.owners.tensors)[0].device
+        self.device = next(chain(grads.tensors, filter(_is_tensor, grads.owners.tensors))).device
         self.dtype = self.layout.dtype
         # Ahead of the first collective: what is refused here is most likely refused by all processes.
         self._all = plans.prepare(self._parts, in_place=in_place) if grads.tensors else None
@@ -316,6 +314,21 @@ def _prepare_some(grads: Gradients, chosen: Sequence[int]) -> Prepared | None:
 
 
 _spec = attrgetter("_spec")
+
+
+def _is_tensor(owner: object) -> bool:
+    return isinstance(owner, Tensor)
+
+
+def _kinds_of_owners(grads: Gradients) -> tuple[_Kind, ...]:
+    """What the owners are; of one that is no tensor, what its gradient is, and where it has none, what any other is."""
+    owners = grads.owners.tensors
+    try:
+        return _kinds(owners)
+    except AttributeError:
+        here = dict(zip(grads.positions, grads.tensors, strict=True))
+        any_other = next(chain(grads.tensors, filter(_is_tensor, owners)))
+        return _kinds([owner if _is_tensor(owner) else here.get(i, any_other) for i, owner in enumerate(owners)])
 
 
 def _kinds(tensors: Sequence[Tensor]) -> tuple[_Kind, ...]:

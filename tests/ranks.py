@@ -285,6 +285,30 @@ def measured(value: float, rank: int) -> tuple[float, bool]:
     return whole(norm).item(), (local_bits(parameters), [grad._version for grad in grads_of(parameters)]) != before
 
 
+class Has:
+    """What has a gradient, and is no tensor."""
+
+    def __init__(self, grad: Tensor | None) -> None:
+        self.grad = grad
+
+
+def of_holders(p: float) -> bool:
+    """Whether holders that are no tensors are clipped as parameters are."""
+    parameters = made(mesh_of(4), ROWS_OF_FOUR)
+    holders: Any = [Has(None), *[Has(grad.clone()) for grad in grads_of(parameters)], Has(None)]
+    calls: list[Callable[[Any], Any]] = [
+        lambda given: fastclip.clip_grad_norm_(given, 0.5, p),
+        lambda given: fastclip.clip_by_norm_(given, 0.3, by="global"),
+        lambda given: fastclip.clip_grads_with_norm_(given, 0.5, torch.tensor(2.0)),
+        lambda given: fastclip.clip_grad_value_(given, 0.01),
+    ]
+    for call in calls:
+        call(holders)
+        call(parameters)
+    clipped = [holder.grad for holder in holders if holder.grad is not None]
+    return [bits(grad) for grad in clipped] == [bits(grad) for grad in grads_of(parameters)]
+
+
 ROWS_OF_FOUR: list[Item] = [((8, 2), ("S0",)), ((12,), ("S0",)), ((3, 3), ("R",))]
 
 

@@ -292,7 +292,14 @@ def _message_of(call: Callable[[nn.Module], object], net: nn.Module) -> str:
 def refused(strategy: str, originals: bool) -> dict[str, str]:
     """What comes of passing a model of FSDP1, or its parameters, where these are parts, and whether one was changed."""
     net, _ = _fsdp1(ShardingStrategy[strategy], originals=originals)
-    fastclip.clip_grad_value_(net, 1e9)  # what is kept of this is no licence for a norm
+    # What is kept of these calls, for gradients like these, is no licence.
+    fastclip.clip_grad_value_(net, 1e9)
+    fastclip.get_total_norm(grads_of(list(net.parameters())))
+    alike = [parameter.detach().clone() for parameter in net.parameters() if parameter.grad is not None]
+    for parameter, grad in zip(alike, grads_of(list(net.parameters())), strict=True):
+        parameter.grad = grad.clone()
+    fastclip.clip_grad_norm_(alike, 1e9)
+    fastclip.clip_by_norm_(alike, 1e9)
     before = [None if parameter.grad is None else parameter.grad.clone() for parameter in net.parameters()]
     messages = {name: _message_of(call, net) for name, call in PASSED.items()}
     after = [parameter.grad for parameter in net.parameters()]

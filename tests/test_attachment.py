@@ -154,6 +154,20 @@ def test_gradients_that_are_kept(kind: str) -> None:
     assert clipper.norm.item() == pytest.approx(oracle.norm([grad for grad, _ in before], 2), rel=1e-6)
 
 
+def test_kept_gradients_come_back_at_once_where_a_trigger_raises() -> None:
+    """They are what one wants to look at then."""
+    training = Training()
+    monitor = fastclip.Monitor(training.model, triggers=[fastclip.Above("norm", 1e-9, action="raise")])
+    fastclip.attach(training.optimizer, global_clipnorm=0.02, keep_grads=True, monitor=monitor)
+    training.backward(0)
+    before = [(grad_of(p), grad_of(p).clone()) for p in training.model.parameters()]
+    with pytest.raises(fastclip.TriggerError):
+        training.optimizer.step()
+    for parameter, (grad, values) in zip(training.model.parameters(), before, strict=True):
+        assert parameter.grad is grad
+        oracle.assert_same_bits(grad, values)
+
+
 def test_kept_gradients_of_a_step_that_raised_do_not_come_back_over_new_ones() -> None:
     training = Training()
     fastclip.attach(training.optimizer, global_clipnorm=0.02, keep_grads=True)

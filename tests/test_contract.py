@@ -204,19 +204,44 @@ def test_the_norm_of_what_is_used_up_says_so(kind: str) -> None:
         assert fastclip.get_total_norm(USED_UP[kind]([])).item() == 0
 
 
+@pytest.mark.parametrize("call", CALLING)
+def test_a_parameter_group_that_is_used_up_says_so(call: str) -> None:
+    parameter = one([3.0], Leg("torch", "torch", torch.device("cpu")))
+    groups = [{"params": [parameter]}, {"params": iter(())}]
+    with pytest.warns(UserWarning, match=r"`parameters\[1\]\['params'\]` is an empty iterator") as caught:
+        CALLING[call](groups)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_warming_up_for_what_is_used_up_says_so() -> None:
+    with pytest.warns(UserWarning, match="`parameters` is an empty iterator, nothing will be compiled"):
+        fastclip.warm_up(iter(()))
+
+
+def test_the_deprecated_name_warns_at_the_callers_line_too() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with fastclip.patched():
+            torch.nn.utils.clip_grad_norm((p for p in ()), 1.0)  # type: ignore[deprecated]
+    assert [warning.filename for warning in caught if "empty generator" in str(warning.message)] == [__file__]
+
+
 NO_PARAMETERS: dict[str, Callable[[], Any]] = {
     "gradients": lambda: [torch.ones(2), torch.ones(3)],
     "a gradient": lambda: torch.ones(2),
     "frozen parameters": lambda: nn.Linear(2, 2).requires_grad_(False),
+    "gradients to be differentiated": lambda: [torch.ones(2, requires_grad=True) * 2],
 }
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("made", NO_PARAMETERS)
 @pytest.mark.parametrize("call", CALLING)
 def test_whatever_is_called_with_what_can_have_no_gradients_says_so(call: str, made: str) -> None:
-    with pytest.warns(UserWarning, match="tensors in `parameters` has a gradient or requires one") as caught:
+    message = "tensors in `parameters` has a gradient or requires one"
+    with pytest.warns(UserWarning, match=message) as caught:
         CALLING[call](NO_PARAMETERS[made]())
-    assert [warning.filename for warning in caught] == [__file__]
+    assert [warning.filename for warning in caught if message in str(warning.message)] == [__file__]
 
 
 @pytest.mark.parametrize("call", CALLING)
@@ -675,6 +700,10 @@ def test_expanded_gradient_is_refused_and_nothing_written(leg: Leg) -> None:
 
 UNWRITABLE: dict[str, tuple[Callable[[], Tensor], str]] = {
     "without memory": (lambda: torch._efficientzerotensor((4,)), "ZeroTensors are immutable"),  # type: ignore[attr-defined]
+    "sparse, of one value": (
+        lambda: torch.sparse_coo_tensor([[0, 1]], torch.ones(1).expand(2), (3,), is_coalesced=True),
+        "more than one element of the written-to tensor",
+    ),
     "compressed rows": (lambda: torch.eye(4).to_sparse_csr(), "whose values torch cannot clamp"),
     "for mkldnn": (lambda: torch.ones(4).to_mkldnn(), "whose values torch cannot clamp"),  # type: ignore[attr-defined]
 }
@@ -687,7 +716,7 @@ def test_all_or_nothing_whatever_the_gradients_are(kind: str, strides: tuple[int
     """What cannot be written is found before a gradient ahead of it is, also where torch's operations do the work."""
     make, message = UNWRITABLE[kind]
     calls: list[Callable[[list[Any]], Any]] = [lambda made: fastclip.clip_grad_value_(made, 0.5)]
-    if kind == "without memory":
+    if kind in ("without memory", "sparse, of one value"):
         calls += [
             lambda made: fastclip.clip_grad_norm_(made, 0.5),
             lambda made: fastclip.clip_grads_with_norm_(made, 0.5, torch.tensor(5.0)),

@@ -141,10 +141,28 @@ def test_compiled_whole() -> None:
         oracle.assert_same_bits(own, expected)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_complex_gradients_compiled_whole() -> None:
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    compiled = torch.compile(fastclip.clip_by_global_norm, backend="eager", fullgraph=True)
+    (own,), norm = compiled([torch.tensor([3.0 + 4.0j])], 2.5)
+    assert (own.item(), norm.item()) == (1.5 + 2.0j, 5.0)
+
+
+def test_what_is_used_up_says_so() -> None:
+    used_up: Any = (grad for grad in ())
+    with pytest.warns(UserWarning, match="`grads` is an empty generator") as caught:
+        fastclip.clip_by_global_norm(used_up, 1.0)
+    assert caught[0].filename == __file__
+
+
 @pytest.mark.parametrize(
     ("grads", "clip_norm", "error", "message"),
     [
-        ([torch.ones(1), 2.0], 1.0, TypeError, r"grads\[1\] is a float, not a tensor"),
+        ([torch.ones(1), 2.0], 1.0, TypeError, r"grads\[1\] is a float, not a gradient"),
+        (nn.Linear(1, 1).parameters(), 1.0, TypeError, r"grads\[0\] is a Parameter, not a gradient"),
         ([torch.ones(1, dtype=torch.int64)], 1.0, TypeError, r"grads\[0\] is of torch.int64"),
         ([torch.eye(2).to_sparse()], 1.0, TypeError, r"grads\[0\] is laid out as torch.sparse_coo"),
         ([torch.ones(1)], 0.0, ValueError, "`clip_norm` must be above 0"),
@@ -155,3 +173,8 @@ def test_compiled_whole() -> None:
 def test_bad_input(grads: Any, clip_norm: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fastclip.clip_by_global_norm(grads, clip_norm)
+
+
+def test_a_known_norm_that_is_no_number() -> None:
+    with pytest.raises(TypeError, match="`use_norm` must be a real number"):
+        fastclip.clip_by_global_norm([torch.ones(1)], 1.0, use_norm="1")  # type: ignore[arg-type]

@@ -253,6 +253,7 @@ def test_the_norm_after_clipping_where_there_is_none() -> None:
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, math.nan)
     monitor.update(fastclip.clip_grads_(model, RULE))
+    assert math.isnan(monitor.read().clipped_norm[0])
     rows = [row["clipped_grad_norm"] for row in monitor.read().rows()]
     assert rows[:3] == [None, pytest.approx(math.sqrt(6 * 25)), None]
     assert math.isnan(rows[3] or 0)

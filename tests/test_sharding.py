@@ -159,6 +159,11 @@ def test_an_infinite_bound_measures_only(four: Pool, value: float) -> None:
         assert not changed
 
 
+@pytest.mark.parametrize("p", [2.0, INF, 0.0])
+def test_holders_of_sharded_gradients_need_not_be_tensors(four: Pool, p: float) -> None:
+    assert four.run(ranks.of_holders, p) == [True] * 4
+
+
 @pytest.mark.parametrize("p", [2.0, INF, -INF, 1.0])
 @pytest.mark.parametrize("rank", [0, 3])
 def test_error_if_nonfinite_raises_on_all_ranks(four: Pool, p: float, rank: int) -> None:

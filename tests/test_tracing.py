@@ -130,6 +130,15 @@ def test_a_mode_that_only_looks_does_not_change_what_is_done() -> None:
         torch.testing.assert_close(owner.grad, torch.tensor([0.3, 0.0, 0.4]))
 
 
+def test_fake_gradients_outside_of_their_mode() -> None:
+    with FakeTensorMode():
+        owner = torch.zeros(3)
+        owner.grad = torch.ones(3)
+    assert fastclip.clip_grad_norm_(owner, 1.0).shape == ()
+    fastclip.clip_by_norm_(owner, 1.0)
+    fastclip.clip_grad_value_(owner, 1.0)
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_no_fake_tensor_is_kept(call: str) -> None:
     """Nor is a kept one that is real met by a fake one."""

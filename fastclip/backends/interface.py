@@ -298,7 +298,7 @@ def norm_of_magnitudes_(magnitudes: Tensor, p: float, dim: int | None = None) ->
     leading = magnitudes.amax(axes, keepdim=True) if p > 0 else magnitudes.amin(axes, keepdim=True)  # the largest power
     if math.isinf(p):
         return leading.squeeze(axes)
-    scale = torch.where(leading.isfinite() & (leading > 0), leading, 1.0)
+    scale = torch.where(leading.isfinite() & (leading > 0), leading, torch.ones_like(leading))
     # On the CPU `vector_norm` takes powers one by one, 2 to 30 times as slowly.
     norm = magnitudes.div_(scale).pow_(p).sum(axes, keepdim=True).pow(1 / p) * scale
     return norm.squeeze(axes)

@@ -66,7 +66,7 @@ class TorchPlan(Plan):
         for tensor, own in zip(map(_real, self.tensors), coefficients.unbind(), strict=True):
             # As on the other backends: in two factors where one would not be a normal number.
             small = 2.0**-900 if tensor.dtype.to_real() == torch.float64 else 2.0**-100
-            power = torch.where(own.abs() < small, small, torch.ones_like(own))
+            power = torch.where(own.abs() < small, torch.full_like(own, small), torch.ones_like(own))
             wide = _LOW_PRECISION.get(tensor.dtype)
             if wide is None:
                 tensor.mul_(own / power).mul_(power)
