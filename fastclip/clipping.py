@@ -17,6 +17,7 @@ from fastclip import originals
 from fastclip.backends.interface import Scalar, clip_coefficient, is_capturing, on, pieces
 from fastclip.dynamo import untraced
 from fastclip.gradients import (
+    PROCESS_GROUPS,
     Gradients,
     Parameters,
     as_gradients,
@@ -29,6 +30,7 @@ from fastclip.gradients import (
 from fastclip.plans import Prepared
 from fastclip.sharding import Sharded, as_plain, local_parts, on_mesh, prepare
 
+_INF = math.inf
 _MOST_NAMED = 10  # culprits listed in an error message
 
 
@@ -85,10 +87,11 @@ def clip_grad_norm_(
     if norm_dtype is not None:
         check_norm_dtype(norm_dtype)
     grads = collect(parameters)
-    check_whole(grads)
+    if PROCESS_GROUPS:
+        check_whole(grads)
     if not grads.tensors and not has_dtensors(grads):
         return torch.zeros((), dtype=norm_dtype)
-    writes = limit != math.inf
+    writes = limit != _INF
     prepared = prepare(grads, in_place=writes)
     if foreach:
         _check_foreach(prepared)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -28,6 +28,10 @@ except ImportError:  # it only saves time
 Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 """A tensor, a module, tensors, (name, tensor) pairs, or parameter groups as in ``optimizer.param_groups``."""
 
+
+_c10d: Any = getattr(torch.distributed, "distributed_c10d", None)  # which not all builds of torch have
+PROCESS_GROUPS: Collection[object] = getattr(_c10d, "_pg_map", ())
+"""Torch's own: empty in most programs. To ask torch whether there are any takes 3 µs among cold caches."""
 
 PLAIN_TYPES = (Tensor, nn.Parameter)
 """Those of tensors that are what they seem."""
@@ -123,7 +127,7 @@ def check_whole(grads: Gradients) -> None:
     Raises:
         TypeError: They are so.
     """
-    if "torch.distributed.fsdp" not in sys.modules or not torch.distributed.is_initialized():
+    if not PROCESS_GROUPS or "torch.distributed.fsdp" not in sys.modules:
         return  # a look at each owner takes 30 ns
     flattened = [owner for owner in grads.owners.tensors if hasattr(owner, "_fsdp_flattened")]
     if not flattened:

@@ -173,7 +173,9 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+is_watched: Callable[[], int] = torch._C._len_torch_dispatch_stack
+"""How many modes look at torch's operations, or count them. Not a function of ours, for whose call there is no time."""
+
 _trace: Callable[[], object] = torch._C._get_tracing_state
 _includes: Callable[[Any], bool] = torch._C._dispatch_tls_is_dispatch_key_included
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
@@ -186,14 +188,9 @@ def is_traced() -> bool:
     What kernels do by address is not recorded: the graph would return the example's numbers for every input. A mode of
     anyone else, which looks at operations or counts them, is no reason to take other ones.
     """
-    if _modes() > 0 and any(torch._C._get_dispatch_mode(key) is not None for key in _RECORDING):
+    if is_watched() and any(torch._C._get_dispatch_mode(key) is not None for key in _RECORDING):
         return True
     return _trace() is not None or _includes(_PRE_DISPATCH)
-
-
-def is_watched() -> bool:
-    """Whether anyone looks at torch's operations, or counts them."""
-    return _modes() > 0
 
 
 def kept(most: int) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
