@@ -182,7 +182,7 @@ def kinds_of_collectives(p: float) -> tuple[set[str], set[str], list[bool]]:
             norm = clip_(parameters, 0.5, p)
         seen.append({str(kind) for kind in counts.get_comm_counts()})
         results.append([whole(norm), *(whole(grad) for grad in grads_of(parameters))])
-    return seen[0], seen[1], [torch.allclose(*pair, rtol=1e-5) for pair in zip(*results, strict=True)]
+    return seen[0], seen[1], [torch.allclose(ours, theirs, rtol=1e-5) for ours, theirs in zip(*results, strict=True)]
 
 
 def counted(shape: tuple[int, ...], items: Sequence[Item], p: float = 2.0, dtype: torch.dtype = torch.float32) -> int:

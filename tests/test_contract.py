@@ -222,7 +222,7 @@ def test_the_deprecated_name_warns_at_the_callers_line_too() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with fastclip.patched():
-            torch.nn.utils.clip_grad_norm((p for p in ()), 1.0)  # type: ignore[deprecated]
+            torch.nn.utils.clip_grad_norm(USED_UP["generator"]([]), 1.0)
     assert [warning.filename for warning in caught if "empty generator" in str(warning.message)] == [__file__]
 
 
@@ -699,13 +699,13 @@ def test_expanded_gradient_is_refused_and_nothing_written(leg: Leg) -> None:
 
 
 UNWRITABLE: dict[str, tuple[Callable[[], Tensor], str]] = {
-    "without memory": (lambda: torch._efficientzerotensor((4,)), "ZeroTensors are immutable"),  # type: ignore[attr-defined]
+    "without memory": (lambda: torch._efficientzerotensor((4,)), "ZeroTensors are immutable"),
     "sparse, of one value": (
-        lambda: torch.sparse_coo_tensor([[0, 1]], torch.ones(1).expand(2), (3,), is_coalesced=True),
+        lambda: torch.sparse_coo_tensor(torch.tensor([[0, 1]]), torch.ones(1).expand(2), (3,), is_coalesced=True),
         "more than one element of the written-to tensor",
     ),
     "compressed rows": (lambda: torch.eye(4).to_sparse_csr(), "whose values torch cannot clamp"),
-    "for mkldnn": (lambda: torch.ones(4).to_mkldnn(), "whose values torch cannot clamp"),  # type: ignore[attr-defined]
+    "for mkldnn": (lambda: torch.ones(4).to_mkldnn(), "whose values torch cannot clamp"),
 }
 
 

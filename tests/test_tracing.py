@@ -107,11 +107,11 @@ def test_a_recorded_step_is_right_for_other_inputs(
             )
 
 
-class Names(TorchDispatchMode):
+class Names(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so
     """Remembers which operations torch was asked for."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -339,7 +339,7 @@ def test_triggers_in_print(trigger: fastclip.triggers.Trigger, printed: str) -> 
 def test_the_limit_itself_is_not_above_it() -> None:
     reports: list[Report] = []
     model = nn.Linear(1, 1, bias=False)
-    monitor = fastclip.Monitor(model, triggers=[Above(of, 2, action=reports.append) for of in ("loss", "norm")])  # type: ignore[arg-type]
+    monitor = fastclip.Monitor(model, triggers=[Above(of, 2, action=reports.append) for of in ("loss", "norm")])
     for value in (2.0, -3.0, 2.5, -math.inf, math.nan):
         model.weight.grad = torch.full((1, 1), value)
         monitor.update(fastclip.measure_grads(model), value)

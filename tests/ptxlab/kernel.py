@@ -75,7 +75,7 @@ def build(source: str, name: str, flags: Sequence[str], *, libraries: Sequence[s
         code.write_text(source)
         # Not under the sanitizer that this process may run under (see `races`), where gcc takes several times as long.
         environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-        command = [compiler, *flags, "-o", built, code, *libraries]
+        command = [compiler, *flags, "-o", str(built), str(code), *libraries]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise RuntimeError(f"gcc failed for {name}:\n{done.stderr[:4000]}")
