@@ -205,9 +205,8 @@ def test_the_norm_of_what_is_used_up_says_so(kind: str) -> None:
 
 
 @pytest.mark.parametrize("call", CALLING)
-def test_a_parameter_group_that_is_used_up_says_so(call: str) -> None:
-    parameter = one([3.0], Leg("torch", "torch", torch.device("cpu")))
-    groups = [{"params": [parameter]}, {"params": iter(())}]
+def test_a_parameter_group_that_is_used_up_says_so(leg: Leg, call: str) -> None:
+    groups = [{"params": [one([3.0], leg)]}, {"params": iter(())}]
     with pytest.warns(UserWarning, match=r"`parameters\[1\]\['params'\]` is an empty iterator") as caught:
         CALLING[call](groups)
     assert [warning.filename for warning in caught] == [__file__]
@@ -245,10 +244,9 @@ def test_whatever_is_called_with_what_can_have_no_gradients_says_so(call: str, m
 
 
 @pytest.mark.parametrize("call", CALLING)
-def test_some_that_are_frozen_and_some_without_gradients_are_nothing_to_warn_of(call: str) -> None:
+def test_some_that_are_frozen_and_some_without_gradients_are_nothing_to_warn_of(leg: Leg, call: str) -> None:
     CALLING[call]([nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2), requires_grad=False)])
-    frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
-    frozen.grad = torch.tensor([3.0, 4.0])  # assigned by hand
+    frozen = one([3.0, 4.0], leg).requires_grad_(False)  # whose gradient is assigned by hand
     CALLING[call]([frozen])
 
 
