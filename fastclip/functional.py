@@ -8,13 +8,12 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import wide_dtype
+from fastclip.backends.interface import IN_FP32, wide_dtype
 from fastclip.gradients import warn_of_empty_iterator
 from fastclip.rules import positive, real
 
 _Grads = TypeVar("_Grads", bound=Tensor | Sequence[Tensor | None] | Mapping[Any, Tensor | None])
 
-_WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.complex32: torch.complex64}
 _OF_COEFFICIENTS = {torch.float64: torch.float64, torch.complex128: torch.float64}  # in fp32 for all others
 
 
@@ -115,5 +114,5 @@ def _norm(grads: Sequence[Tensor | None], device: torch.device) -> Tensor:
 
 def _scaled(grad: Tensor, coefficient: Tensor) -> Tensor:
     factor = coefficient.to(grad.device, _OF_COEFFICIENTS.get(grad.dtype, torch.float32))
-    scaled: Tensor = (grad.to(_WIDE.get(grad.dtype, grad.dtype)) * factor).to(grad.dtype)
+    scaled: Tensor = (grad.to(IN_FP32.get(grad.dtype, grad.dtype)) * factor).to(grad.dtype)
     return scaled

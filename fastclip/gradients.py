@@ -331,7 +331,7 @@ def check_bounds(grads: Gradients, *bounds: float | Sequence[float]) -> None:
                 if largest < abs(value) < float("inf") and grads.tensors[i].dtype == dtype:
                     message = f"{value} cannot be converted to {dtype} without overflow, for {grads.label(i)}"
                     raise RuntimeError(f"{message}: the largest value there is {largest}")
-    for index, grad in enumerate(grads.tensors):
+    for index, grad in enumerate(grads.tensors if grads.addresses is None else ()):  # those with addresses are strided
         if grad.layout in _WITHOUT_CLAMP:
             message = f"{grads.label(index)} is laid out as {grad.layout}, whose values torch cannot clamp"
             raise RuntimeError(f"{message}: convert it before, for example by to_dense()")

@@ -271,7 +271,7 @@ class Monitor:
         if loss is not None:
             self.record_loss(loss)
         with torch.no_grad():
-            has = (self._loss is not None, result.coefficients is not None, self._knows_clipped_norm(result))
+            has = (self._loss is not None, result.coefficients is not None, _clipped_norm(result) is not None)
             step = _Step(self.steps + 1, *has, result.present, self._facts(result, result.norms))
             if self.skips:
                 step = self._judged(step)
@@ -378,10 +378,6 @@ class Monitor:
 
     # ---- in the step
 
-    @staticmethod
-    def _knows_clipped_norm(result: ClipResult) -> bool:
-        return bool(result.present) and result.clipped_norm is not None
-
     def _facts(self, result: ClipResult, norms: Tensor) -> Tensor:
         """What was found in a step: its numbers without the last two parts."""
         like = result.norm
@@ -390,7 +386,7 @@ class Monitor:
             _number(like if result.present else None, like),
             _number(None if result.coefficients is None else result.coefficients.min(), like),
             result.clipped.reshape(1),
-            _number(result.clipped_norm if result.present else None, like),
+            _number(_clipped_norm(result), like),
             norms,
         ]
         if self.weights:
@@ -539,6 +535,11 @@ def _act(trigger: Trigger, report: Report, *, began: bool) -> None:
         raise TriggerError(str(report), report)
     elif began:
         warn_caller(str(report), RuntimeWarning)
+
+
+def _clipped_norm(result: ClipResult) -> Tensor | None:
+    """The norm after clipping, where there are gradients and it is known."""
+    return result.clipped_norm if result.present else None
 
 
 def _number(number: Tensor | float | None, like: Tensor) -> Tensor:

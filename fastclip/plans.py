@@ -257,7 +257,7 @@ def prepare(grads: Gradients, *, in_place: bool) -> Prepared:
     """
     tensors = grads.tensors
     addresses = _addresses(grads) if grads.addresses is None else grads.addresses
-    if addresses is None or (is_watched() and is_traced()):  # other traces than by modes the guards below see
+    if addresses is None or (is_watched() and is_traced()):  # traces by other means the guards below see
         return _prepared_anew(grads, in_place=in_place)
     first = tensors[0]
     sketch = (len(tensors), first.numel(), in_place, _variables.get(_variable))

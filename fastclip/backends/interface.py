@@ -28,6 +28,9 @@ Bounds: TypeAlias = float | Sequence[float]
 
 Int64s: TypeAlias = npt.NDArray[np.int64]
 
+IN_FP32 = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.complex32: torch.complex64}
+"""What dtypes narrower than fp32 are multiplied in, for the coefficient would be rounded to them."""
+
 _WITHOUT_FP64 = frozenset({"mps"})
 
 EPS = 1e-6

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastclip.backends.interface import (
+    IN_FP32,
     Bounds,
     Plan,
     Reduction,
@@ -22,7 +23,6 @@ from fastclip.backends.interface import (
     wide_dtype,
 )
 
-_LOW_PRECISION = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.complex32: torch.complex64}
 _OVERFLOW_PROOF = (1.0, 2.0, float("inf"), float("-inf"))
 """Orders whose powers of narrower types neither overflow nor underflow in fp64."""
 
@@ -67,7 +67,7 @@ class TorchPlan(Plan):
             # As on the other backends: in two factors where one would not be a normal number.
             small = 2.0**-900 if tensor.dtype.to_real() == torch.float64 else 2.0**-100
             power = torch.where(own.abs() < small, torch.full_like(own, small), torch.ones_like(own))
-            wide = _LOW_PRECISION.get(tensor.dtype)
+            wide = IN_FP32.get(tensor.dtype)
             if wide is None:
                 tensor.mul_(own / power).mul_(power)
                 continue
