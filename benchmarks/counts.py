@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastclip
-from fastclip.backends.interface import upload
+from fastclip.foundation.devices import upload
 
 COUNTS = (1, 10, 100, 1000, 2000, 10_000)
 ROUNDS = 15

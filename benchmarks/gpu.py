@@ -39,7 +39,7 @@ import fastclip
 from benchmarks import by_hand
 from benchmarks.clock import Ceilings, Clock, ceilings
 from benchmarks.workloads import Workload, exact_norm, gradients_of, models, parameters_of, published, refill
-from fastclip import check
+from fastclip.switching import check
 
 COMPILED_UP_TO = 10  # tensors: torch.compile takes half a minute for some hundred
 LOOP_UP_TO = 1000  # tensors: it launches three kernels for each

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from benchmarks.clock import Clock
 from benchmarks.workloads import exact_norm, gradients_of, models, parameters_of, published, refill
-from fastclip.backends.interface import stream_of
 from fastclip.backends.triton import PROGRAMS_PER_SM, SEGMENTS, prime_below
+from fastclip.foundation.devices import stream_of
 
 KERNELS = Path(str(importlib.import_module("fastclip.kernels").__file__)).parent
 FOLDER = Path(tempfile.gettempdir()) / f"fastclip-sweep-{os.getuid()}"  # Triton's cache goes by the sources' path, too

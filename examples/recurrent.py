@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fastclip
-from fastclip.history import Array, History
-from fastclip.triggers import Report
+from fastclip.monitoring.history import Array, History
+from fastclip.monitoring.triggers import Report
 
 LENGTH = 200  # bytes that the gradient goes back through
 WIDTH = 96

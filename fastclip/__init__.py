@@ -8,9 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastclip.amp import clip_scaled_grad_norm_, unscale_and_clip_grad_norm_
-    from fastclip.attachment import Attachment, attach
-    from fastclip.clip_by import (
+    from fastclip.core.clipping import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+    from fastclip.monitoring.history import History
+    from fastclip.monitoring.monitor import Monitor
+    from fastclip.monitoring.sinks import CSVFile, JSONLines, Sink, TensorBoard
+    from fastclip.monitoring.triggers import Above, Jump, NonFinite, Report, TriggerError, Vanishing
+    from fastclip.rules.clip_by import (
         ClipResult,
         clip_by_global_norm_,
         clip_by_norm_,
@@ -18,59 +21,56 @@ if TYPE_CHECKING:
         clip_grads_,
         measure_grads,
     )
-    from fastclip.clipping import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
-    from fastclip.environment import info, warm_up
-    from fastclip.functional import clip_by_global_norm
-    from fastclip.history import History
-    from fastclip.monitor import Monitor
-    from fastclip.patching import patch, patched, unpatch
-    from fastclip.rules import ClipAtThreshold, ClipByGlobalNorm, ClipByNorm, ClipByValue, ClipGradNorm, Rule
-    from fastclip.sinks import CSVFile, JSONLines, Sink, TensorBoard
-    from fastclip.triggers import Above, Jump, NonFinite, Report, TriggerError, Vanishing
+    from fastclip.rules.formulas import ClipAtThreshold, ClipByGlobalNorm, ClipByNorm, ClipByValue, ClipGradNorm, Rule
+    from fastclip.rules.functional import clip_by_global_norm
+    from fastclip.switching.environment import info, warm_up
+    from fastclip.switching.patching import patch, patched, unpatch
+    from fastclip.training.amp import clip_scaled_grad_norm_, unscale_and_clip_grad_norm_
+    from fastclip.training.attachment import Attachment, attach
 
 __version__ = "0.1.0"
 
 # Imported when they are first asked for, because they import torch: `python -m fastclip run` must not do that before
 # the script does.
 _HOMES = {
-    "Above": "fastclip.triggers",
-    "Attachment": "fastclip.attachment",
-    "CSVFile": "fastclip.sinks",
-    "ClipAtThreshold": "fastclip.rules",
-    "ClipByGlobalNorm": "fastclip.rules",
-    "ClipByNorm": "fastclip.rules",
-    "ClipByValue": "fastclip.rules",
-    "ClipGradNorm": "fastclip.rules",
-    "ClipResult": "fastclip.clip_by",
-    "History": "fastclip.history",
-    "JSONLines": "fastclip.sinks",
-    "Jump": "fastclip.triggers",
-    "Monitor": "fastclip.monitor",
-    "NonFinite": "fastclip.triggers",
-    "Report": "fastclip.triggers",
-    "Rule": "fastclip.rules",
-    "Sink": "fastclip.sinks",
-    "TensorBoard": "fastclip.sinks",
-    "TriggerError": "fastclip.triggers",
-    "Vanishing": "fastclip.triggers",
-    "attach": "fastclip.attachment",
-    "clip_by_global_norm": "fastclip.functional",
-    "clip_by_global_norm_": "fastclip.clip_by",
-    "clip_by_norm_": "fastclip.clip_by",
-    "clip_by_value_": "fastclip.clip_by",
-    "clip_grad_norm_": "fastclip.clipping",
-    "clip_grad_value_": "fastclip.clipping",
-    "clip_grads_": "fastclip.clip_by",
-    "clip_grads_with_norm_": "fastclip.clipping",
-    "clip_scaled_grad_norm_": "fastclip.amp",
-    "get_total_norm": "fastclip.clipping",
-    "info": "fastclip.environment",
-    "measure_grads": "fastclip.clip_by",
-    "patch": "fastclip.patching",
-    "patched": "fastclip.patching",
-    "unpatch": "fastclip.patching",
-    "unscale_and_clip_grad_norm_": "fastclip.amp",
-    "warm_up": "fastclip.environment",
+    "Above": "fastclip.monitoring.triggers",
+    "Attachment": "fastclip.training.attachment",
+    "CSVFile": "fastclip.monitoring.sinks",
+    "ClipAtThreshold": "fastclip.rules.formulas",
+    "ClipByGlobalNorm": "fastclip.rules.formulas",
+    "ClipByNorm": "fastclip.rules.formulas",
+    "ClipByValue": "fastclip.rules.formulas",
+    "ClipGradNorm": "fastclip.rules.formulas",
+    "ClipResult": "fastclip.rules.clip_by",
+    "History": "fastclip.monitoring.history",
+    "JSONLines": "fastclip.monitoring.sinks",
+    "Jump": "fastclip.monitoring.triggers",
+    "Monitor": "fastclip.monitoring.monitor",
+    "NonFinite": "fastclip.monitoring.triggers",
+    "Report": "fastclip.monitoring.triggers",
+    "Rule": "fastclip.rules.formulas",
+    "Sink": "fastclip.monitoring.sinks",
+    "TensorBoard": "fastclip.monitoring.sinks",
+    "TriggerError": "fastclip.monitoring.triggers",
+    "Vanishing": "fastclip.monitoring.triggers",
+    "attach": "fastclip.training.attachment",
+    "clip_by_global_norm": "fastclip.rules.functional",
+    "clip_by_global_norm_": "fastclip.rules.clip_by",
+    "clip_by_norm_": "fastclip.rules.clip_by",
+    "clip_by_value_": "fastclip.rules.clip_by",
+    "clip_grad_norm_": "fastclip.core.clipping",
+    "clip_grad_value_": "fastclip.core.clipping",
+    "clip_grads_": "fastclip.rules.clip_by",
+    "clip_grads_with_norm_": "fastclip.core.clipping",
+    "clip_scaled_grad_norm_": "fastclip.training.amp",
+    "get_total_norm": "fastclip.core.clipping",
+    "info": "fastclip.switching.environment",
+    "measure_grads": "fastclip.rules.clip_by",
+    "patch": "fastclip.switching.patching",
+    "patched": "fastclip.switching.patching",
+    "unpatch": "fastclip.switching.patching",
+    "unscale_and_clip_grad_norm_": "fastclip.training.amp",
+    "warm_up": "fastclip.switching.environment",
 }
 
 __all__ = [

@@ -31,14 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments[:1] == ["check"]:
-        from fastclip import check
+        from fastclip.switching import check
 
         return check.main(arguments[1:])
     # The parser sees the arguments up to the script only: whatever it made of the script's own would be wrong.
     known = _length_up_to_script(arguments)
     options = _parser().parse_args(arguments[:known])
     if options.command == "run":
-        from fastclip import running
+        from fastclip.switching import running
 
         return running.run(
             options.target,

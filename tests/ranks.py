@@ -24,8 +24,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import fastclip
-from fastclip.gradients import collect
-from fastclip.sharding import local_parts
+from fastclip.core.gradients import collect
+from fastclip.core.sharding import local_parts
 
 Item = tuple[tuple[int, ...], tuple[str, ...]]
 """A gradient: its shape, and its placements on the mesh; without placements it is no DTensor."""

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import OPTIMIZERS, Training
 
 import fastclip
-from fastclip.gradients import Owners, listed
+from fastclip.core.gradients import Owners, listed
 
 RULES: dict[str, Callable[[], Any]] = {
     "clip_by_norm": lambda: fastclip.ClipByNorm(0.01),

@@ -28,8 +28,9 @@ from legs import Leg
 from torch import Tensor, nn
 
 import fastclip
-from fastclip import backends, plans
+from fastclip import backends
 from fastclip.backends import interface
+from fastclip.core import plans
 
 INF = float("inf")
 

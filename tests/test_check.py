@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from fastclip import check, clip_by, clipping
+from fastclip.core import clipping
+from fastclip.rules import clip_by
+from fastclip.switching import check
 
 
 def test_agreement(capsys: pytest.CaptureFixture[str]) -> None:

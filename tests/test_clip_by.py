@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import fastclip
 from fastclip import ClipAtThreshold, ClipByGlobalNorm, ClipByNorm, ClipByValue, ClipGradNorm, ClipResult, Rule
-from fastclip.clip_by import apply_rule
-from fastclip.gradients import collect
-from fastclip.groups import group
+from fastclip.core.gradients import collect
+from fastclip.rules.clip_by import apply_rule
+from fastclip.rules.groups import group
 
 INF = math.inf
 NAN = math.nan

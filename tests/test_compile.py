@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastclip
-from fastclip.dynamo import untraced
+from fastclip.foundation.tracing import untraced
 
 pytestmark = [  # of torch's compiler itself
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -64,7 +64,7 @@ def test_what_a_plan_does_beside_is_counted(counts: ModuleType, part: str, monke
 
     stay, moved = 0, 1
     row = moved if part == "moved" else stay
-    plans = importlib.import_module("fastclip.plans")
+    plans = importlib.import_module("fastclip.core.plans")
 
     def measured() -> Any:
         """With nothing kept of gradients that lay where these do."""

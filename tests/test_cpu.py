@@ -15,7 +15,7 @@ from gradients import parameters
 from torch import Tensor
 
 import fastclip
-from fastclip import plans
+from fastclip.core import plans
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux weighs a process so")
 

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from training import Training
 
 import fastclip
+from fastclip.rules.formulas import AnyRule
 
 
 def on_accumulation(parameter: Tensor, hook: Callable[[Tensor], object]) -> RemovableHandle:
@@ -213,7 +214,7 @@ def test_a_rule_by_value_attached_to_each_optimizer() -> None:
 @pytest.mark.parametrize(
     "rule", [fastclip.ClipByGlobalNorm(1.0), fastclip.ClipByNorm(1.0, by="group"), fastclip.ClipByNorm(1.0, by=["one"])]
 )
-def test_a_rule_that_takes_gradients_together_is_an_error_there(rule: fastclip.rules.AnyRule) -> None:
+def test_a_rule_that_takes_gradients_together_is_an_error_there(rule: AnyRule) -> None:
     ours = Training()
     before = [parameter.detach().clone() for parameter in ours.model.parameters()]
     step_in_backward(ours, attach=lambda optimizer: fastclip.attach(optimizer, rule))

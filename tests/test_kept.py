@@ -17,8 +17,9 @@ from legs import Leg
 from torch import Tensor
 
 import fastclip
-from fastclip import backends, clipping, plans
+from fastclip import backends
 from fastclip.backends import interface, triton
+from fastclip.core import clipping, plans
 
 
 def some_gradients(rng: np.random.Generator, leg: Leg, offset: int = 0) -> list[Tensor]:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastclip
-from fastclip.clip_by import ClipResult
-from fastclip.groups import Groups
+from fastclip.rules.clip_by import ClipResult
+from fastclip.rules.groups import Groups
 
 CPU = torch.device("cpu")
 RULE = fastclip.ClipByGlobalNorm(1.0)

@@ -22,9 +22,10 @@ from gradients import embedded, parameters, random_values
 from torch import Tensor, nn
 
 import fastclip
-from fastclip import dynamo, plans
 from fastclip.backends import native as backend
-from fastclip.gradients import PLAIN_TYPES
+from fastclip.core import plans
+from fastclip.core.gradients import PLAIN_TYPES
+from fastclip.foundation import dynamo
 
 native: Any = pytest.importorskip("fastclip.kernels.native", reason="they were not built: no C compiler")
 

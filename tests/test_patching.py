@@ -19,7 +19,9 @@ import torch
 
 import fastclip
 from fastclip import __main__ as command
-from fastclip import clipping, originals, patching
+from fastclip.core import clipping
+from fastclip.foundation import originals
+from fastclip.switching import patching
 
 # Other test modules may hold torch's functions, which is what this warning is about.
 pytestmark = pytest.mark.filterwarnings("ignore:fastclip.patch.. came too late")
@@ -149,7 +151,7 @@ def test_the_originals_are_torchs_even_if_first_imported_while_torch_is_patched(
     for name in NAMES:
         monkeypatch.setattr(clipping, name, refuse)
     fastclip.patch()
-    spec = importlib.util.find_spec("fastclip.originals")
+    spec = importlib.util.find_spec("fastclip.foundation.originals")
     assert spec is not None
     assert spec.loader is not None
     second = importlib.util.module_from_spec(spec)
@@ -608,7 +610,7 @@ def test_run_verbose_says_when_nothing_went_through(source: str, message: str, t
 def test_run_patches_at_once_where_torch_is_imported_already(tmp_path: Path) -> None:
     source = "import torch, fastclip\nassert torch.nn.utils.clip_grad_norm_ is fastclip.clip_grad_norm_"
     write(tmp_path / "train.py", source)
-    code = "import torch; from fastclip import running; running.run('train.py', [])"
+    code = "import torch; from fastclip.switching import running; running.run('train.py', [])"
     result = python("-c", code, folder=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
 
@@ -712,9 +714,9 @@ def test_the_command_hands_check_its_arguments(monkeypatch: pytest.MonkeyPatch) 
         received.append(argv)
         return 7
 
-    check = types.ModuleType("fastclip.check")
+    check = types.ModuleType("fastclip.switching.check")
     vars(check)["main"] = main
-    monkeypatch.setitem(sys.modules, "fastclip.check", check)
+    monkeypatch.setitem(sys.modules, "fastclip.switching.check", check)
     monkeypatch.setattr(fastclip, "check", check, raising=False)
     assert command.main(["check", "-h", "--device", "cpu"]) == 7
     assert received == [["-h", "--device", "cpu"]]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import fastclip
-from fastclip.clip_by import ClipResult
-from fastclip.groups import Groups
+from fastclip.rules.clip_by import ClipResult
+from fastclip.rules.groups import Groups
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib, and it is not installed")
 

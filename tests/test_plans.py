@@ -16,9 +16,9 @@ from legs import Leg
 from torch import Tensor
 
 import fastclip
-from fastclip import plans as plans_module
-from fastclip.gradients import Gradients, as_gradients
-from fastclip.plans import Prepared, prepare
+from fastclip.core import plans as plans_module
+from fastclip.core.gradients import Gradients, as_gradients
+from fastclip.core.plans import Prepared, prepare
 
 INF = math.inf
 NAN = math.nan

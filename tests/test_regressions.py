@@ -15,7 +15,8 @@ from legs import Leg
 from torch import Tensor, nn
 
 import fastclip
-from fastclip import backends, plans
+from fastclip import backends
+from fastclip.core import plans
 
 # Norms are within 1e-6 of fp64's, as claimed; exp2 and log2 in fp64 add about p * log2(x) * 2**-53.
 NORM_TOLERANCE = 1e-6

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import fastclip
 from fastclip import ClipAtThreshold, ClipByGlobalNorm, ClipByNorm, ClipByValue, ClipGradNorm, Rule
-from fastclip.gradients import collect
-from fastclip.groups import Groups, group
+from fastclip.core.gradients import collect
+from fastclip.rules.groups import Groups, group
 
 INF = math.inf
 NAN = math.nan

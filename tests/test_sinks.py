@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import fastclip
-from fastclip.history import Row
+from fastclip.monitoring.history import Row
 
 KEYS = [
     *("step", "loss", "loss_mean", "loss_s", "loss_z", "grad_norm", "grad_norm_mean", "grad_norm_s", "grad_norm_z"),

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastclip
-from fastclip import plans
+from fastclip.core import plans
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 

@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.nn.utils import clip_grad
 
 import fastclip
-from fastclip import patching
+from fastclip.switching import patching
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")  # read when the packages are imported
 

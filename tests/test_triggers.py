@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fastclip
 from fastclip import Above, Jump, NonFinite, Report, Vanishing
+from fastclip.monitoring.triggers import Trigger
 
 RULE = fastclip.ClipByGlobalNorm(1.0)
 STEPS = 60
@@ -25,7 +26,7 @@ Sabotage = Callable[[nn.Module, Tensor], Tensor]
 
 
 def train(
-    triggers: Sequence[fastclip.triggers.Trigger],
+    triggers: Sequence[Trigger],
     sabotage: Sabotage | None = None,
     *,
     at: Sequence[int] = (AT,),
@@ -136,7 +137,7 @@ def test_nothing_jumps_in_the_warm_up() -> None:
     assert len(reports) == 2
 
 
-def fed(trigger: fastclip.triggers.Trigger, losses: Sequence[float | None], **options: Any) -> list[bool]:
+def fed(trigger: Trigger, losses: Sequence[float | None], **options: Any) -> list[bool]:
     """In which steps a trigger fires, given these losses (and norms of 1)."""
     model = nn.Linear(1, 1, bias=False)
     model.weight.grad = torch.ones(1, 1)
@@ -332,7 +333,7 @@ def test_a_report_in_print() -> None:
         (Vanishing(1e-7, steps=2), "Vanishing(1e-07, steps=2)"),
     ],
 )
-def test_triggers_in_print(trigger: fastclip.triggers.Trigger, printed: str) -> None:
+def test_triggers_in_print(trigger: Trigger, printed: str) -> None:
     assert repr(trigger) == printed
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastclip.backends.interface import Plan
-from fastclip.caller import warn_caller
+from fastclip.foundation.warn import warn_caller
 
 ENVIRONMENT_VARIABLE = "FASTCLIP_BACKEND"
 

@@ -15,17 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import (
-    Bounds,
-    Plan,
-    Reduction,
-    Scalar,
-    Unscaling,
-    address_of,
-    clip_coefficient,
-    on,
-    one_each,
-)
+from fastclip.backends.coefficient import clip_coefficient
+from fastclip.backends.interface import Bounds, Plan, Reduction, Unscaling, one_each
+from fastclip.foundation.devices import Scalar, on
+from fastclip.foundation.memory import address_of
 
 try:
     from fastclip.kernels import native

@@ -16,19 +16,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import (
-    Bounds,
-    Plan,
-    Reduction,
-    Scalar,
-    Unscaling,
-    address_of,
-    clip_coefficient,
-    on,
-    one_each,
-    reduction,
-    stable_norm,
-)
+from fastclip.backends.coefficient import clip_coefficient, reduction
+from fastclip.backends.interface import Bounds, Plan, Reduction, Unscaling, one_each
+from fastclip.foundation.arithmetic import stable_norm
+from fastclip.foundation.devices import Scalar, on
+from fastclip.foundation.memory import address_of
 
 Array: TypeAlias = npt.NDArray[Any]
 

@@ -7,21 +7,11 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import (
-    IN_FP32,
-    Bounds,
-    Plan,
-    Reduction,
-    Scalar,
-    Unscaling,
-    combine,
-    on,
-    one_each,
-    pieces,
-    reduction,
-    stable_norm,
-    wide_dtype,
-)
+from fastclip.backends.coefficient import reduction
+from fastclip.backends.interface import Bounds, Plan, Reduction, Unscaling, one_each
+from fastclip.foundation.arithmetic import IN_FP32, combine, stable_norm
+from fastclip.foundation.devices import Scalar, on, wide_dtype
+from fastclip.foundation.memory import pieces
 
 _OVERFLOW_PROOF = (1.0, 2.0, float("inf"), float("-inf"))
 """Orders whose powers of narrower types neither overflow nor underflow in fp64."""

@@ -19,19 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import (
-    Bounds,
-    Plan,
-    Reduction,
-    Scalar,
-    Unscaling,
-    for_graphs,
-    on,
-    one_each,
-    overlapping,
-    stream_of,
-    upload,
-)
+from fastclip.backends.interface import Bounds, Plan, Reduction, Unscaling, one_each
+from fastclip.foundation.devices import Scalar, for_graphs, on, stream_of, upload
+from fastclip.foundation.memory import overlapping
 
 SEGMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 """The position of each dtype in `fastclip.kernels.table.ELEMENT_SIZES` and `TYPES`."""

@@ -14,12 +14,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import Bounds, norm_of_norms, on, stable_norm, wide_dtype
-from fastclip.dynamo import untraced
-from fastclip.gradients import Gradients, Parameters, check_bounds, check_whole, collect, has_dtensors
-from fastclip.groups import By, Groups, group, index_of
-from fastclip.rules import AnyRule, Bound, ClipByGlobalNorm, ClipByNorm, ClipByValue, as_rule
-from fastclip.sharding import as_plain, prepare, present
+from fastclip.backends.interface import Bounds
+from fastclip.core.gradients import Gradients, Parameters, check_bounds, check_whole, collect, has_dtensors
+from fastclip.core.sharding import as_plain, prepare, present
+from fastclip.foundation.arithmetic import norm_of_norms, stable_norm
+from fastclip.foundation.devices import index_of, on, wide_dtype
+from fastclip.foundation.tracing import untraced
+from fastclip.rules.formulas import AnyRule, Bound, ClipByGlobalNorm, ClipByNorm, ClipByValue, as_rule
+from fastclip.rules.groups import By, Groups, group
 
 
 @dataclass(frozen=True)

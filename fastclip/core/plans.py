@@ -28,24 +28,13 @@ import torch
 from torch import Tensor
 
 from fastclip.backends import ENVIRONMENT_VARIABLE, TORCH, TRITON, Backend, for_device
-from fastclip.backends.interface import (
-    Bounds,
-    Plan,
-    Reduction,
-    Scalar,
-    Unscaling,
-    combine,
-    is_capturing,
-    is_traced,
-    is_watched,
-    on,
-    overlapping,
-    reduction,
-    stream_of,
-    upload,
-    wide_dtype,
-)
-from fastclip.gradients import PLAIN_TYPES, Gradients, check_dtypes, check_writable
+from fastclip.backends.coefficient import reduction
+from fastclip.backends.interface import Bounds, Plan, Reduction, Unscaling
+from fastclip.core.gradients import PLAIN_TYPES, Gradients, check_dtypes, check_writable
+from fastclip.foundation.arithmetic import combine
+from fastclip.foundation.devices import Scalar, is_capturing, on, stream_of, upload, wide_dtype
+from fastclip.foundation.memory import overlapping
+from fastclip.foundation.tracing import is_traced, is_watched
 
 # A part of torch that is torch's own affair: without it nothing is kept, and every call prepares anew.
 TensorGuards: Any = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import for_graphs, kept, norm_of_norms, upload
-from fastclip.gradients import Owners
+from fastclip.core.gradients import Owners
+from fastclip.foundation.arithmetic import norm_of_norms
+from fastclip.foundation.devices import for_graphs, index_of, upload
+from fastclip.foundation.tracing import kept
 
 By: TypeAlias = Literal["global", "parameter", "layer", "group"] | Callable[[str], Hashable] | Sequence[Hashable]
 """What a group is: all gradients ("global"), each by itself ("parameter"), those of one module ("layer": names that
@@ -119,16 +121,6 @@ def _labelled(labels: Sequence[Hashable]) -> Groups:
     except TypeError as error:
         raise TypeError(f"the labels of groups must be hashable, as strings, numbers and tuples are: {error}") from None
     return Groups(tuple(positions), of)
-
-
-def index_of(positions: Sequence[int], device: torch.device) -> Tensor:
-    """Positions as a tensor on a device, uploaded once."""
-    return for_graphs(_index(tuple(positions), device))
-
-
-@kept(64)
-def _index(positions: tuple[int, ...], device: torch.device) -> Tensor:
-    return upload(np.array(positions, dtype=np.int64), device, for_every_stream=True)
 
 
 @kept(64)

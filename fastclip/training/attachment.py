@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastclip.backends.interface import on
-from fastclip.clip_by import ClipResult, apply_rule
-from fastclip.dynamo import untraced
-from fastclip.gradients import Owners, gradients_of, listed
-from fastclip.groups import Groups, group
-from fastclip.optimizers import (
+from fastclip.core.gradients import Owners, gradients_of, listed
+from fastclip.foundation.arguments import positive, real
+from fastclip.foundation.devices import on
+from fastclip.foundation.tracing import untraced
+from fastclip.rules.clip_by import ClipResult, apply_rule
+from fastclip.rules.formulas import AnyRule, ClipByGlobalNorm, ClipByNorm, ClipByValue, as_rule, from_state, state_of
+from fastclip.rules.groups import Groups, group
+from fastclip.training.optimizers import (
     check_divides,
     check_foldable,
     check_fused,
@@ -36,20 +38,9 @@ from fastclip.optimizers import (
     lend_copies,
     skip_step,
 )
-from fastclip.rules import (
-    AnyRule,
-    ClipByGlobalNorm,
-    ClipByNorm,
-    ClipByValue,
-    as_rule,
-    from_state,
-    positive,
-    real,
-    state_of,
-)
 
 if TYPE_CHECKING:
-    from fastclip.monitor import Monitor
+    from fastclip.monitoring.monitor import Monitor
 
 _STATE = "fastclip"  # the key in the optimizer's state dict, which torch's `load_state_dict` passes over
 

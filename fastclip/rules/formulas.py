@@ -28,9 +28,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import EPS, Bounds, for_graphs, kept, upload
-from fastclip.caller import warn_caller
-from fastclip.groups import By
+from fastclip.backends.coefficient import EPS
+from fastclip.backends.interface import Bounds
+from fastclip.foundation.arguments import positive, real
+from fastclip.foundation.devices import for_graphs, upload
+from fastclip.foundation.tracing import kept
+from fastclip.foundation.warn import warn_caller
+from fastclip.rules.groups import By
 
 Bound: TypeAlias = float | Sequence[float] | Mapping[Any, float]
 """One number for all groups, a sequence with one for each in their order, or a mapping from each group's label."""
@@ -280,35 +284,6 @@ def as_rule(rule: object) -> AnyRule:
         return Rule(rule)
     known = ", ".join([*BY_NAME, "Rule"])
     raise TypeError(f"`rule` must be a rule ({known}) or a function from norms to coefficients, not {rule!r}")
-
-
-def positive(name: str, value: object) -> float:
-    """Return a finite number above 0.
-
-    Raises:
-        TypeError: `value` is not a number.
-        ValueError: It is not above 0, or not finite.
-    """
-    number = real(name, value)
-    if not 0 < number < math.inf:
-        raise ValueError(f"`{name}` must be above 0 and finite, not {value}")
-    return number
-
-
-def real(name: str, value: object) -> float:
-    """Return a number as a float.
-
-    Raises:
-        TypeError: `value` is not a number.
-        ValueError: It is beyond the range of floats.
-    """
-    try:
-        # float() takes text and booleans too, which are mistakes here.
-        return float(None if isinstance(value, (str, bytes, bool)) else value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise TypeError(f"`{name}` must be a real number, or one for each group, not {value!r}") from None
-    except OverflowError:
-        raise ValueError(f"`{name}` must be within the range of floats") from None
 
 
 def _numbers(name: str, bound: object, number: Callable[[str, object], float]) -> Bound:

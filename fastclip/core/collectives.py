@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastclip.backends.interface import is_watched, kept, stable_norm
+from fastclip.foundation.arithmetic import stable_norm
+from fastclip.foundation.tracing import is_watched, kept
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastclip.history import Row
+from fastclip.monitoring.history import Row
 
 
 class Sink(ABC):

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-from fastclip.dynamo import untraced
-from fastclip.gradients import Gradients, Owners
-from fastclip.groups import Groups
-from fastclip.rules import AnyRule, ClipByValue
+from fastclip.core.gradients import Gradients, Owners
+from fastclip.foundation.tracing import untraced
+from fastclip.rules.formulas import AnyRule, ClipByValue
+from fastclip.rules.groups import Groups
 
 _DIVIDING = (Adam, AdamW, SGD, Adagrad)
 """Those whose steps divide gradients by ``grad_scale``, as long as they are fused."""

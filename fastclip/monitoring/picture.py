@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastclip.history import Array, History
+from fastclip.monitoring.history import Array, History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

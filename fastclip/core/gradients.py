@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fastclip.caller import warn_caller
+from fastclip.foundation.warn import warn_caller
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastclip import clip_by, clipping, originals
 from fastclip.backends import choose
-from fastclip.environment import info
+from fastclip.core import clipping
+from fastclip.foundation import originals
+from fastclip.rules import clip_by
+from fastclip.switching.environment import info
 
 ORDERS = (2.0, 1.0, 3.0, float("inf"))
 SIZES = (1, 7, 1000, 70_001)  # elements: shorter than 16 bytes, odd, and longer than one chunk of the GPU's table

@@ -31,22 +31,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastclip import plans
-from fastclip.backends.interface import (
-    Bounds,
-    Reduction,
-    Scalar,
-    clip_coefficient,
-    combine,
-    is_traced,
-    on,
-    reduction,
-    wide_dtype,
-)
-from fastclip.collectives import Share, all_reduce, all_reduced, code_of, groups_of
-from fastclip.gradients import Gradients, dtensor_type, has_dtensors
-from fastclip.groups import index_of
-from fastclip.plans import Prepared, promoted
+from fastclip.backends.coefficient import clip_coefficient, reduction
+from fastclip.backends.interface import Bounds, Reduction
+from fastclip.core import plans
+from fastclip.core.collectives import Share, all_reduce, all_reduced, code_of, groups_of
+from fastclip.core.gradients import Gradients, dtensor_type, has_dtensors
+from fastclip.core.plans import Prepared, promoted
+from fastclip.foundation.arithmetic import combine
+from fastclip.foundation.devices import Scalar, index_of, on, wide_dtype
+from fastclip.foundation.tracing import is_traced
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fastclip.groups import Groups
+from fastclip.rules.groups import Groups
 
 Array: TypeAlias = npt.NDArray[Any]
 Row: TypeAlias = dict[str, float | int | bool | None]

@@ -149,8 +149,8 @@ def _hide_own_frames() -> None:
 def _is_own(traceback: TracebackType) -> bool:
     """Say whether a frame is Python's start of `-m fastclip` or fastclip's start of the script."""
     filename = traceback.tb_frame.f_code.co_filename
-    here = os.path.dirname(__file__)
-    starters = (__file__, os.path.join(here, "__main__.py"), runpy.__file__, "<frozen runpy>", "<frozen importlib")
+    main = os.path.join(os.path.dirname(os.path.dirname(__file__)), "__main__.py")
+    starters = (__file__, main, runpy.__file__, "<frozen runpy>", "<frozen importlib")
     return filename.startswith(starters)
 
 
@@ -177,7 +177,7 @@ def _patcher(calls: "_Calls | None", norm_dtype: str | None) -> Callable[[], Non
     def apply() -> None:
         import torch
 
-        from fastclip import patching  # imports torch, too
+        from fastclip.switching import patching  # imports torch, too
 
         dtype = None if norm_dtype is None else getattr(torch, norm_dtype)
         if calls is None:

@@ -23,7 +23,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastclip.averages import Standing
+from fastclip.foundation.arguments import check_count, check_real
+from fastclip.monitoring.averages import Standing
 
 SERIES = ("loss", "norm")
 """What is averaged, in the order of the vectors of a `Moment`."""
@@ -341,29 +342,6 @@ class Vanishing(Trigger):
             self.below,
             f"the norm is {norm:.4g}, below {self.below:.4g} for {self.steps} steps in a row or more",
         )
-
-
-def check_real(name: str, value: object) -> None:
-    """Refuse what is no real number.
-
-    Raises:
-        TypeError: It is text, a boolean, complex or something else.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"`{name}` must be a real number, not {value!r}")
-
-
-def check_count(name: str, value: object) -> None:
-    """Refuse what is no whole number from 1 on.
-
-    Raises:
-        TypeError: It is not a whole number.
-        ValueError: It is below 1.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"`{name}` must be a whole number, not {value!r}")
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1, not {value}")
 
 
 def _check_of(of: str, known: Sequence[str]) -> None:

@@ -27,9 +27,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastclip import clipping, originals
-from fastclip.clipping import check_norm_dtype
-from fastclip.dynamo import untraced
+from fastclip.core import clipping
+from fastclip.foundation import originals
+from fastclip.foundation.arguments import check_norm_dtype
+from fastclip.foundation.tracing import untraced
 
 _Function = Callable[..., Any]
 

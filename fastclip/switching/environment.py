@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from fastclip.backends import choose
-from fastclip.clipping import clip_grad_norm_, clip_grad_value_
-from fastclip.gradients import Parameters, as_gradients, warn_of_empty_iterator
+from fastclip.core.clipping import clip_grad_norm_, clip_grad_value_
+from fastclip.core.gradients import Parameters, as_gradients, warn_of_empty_iterator
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastclip import originals
-from fastclip.backends.interface import Scalar, clip_coefficient, is_capturing, on, pieces
-from fastclip.dynamo import untraced
-from fastclip.gradients import (
+from fastclip.backends.coefficient import clip_coefficient
+from fastclip.core.gradients import (
     PROCESS_GROUPS,
     Gradients,
     Parameters,
@@ -27,8 +25,13 @@ from fastclip.gradients import (
     has_dtensors,
     warn_of_empty_iterator,
 )
-from fastclip.plans import Prepared
-from fastclip.sharding import Sharded, as_plain, local_parts, on_mesh, prepare
+from fastclip.core.plans import Prepared
+from fastclip.core.sharding import Sharded, as_plain, local_parts, on_mesh, prepare
+from fastclip.foundation import originals
+from fastclip.foundation.arguments import as_float, check_norm_dtype
+from fastclip.foundation.devices import Scalar, is_capturing, on
+from fastclip.foundation.memory import pieces
+from fastclip.foundation.tracing import untraced
 
 _INF = math.inf
 _MOST_NAMED = 10  # culprits listed in an error message
@@ -267,29 +270,6 @@ def _describe(grads: Gradients, index: int) -> str:
 
 def _pieces(grad: Tensor) -> Iterator[Tensor]:
     return pieces(grad.coalesce().values() if grad.layout is torch.sparse_coo else grad)
-
-
-def as_float(name: str, value: object) -> float:
-    """Return a number that the caller passed by this name, as torch takes it.
-
-    Raises:
-        TypeError: It is not a number.
-        ValueError: It is a string that is not a number, or a tensor of several.
-    """
-    try:
-        return float(value.detach() if isinstance(value, Tensor) else value)  # type: ignore[arg-type]  # as torch does
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"`{name}` must be a real number, not {value!r}") from None
-
-
-def check_norm_dtype(dtype: torch.dtype | None, name: str = "norm_dtype") -> None:
-    """Refuse what a norm cannot be of, and the caller passed by this name.
-
-    Raises:
-        TypeError: It is no floating-point dtype.
-    """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"`{name}` must be a floating-point dtype such as torch.float32, not {dtype!r}")
 
 
 def _check_foreach(prepared: Prepared | Sharded) -> None:

@@ -8,9 +8,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import IN_FP32, wide_dtype
-from fastclip.gradients import warn_of_empty_iterator
-from fastclip.rules import positive, real
+from fastclip.core.gradients import warn_of_empty_iterator
+from fastclip.foundation.arguments import positive, real
+from fastclip.foundation.arithmetic import IN_FP32
+from fastclip.foundation.devices import wide_dtype
 
 _Grads = TypeVar("_Grads", bound=Tensor | Sequence[Tensor | None] | Mapping[Any, Tensor | None])
 

@@ -20,17 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastclip.averages import Averages
-from fastclip.backends.interface import on
-from fastclip.caller import warn_caller
-from fastclip.clip_by import ClipResult
-from fastclip.dynamo import untraced
-from fastclip.gradients import Parameters, as_gradients, check_whole
-from fastclip.groups import By, group
-from fastclip.history import History, Row
-from fastclip.sharding import prepare
-from fastclip.sinks import Sink, as_sink
-from fastclip.triggers import SERIES, Moment, Report, Trigger, TriggerError, check_count, check_real
+from fastclip.core.gradients import Parameters, as_gradients, check_whole
+from fastclip.core.sharding import prepare
+from fastclip.foundation.arguments import check_count, check_real
+from fastclip.foundation.devices import on
+from fastclip.foundation.tracing import untraced
+from fastclip.foundation.warn import warn_caller
+from fastclip.monitoring.averages import Averages
+from fastclip.monitoring.history import History, Row
+from fastclip.monitoring.sinks import Sink, as_sink
+from fastclip.monitoring.triggers import SERIES, Moment, Report, Trigger, TriggerError
+from fastclip.rules.clip_by import ClipResult
+from fastclip.rules.groups import By, group
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -309,7 +310,7 @@ class Monitor:
             ModuleNotFoundError: matplotlib is not installed.
             ValueError: There were no steps.
         """
-        from fastclip.picture import draw
+        from fastclip.monitoring.picture import draw
 
         figure = draw(self.read())
         if path is not None:

@@ -17,11 +17,12 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from fastclip.backends.interface import Unscaling
-from fastclip.clipping import as_float, check_norm_dtype, clip_grad_norm_
-from fastclip.dynamo import untraced
-from fastclip.gradients import Gradients, Parameters, check_whole, collect, has_dtensors
-from fastclip.optimizers import check_is_optimizer
-from fastclip.plans import prepare
+from fastclip.core.clipping import clip_grad_norm_
+from fastclip.core.gradients import Gradients, Parameters, check_whole, collect, has_dtensors
+from fastclip.core.plans import prepare
+from fastclip.foundation.arguments import as_float, check_norm_dtype
+from fastclip.foundation.tracing import untraced
+from fastclip.training.optimizers import check_is_optimizer
 
 
 @untraced

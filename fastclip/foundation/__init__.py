@@ -1,0 +1,1 @@
+"""What everything else stands on: arguments and warnings, and what torch, its devices and its memory are like."""

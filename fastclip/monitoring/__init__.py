@@ -1,0 +1,1 @@
+"""Noticing exploding gradients: what every step was like, triggers on jumps, logs and pictures."""
