@@ -36,8 +36,8 @@ from torch import Tensor
 
 import fastclip
 from benchmarks.workloads import Shape, gpt, resnet50
-from fastclip.core.gradients import collect
-from fastclip.core.plans import prepare
+from fastclip.core.collect import collect
+from fastclip.core.prepare import prepare
 
 TURNS = 5
 ROUNDS = 7  # a turn

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import OPTIMIZERS, Training
 
 import fastclip
-from fastclip.core.gradients import Owners, listed
+from fastclip.core.owners import Owners, list_owners
 
 RULES: dict[str, Callable[[], Any]] = {
     "clip_by_norm": lambda: fastclip.ClipByNorm(0.01),
@@ -41,7 +41,7 @@ class StubMonitor:
     """What an attachment asks of a monitor: it skips the steps that it is told to."""
 
     def __init__(self, model: nn.Module, *skipped: int) -> None:
-        self.owners: Owners = listed(model, "parameters")
+        self.owners: Owners = list_owners(model, "parameters")
         self.skips = bool(skipped)
         self.skipped = skipped
         self.norms: list[Tensor] = []

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 import fastclip
 from fastclip import backends
 from fastclip.backends import interface
-from fastclip.core import plans
+from fastclip.core import cache, prepare
+from fastclip.foundation import devices
 
 INF = float("inf")
 
@@ -51,7 +52,7 @@ def unforced(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.delenv("FASTCLIP_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(backends, "_warned", set())
-    monkeypatch.setattr(plans, "_kept", plans._Kept())  # of other tests, for gradients that lay where these do
+    monkeypatch.setattr(prepare, "_cache", prepare.Cache())  # of other tests, for gradients that lay where these do
     return monkeypatch
 
 
@@ -369,9 +370,9 @@ def test_the_same_memory_with_another_shape_or_dtype(leg: Leg) -> None:
 
 def test_what_is_kept_is_bounded(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients of ever new sizes do not pile up plans, and a short list counts as what its memory has room for."""
-    monkeypatch.setattr(plans, "_KEPT", 8 * 32)
-    monkeypatch.setattr(plans, "_LEAST", 32)
-    monkeypatch.setattr(plans, "_kept", plans._Kept())
+    monkeypatch.setattr(cache, "_CAPACITY", 8 * 32)
+    monkeypatch.setattr(cache, "_LEAST", 32)
+    monkeypatch.setattr(prepare, "_cache", prepare.Cache())
     if leg.backend == "triton":
         monkeypatch.setattr("fastclip.backends.triton.TABLES_KEPT", 8)
     held = [torch.ones(size, device=leg.device) for size in range(1, 30)]
@@ -380,8 +381,8 @@ def test_what_is_kept_is_bounded(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> N
     many = [torch.ones(3, device=leg.device) for _ in range(100)]
     fastclip.get_total_norm(many)
     if leg.keeps_plans:  # whose plans hold the gradients, and are not kept
-        kept = plans._kept
-        counts = [pattern.arrangement.count for patterns in kept.by_sketch.values() for pattern in patterns]
+        kept = prepare._cache
+        counts = [entry.dispatch.count for entries in kept.entries.values() for entry in entries]
         assert counts == [1] * 4 + [100]
         assert kept.gradients == 4 * 32 + 100
     if leg.backend == "triton":
@@ -486,7 +487,7 @@ def test_models_clipped_by_threads_at_once(leg: Leg, rng: np.random.Generator) -
 
 def test_devices_without_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTCLIP_BACKEND", "torch")
-    monkeypatch.setattr(interface, "_WITHOUT_FP64", frozenset({"cpu"}))
+    monkeypatch.setattr(devices, "_WITHOUT_FP64", frozenset({"cpu"}))
     made = parameters([torch.tensor([3e30, 0.0]), torch.tensor([4e30], dtype=torch.bfloat16)])
     assert fastclip.get_total_norm([torch.zeros(2), torch.ones(2)], 0).item() == 1
     norm = fastclip.clip_grad_norm_(made, 1.0)

@@ -64,11 +64,11 @@ def test_what_a_plan_does_beside_is_counted(counts: ModuleType, part: str, monke
 
     stay, moved = 0, 1
     row = moved if part == "moved" else stay
-    plans = importlib.import_module("fastclip.core.plans")
+    prepare = importlib.import_module("fastclip.core.prepare")
 
     def measured() -> Any:
         """With nothing kept of gradients that lay where these do."""
-        monkeypatch.setattr(plans, "_kept", plans._Kept())
+        monkeypatch.setattr(prepare, "_cache", prepare.Cache())
         monkeypatch.setattr(triton, "_kept", triton._KeptTables())
         counted, _ = counts.main([3])[row]
         return counted

@@ -15,7 +15,7 @@ from gradients import parameters
 from torch import Tensor
 
 import fastclip
-from fastclip.core import plans
+from fastclip.core import prepare
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux weighs a process so")
 
@@ -287,7 +287,7 @@ def test_norms_of_zeros_are_not_negative() -> None:
 
 def test_what_is_written_is_what_is_kept_track_of() -> None:
     """A plan of the same gradients elsewhere writes to those."""
-    plans._kept.__init__()  # type: ignore[misc]
+    prepare._cache.__init__()  # type: ignore[misc]
     for _ in range(3):
         held = [torch.full((16,), 2.0) for _ in range(20)]
         fastclip.clip_grad_norm_(parameters(held), 1.0)

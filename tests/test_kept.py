@@ -18,8 +18,10 @@ from torch import Tensor
 
 import fastclip
 from fastclip import backends
-from fastclip.backends import interface, triton
-from fastclip.core import clipping, plans
+from fastclip.backends import triton
+from fastclip.core import cache, clipping, prepare
+from fastclip.core.prepared import Prepared
+from fastclip.foundation import devices
 
 
 def some_gradients(rng: np.random.Generator, leg: Leg, offset: int = 0) -> list[Tensor]:
@@ -84,7 +86,7 @@ def test_lists_that_begin_alike_are_kept_both(leg: Leg, monkeypatch: pytest.Monk
     for pair in pairs:
         fastclip.get_total_norm(pair)
     if leg.keeps_plans:
-        monkeypatch.setattr(plans, "_prepared_anew", None)
+        monkeypatch.setattr(prepare, "plan", None)
     for pair in pairs:
         assert fastclip.get_total_norm(pair).item() == 4
 
@@ -104,15 +106,15 @@ def test_gradients_that_moved_next_to_one_another_or_into_one_another(
     leg: Leg, sizes: tuple[int, ...], starts: tuple[int, ...], overlap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was prepared serves the former; the latter are scaled one after another, as torch does."""
-    monkeypatch.setattr(plans, "_kept", plans._Kept())
+    monkeypatch.setattr(prepare, "_cache", prepare.Cache())
     anew = []
-    prepare_anew = plans._prepared_anew
+    prepare_anew = prepare.plan
 
-    def noted(*arguments: Any, **keywords: Any) -> plans.Prepared:
+    def noted(*arguments: Any, **keywords: Any) -> Prepared:
         anew.append(arguments)
         return prepare_anew(*arguments, **keywords)
 
-    monkeypatch.setattr(plans, "_prepared_anew", noted)
+    monkeypatch.setattr(prepare, "plan", noted)
     fastclip.clip_grad_norm_(parameters([torch.ones(size, device=leg.device) for size in sizes]), 1.0)
     assert len(anew) == 1
     memory = torch.linspace(1, 2, 60, device=leg.device)
@@ -145,12 +147,12 @@ def test_gradients_without_memory_now(leg: Leg) -> None:
 def test_without_torch_s_guards_nothing_is_kept(
     leg: Leg, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plans, "TensorGuards", None)
-    monkeypatch.setattr(plans, "_kept", plans._Kept())
+    monkeypatch.setattr(prepare, "TensorGuards", None)
+    monkeypatch.setattr(prepare, "_cache", prepare.Cache())
     grads = some_gradients(rng, leg)
     for _ in range(2):
         assert_clipped(grads)
-    assert not plans._kept.by_sketch
+    assert not prepare._cache.entries
 
 
 def test_measuring_and_clipping_in_turns_keeps_both(
@@ -165,7 +167,7 @@ def test_measuring_and_clipping_in_turns_keeps_both(
 
     halves()
     if leg.keeps_plans:
-        monkeypatch.setattr(plans, "_prepared_anew", None)
+        monkeypatch.setattr(prepare, "plan", None)
     halves()
 
 
@@ -244,7 +246,7 @@ class Graph:
             launch(*arguments)
 
         self.monkeypatch.setattr(TritonPlan, "_launch", record)
-        for module in (interface, plans, clipping):
+        for module in (devices, cache, prepare, clipping):
             self.monkeypatch.setattr(module, "is_capturing", lambda _: True)
         return self
 
@@ -267,7 +269,7 @@ def test_a_captured_call_replays_on_what_the_gradients_hold_by_then(leg: Leg, rn
         with Graph(monkeypatch) as graph:
             norm = fastclip.clip_grad_norm_(made, 1.0)
             assert len(graph.launches) == 2
-    plans._kept.__init__()  # type: ignore[misc]  # the graph outlives what is kept
+    prepare._cache.__init__()  # type: ignore[misc]  # the graph outlives what is kept
     for _ in range(3):
         for grad in grads:
             grad.copy_(random_values(rng, grad.shape, grad.dtype) * 3)
@@ -306,7 +308,7 @@ def test_what_a_graph_reads_lives_on(leg: Leg, rng: np.random.Generator) -> None
     del plan, arguments
     for i in range(20):
         clip(3.0 + i)
-    plans._kept.__init__()  # type: ignore[misc]
+    prepare._cache.__init__()  # type: ignore[misc]
     gc.collect()
     assert all(reference() is not None for reference in read)
 

@@ -570,9 +570,8 @@ MODELS = {
 @pytest.mark.parametrize("processors", [108, 132, 148, 304])
 def test_the_load_is_balanced(sizes: list[int], processors: int) -> None:
     """Program i takes each chunk whose index in the map is i modulo their number (see the test of flags)."""
-    from fastclip.kernels import table
-
     from fastclip.backends.triton import prime_below
+    from fastclip.kernels import table
 
     programs = prime_below(4 * processors)
     numels = np.array(sizes)

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 import fastclip
 from fastclip.backends import native as backend
-from fastclip.core import plans
+from fastclip.core import prepare
 from fastclip.core.gradients import PLAIN_TYPES
-from fastclip.foundation import dynamo
+from fastclip.foundation import tracing
 
 native: Any = pytest.importorskip("fastclip.kernels.native", reason="they were not built: no C compiler")
 
@@ -438,14 +438,14 @@ def test_without_the_extension_there_is_an_obstacle(monkeypatch: pytest.MonkeyPa
 
 def test_models_that_are_alike_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one sketch, but other shapes, and of one shape in other places: all of it is kept."""
-    monkeypatch.setattr(plans, "_kept", plans._Kept())
+    monkeypatch.setattr(prepare, "_cache", prepare.Cache())
     shapes: list[list[tuple[int, ...]]] = [[(4, 4), (8,), (2,)], [(4, 4), (9,), (2,)], [(16,), (8,), (2,)]]
     models = [
         parameters([torch.full(shape, float(i + 1)) for shape in each]) for i, each in enumerate([*shapes, shapes[0]])
     ]
     for model in models:
         fastclip.clip_grad_norm_(model, 1e9)
-    monkeypatch.setattr(plans, "_prepared_anew", None)
+    monkeypatch.setattr(prepare, "plan", None)
     for _ in range(3):
         for i, model in enumerate(models):
             for parameter in model:
@@ -455,10 +455,10 @@ def test_models_that_are_alike_in_turns(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_untraced_without_torch_s_own_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dynamo, "_mark", None)
+    monkeypatch.setattr(tracing, "_mark", None)
     seen = []
 
-    @dynamo.untraced
+    @tracing.untraced
     def look() -> None:
         seen.append(torch.compiler.is_compiling())
 

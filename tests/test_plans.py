@@ -16,9 +16,12 @@ from legs import Leg
 from torch import Tensor
 
 import fastclip
-from fastclip.core import plans as plans_module
-from fastclip.core.gradients import Gradients, as_gradients
-from fastclip.core.plans import Prepared, prepare
+from fastclip.core import planned, planning
+from fastclip.core import prepare as prepare_module
+from fastclip.core.collect import as_gradients
+from fastclip.core.gradients import Gradients
+from fastclip.core.prepare import prepare
+from fastclip.core.prepared import Prepared
 
 INF = math.inf
 NAN = math.nan
@@ -247,14 +250,14 @@ class Launches:
 @pytest.fixture
 def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every other gradient is taken to be on a device of its own, and nothing is kept from before or for later."""
-    group = plans_module._group
+    group = planning._dispatched
 
     def halves(values: Sequence[Tensor]) -> dict[Any, list[int]]:
         [((backend, device), members)] = group(values).items()
         return {(backend, device): members[::2], (backend, torch.device("meta")): members[1::2]}
 
-    monkeypatch.setattr(plans_module, "_group", halves)
-    monkeypatch.setattr(plans_module, "_kept", plans_module._Kept())
+    monkeypatch.setattr(planning, "_dispatched", halves)
+    monkeypatch.setattr(prepare_module, "_cache", prepare_module.Cache())
 
 
 @pytest.mark.legs("interpreter", "ptx", "gpu")
@@ -291,17 +294,17 @@ def test_two_streams_share_no_memory_that_is_written(
     """Neither for one list of gradients that both clip, nor for lists that are alike."""
     lists = [[random_values(rng, (size,), torch.float32).to(leg.device) for size in (70, 3)] for _ in range(2)]
     current = 0
-    for module in (plans_module, importlib.import_module("fastclip.backends.triton")):
+    for module in (planned, importlib.import_module("fastclip.backends.triton")):
         monkeypatch.setattr(module, "stream_of", lambda _: current)
-    prepare_anew = plans_module._prepared_anew
+    prepare_anew = prepare_module.plan
 
     def on_a_stream(*arguments: Any, **keywords: Any) -> Prepared:
         made = prepare_anew(*arguments, **keywords)
-        made.arrangement.streams = {leg.device: current}
+        made.dispatch.streams = {leg.device: current}
         return made
 
-    monkeypatch.setattr(plans_module, "_prepared_anew", on_a_stream)  # as of a GPU, which this may not be
-    monkeypatch.setattr(plans_module, "_kept", plans_module._Kept())
+    monkeypatch.setattr(prepare_module, "plan", on_a_stream)  # as of a GPU, which this may not be
+    monkeypatch.setattr(prepare_module, "_cache", prepare_module.Cache())
     seen: dict[int, set[int]] = {1: set(), 2: set()}
     for stream in (1, 2, 1, 2):
         current = stream

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fastclip
 from fastclip import ClipAtThreshold, ClipByGlobalNorm, ClipByNorm, ClipByValue, ClipGradNorm, Rule
-from fastclip.core.gradients import collect
+from fastclip.core.collect import collect
 from fastclip.rules.groups import Groups, group
 
 INF = math.inf

@@ -1,8 +1,7 @@
 """The public functions: torch's gradient clipping, with torch's signatures.
 
-Each reads straight down: collect the gradients, prepare them (grouped into plans, one a backend and device), reduce the
-plans to one norm, which has its coefficient with it, scale. Where results differ from torch's it is on
-purpose, and listed in the README under "Better than torch's".
+Each reads straight down: collect the gradients, prepare them, reduce them to a norm and its coefficient, scale. The
+README lists, under "Better than torch's", where results differ from torch's on purpose.
 """
 
 from __future__ import annotations
@@ -14,19 +13,14 @@ import torch
 from torch import Tensor
 
 from fastclip.backends.coefficient import clip_coefficient
-from fastclip.core.gradients import (
-    PROCESS_GROUPS,
-    Gradients,
-    Parameters,
-    as_gradients,
-    check_bounds,
-    check_whole,
-    collect,
-    has_dtensors,
-    warn_of_empty_iterator,
-)
-from fastclip.core.plans import Prepared
-from fastclip.core.sharding import Sharded, as_plain, local_parts, on_mesh, prepare
+from fastclip.core.checks import check_bounds
+from fastclip.core.collect import as_gradients, collect
+from fastclip.core.dtensors import as_plain
+from fastclip.core.gradients import Gradients
+from fastclip.core.owners import Parameters, warn_of_empty_iterator
+from fastclip.core.prepare import prepare
+from fastclip.core.prepared import Prepared
+from fastclip.core.sharding.sharded import local_parts
 from fastclip.foundation import originals
 from fastclip.foundation.arguments import as_float, check_norm_dtype
 from fastclip.foundation.devices import Scalar, is_capturing, on
@@ -34,7 +28,7 @@ from fastclip.foundation.memory import pieces
 from fastclip.foundation.tracing import untraced
 
 _INF = math.inf
-_MOST_NAMED = 10  # culprits listed in an error message
+_MOST_NAMED = 10  # culprits in an error message
 
 
 @untraced
@@ -83,30 +77,27 @@ def clip_grad_norm_(
         >>> norm = fastclip.clip_grad_norm_(model.parameters(), max_norm=1.0)
         >>> optimizer.step()
     """
-    # Cold, as it is inside of a training step, a call of a Python function takes most of a microsecond: there is none
-    # here that has nothing to do.
+    # Inside of a training step caches are cold, and a call of a Python function takes most of a microsecond.
     limit = max_norm if type(max_norm) is float else as_float("max_norm", max_norm)
     p = norm_type if type(norm_type) is float else as_float("norm_type", norm_type)
     if norm_dtype is not None:
         check_norm_dtype(norm_dtype)
-    grads = collect(parameters)
-    if PROCESS_GROUPS:
-        check_whole(grads)
-    if not grads.tensors and not has_dtensors(grads):
+    grads = collect(parameters, whole=True)
+    if not grads.tensors and not grads.has_dtensors:
         return torch.zeros((), dtype=norm_dtype)
     writes = limit != _INF
     prepared = prepare(grads, in_place=writes)
     if foreach:
         _check_foreach(prepared)
     dtype = norm_dtype or prepared.dtype
-    if writes and not error_if_nonfinite and type(prepared) is Prepared:
+    if writes and not error_if_nonfinite:
         return prepared.clip_(grads, p, limit, dtype)
     reduced = prepared.reduce(p, limit, dtype)
     if error_if_nonfinite:
         _raise_if_nonfinite(grads, p, reduced.total)
     if writes:
         prepared.scale_(grads, reduced.coefficient)
-    return on_mesh(reduced.norm, prepared)
+    return prepared.returned(reduced.norm)
 
 
 @untraced
@@ -160,7 +151,7 @@ def get_total_norm(
     reduced = prepared.reduce(p, math.inf, wanted or prepared.dtype)
     if error_if_nonfinite:
         _raise_if_nonfinite(grads, p, reduced.total)
-    return on_mesh(reduced.norm, prepared)
+    return prepared.returned(reduced.norm)
 
 
 @untraced
@@ -272,7 +263,7 @@ def _pieces(grad: Tensor) -> Iterator[Tensor]:
     return pieces(grad.coalesce().values() if grad.layout is torch.sparse_coo else grad)
 
 
-def _check_foreach(prepared: Prepared | Sharded) -> None:
+def _check_foreach(prepared: Prepared) -> None:
     """Let torch itself raise where it has no foreach operations for a device, as it does for foreach=True."""
     for device in (device for device in prepared.devices if device.type not in ("cpu", "cuda")):
         originals.get_total_norm([torch.empty(1, device=device)], foreach=True)

@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastclip.core.gradients import Parameters, as_gradients, check_whole
-from fastclip.core.sharding import prepare
+from fastclip.core.checks import check_whole
+from fastclip.core.collect import as_gradients, owners_as_gradients
+from fastclip.core.owners import Parameters
+from fastclip.core.prepare import prepare
 from fastclip.foundation.arguments import check_count, check_real
 from fastclip.foundation.devices import on
 from fastclip.foundation.tracing import untraced
@@ -391,7 +393,7 @@ class Monitor:
             norms,
         ]
         if self.weights:
-            parts.append(on(like.device, prepare(self._parameters, in_place=False).norms()))
+            parts.append(on(like.device, prepare(owners_as_gradients(self.owners), in_place=False).norms()))
         return torch.cat(parts)
 
     def _judged(self, step: _Step) -> _Step:

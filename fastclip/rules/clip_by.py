@@ -15,8 +15,13 @@ import torch
 from torch import Tensor
 
 from fastclip.backends.interface import Bounds
-from fastclip.core.gradients import Gradients, Parameters, check_bounds, check_whole, collect, has_dtensors
-from fastclip.core.sharding import as_plain, prepare, present
+from fastclip.core.checks import check_bounds, check_whole
+from fastclip.core.collect import collect
+from fastclip.core.dtensors import as_plain
+from fastclip.core.gradients import Gradients
+from fastclip.core.owners import Parameters
+from fastclip.core.prepare import prepare
+from fastclip.core.sharding.sharded import present
 from fastclip.foundation.arithmetic import norm_of_norms, stable_norm
 from fastclip.foundation.devices import index_of, on, wide_dtype
 from fastclip.foundation.tracing import untraced
@@ -236,7 +241,7 @@ def apply_rule(
         rule = rule.for_groups(groups.labels)
     if not isinstance(rule, ClipByValue):  # which clips parts as well as wholes
         check_whole(grads)
-    if not grads.tensors and not has_dtensors(grads):
+    if not grads.tensors and not grads.has_dtensors:
         return _of_nothing(grads, groups)
     limits = _limits(rule, grads, groups) if isinstance(rule, ClipByValue) else None
     if limits is not None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from fastclip.core.gradients import warn_of_empty_iterator
+from fastclip.core.owners import warn_of_empty_iterator
 from fastclip.foundation.arguments import positive, real
 from fastclip.foundation.arithmetic import IN_FP32
 from fastclip.foundation.devices import wide_dtype

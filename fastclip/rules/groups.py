@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastclip.core.gradients import Owners
+from fastclip.core.owners import Owners
 from fastclip.foundation.arithmetic import norm_of_norms
 from fastclip.foundation.devices import for_graphs, index_of, upload
 from fastclip.foundation.tracing import kept

@@ -11,7 +11,8 @@ from torch import nn
 
 from fastclip.backends import choose
 from fastclip.core.clipping import clip_grad_norm_, clip_grad_value_
-from fastclip.core.gradients import Parameters, as_gradients, warn_of_empty_iterator
+from fastclip.core.collect import as_gradients
+from fastclip.core.owners import Parameters, warn_of_empty_iterator
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ is 2R + 1W: on a GPU two launches, and no sync.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,9 +18,13 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from fastclip.backends.interface import Unscaling
+from fastclip.core.checks import check_whole
 from fastclip.core.clipping import clip_grad_norm_
-from fastclip.core.gradients import Gradients, Parameters, check_whole, collect, has_dtensors
-from fastclip.core.plans import prepare
+from fastclip.core.collect import collect
+from fastclip.core.gradients import Gradients
+from fastclip.core.owners import Parameters
+from fastclip.core.planned import Planned
+from fastclip.core.prepare import prepare
 from fastclip.foundation.arguments import as_float, check_norm_dtype
 from fastclip.foundation.tracing import untraced
 from fastclip.training.optimizers import check_is_optimizer
@@ -77,7 +82,7 @@ def unscale_and_clip_grad_norm_(
     limit, p = as_float("max_norm", max_norm), _order(norm_type)
     check_norm_dtype(norm_dtype)
     grads = collect(optimizer.param_groups)
-    if not scaler.is_enabled() or has_dtensors(grads):
+    if not scaler.is_enabled() or grads.has_dtensors:
         scaler.unscale_(optimizer)
         return clip_grad_norm_(optimizer.param_groups, limit, p, norm_dtype=norm_dtype)
     norms: list[Tensor] = []
@@ -152,7 +157,7 @@ def clip_scaled_grad_norm_(
         if tensor.numel() != 1:
             raise ValueError(f"`{name}` must be one number, not a tensor of shape {tuple(tensor.shape)}")
     grads = collect(parameters)
-    if has_dtensors(grads):
+    if grads.has_dtensors:
         raise NotImplementedError(
             "gradients that are DTensors are unscaled by torch: call `unscale_`, then fastclip.clip_grad_norm_"
         )
@@ -166,7 +171,7 @@ def _clip(
     check_whole(grads)
     if not grads.tensors:
         return torch.zeros((), dtype=norm_dtype)
-    prepared = prepare(grads, in_place=True)
+    prepared = cast("Planned", prepare(grads, in_place=True))  # there are no DTensors
     inverse, found = inv_scale.detach().to(prepared.device, torch.float32), found_inf.to(prepared.device)
     unscaling = Unscaling(inverse.reshape(()), found.reshape(()))
     reduced = prepared.reduce(p, limit, norm_dtype or prepared.dtype, unscaling)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastclip.core.gradients import Owners, gradients_of, listed
+from fastclip.core.collect import gradients_of
+from fastclip.core.owners import Owners, list_owners
 from fastclip.foundation.arguments import positive, real
 from fastclip.foundation.devices import on
 from fastclip.foundation.tracing import untraced
@@ -316,7 +317,7 @@ class Attachment:
         """The optimizer's parameters and their groups; found anew only where the optimizer has other parameters."""
         ids = [list(map(id, group_["params"])) for group_ in optimizer.param_groups]
         if self._members is None or self._members[0] != ids:
-            owners = listed(optimizer.param_groups, "optimizer.param_groups")
+            owners = list_owners(optimizer.param_groups, "optimizer.param_groups")
             if self._names:
                 owners = owners._replace(names=_named(owners.tensors, self._names))
             if self.monitor is not None:
@@ -399,7 +400,7 @@ def _grouped(owners: Owners, rule: AnyRule | None) -> Groups:
 def _names_by_id(names: nn.Module | Iterable[tuple[str, Tensor]] | None) -> dict[int, str]:
     if names is None:
         return {}
-    owners = listed(names, "names")
+    owners = list_owners(names, "names")
     if owners.names is None:
         raise TypeError("`names` must be a model or its named_parameters()")
     return {id(tensor): name for tensor, name in zip(owners.tensors, owners.names, strict=True)}

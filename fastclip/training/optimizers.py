@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-from fastclip.core.gradients import Gradients, Owners
+from fastclip.core.gradients import Gradients
+from fastclip.core.owners import Owners
 from fastclip.foundation.tracing import untraced
 from fastclip.rules.formulas import AnyRule, ClipByValue
 from fastclip.rules.groups import Groups
