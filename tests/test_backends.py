@@ -374,7 +374,7 @@ def test_what_is_kept_is_bounded(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(cache, "_LEAST", 32)
     monkeypatch.setattr(prepare, "_cache", prepare.Cache())
     if leg.backend == "triton":
-        monkeypatch.setattr("fastclip.backends.triton.TABLES_KEPT", 8)
+        monkeypatch.setattr("fastclip.backends.triton.CACHED_TABLES", 8)
     held = [torch.ones(size, device=leg.device) for size in range(1, 30)]
     for tensor in held:
         fastclip.get_total_norm([tensor])
@@ -388,7 +388,7 @@ def test_what_is_kept_is_bounded(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> N
     if leg.backend == "triton":
         from fastclip.backends import triton
 
-        assert 0 < len(triton._kept.by_sizes) <= 8
+        assert 0 < len(triton._cache.by_sizes) <= 8
 
 
 def test_gradients_that_overlap_are_never_in_one_plan(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> None:

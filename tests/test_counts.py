@@ -69,7 +69,7 @@ def test_what_a_plan_does_beside_is_counted(counts: ModuleType, part: str, monke
     def measured() -> Any:
         """With nothing kept of gradients that lay where these do."""
         monkeypatch.setattr(prepare, "_cache", prepare.Cache())
-        monkeypatch.setattr(triton, "_kept", triton._KeptTables())
+        monkeypatch.setattr(triton, "_cache", triton._TableCache())
         counted, _ = counts.main([3])[row]
         return counted
 

@@ -1,8 +1,11 @@
-"""What a backend must offer, and the rule of the global norm that all of them share.
+"""What a backend must offer.
 
-A backend is a module with two functions: ``obstacle(device)`` tells why it cannot serve a device, or None, and
-``plan(tensors)`` takes tensors of one device that do not overlap and returns a `Plan` for them. It may tell in ``HERE``
-how it works on this machine.
+A backend is a module with two functions:
+
+- ``obstacle(device: torch.device) -> str | None``: why it cannot serve a device; None if it can.
+- ``plan(tensors: list[Tensor]) -> Plan``: a plan for tensors of one device that do not overlap in memory.
+
+It may have a string ``HERE``, which says in a few words how it works on this machine.
 """
 
 from __future__ import annotations
@@ -16,16 +19,16 @@ from torch import Tensor
 from fastclip.foundation.devices import Scalar
 
 Bounds: TypeAlias = float | Sequence[float]
-"""A bound of values: one for all gradients, or one for each."""
+"""A bound of values: one for all gradients, or one for each gradient."""
 
 
 class Reduction(NamedTuple):
-    """What one pass over gradients leaves.
+    """The result of one pass over gradients.
 
     Attributes:
-        norm: The norm as it is returned: 0-dim, on the gradients' device, in the dtype asked for.
-        total: The same norm before it was rounded to that dtype.
-        coefficient: ``min(max_norm / (total + 1e-6), 1)``; NaN where the norm is, but 1 where max_norm is infinite.
+        norm: The norm to return: 0-dim, on the gradients' device, in the requested dtype.
+        total: The same norm, before it was rounded to that dtype.
+        coefficient: ``min(max_norm / (total + 1e-6), 1)``. NaN if the norm is NaN. 1 if max_norm is infinite.
     """
 
     norm: Tensor
@@ -34,11 +37,11 @@ class Reduction(NamedTuple):
 
 
 class Unscaling(NamedTuple):
-    """How gradients that carry a loss scale get rid of it, and who is to know that one of them is not finite.
+    """How to take the loss scale off gradients.
 
     Attributes:
-        inv_scale: What they are to be multiplied by: 0-dim, fp32, on the gradients' device.
-        found_inf: Becomes 1 where a gradient is not finite, and else stays as it is: 0-dim, fp32, on the same device.
+        inv_scale: One over the scale: 0-dim, fp32, on the gradients' device.
+        found_inf: A flag that is set to 1 if a gradient is not finite: 0-dim, fp32, on the same device.
     """
 
     inv_scale: Tensor
@@ -51,18 +54,18 @@ class Plan(Protocol):
     device: torch.device
 
     def moved(self, addresses: list[int]) -> Plan | None:
-        """Return a plan for gradients that differ from this one's in their addresses only, [gradients].
+        """Return a plan for gradients that differ from this plan's by their addresses only.
 
-        Of addresses it is None where gradients there have no memory, or share it, or are not aligned to their elements.
+        Return None if a gradient at these addresses has no memory, overlaps another one, or is not aligned.
         """
 
     def captured(self) -> Plan:
-        """Return a plan for the same gradients that a CUDA graph may replay: nobody else works in its memory."""
+        """Return a plan for the same gradients with a workspace of its own, so that a CUDA graph may replay it."""
 
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype, unscaling: Unscaling | None = None) -> Reduction:
-        """Read every gradient once for the p-norm of all of them. For p = 0 that is the number of nonzero tensors.
+        """Read every gradient once for the p-norm of all. For p = 0 it is the number of tensors that are not all zero.
 
-        With `unscaling`, for p at least 1, it is the norm without the loss scale, which the coefficient takes off, too.
+        With `unscaling` (p at least 1), the norm is that without the loss scale, and the coefficient takes it off.
         """
 
     def clip_(self, p: float, max_norm: float, dtype: torch.dtype) -> Tensor:
@@ -72,22 +75,22 @@ class Plan(Protocol):
         return reduced.norm
 
     def norms(self) -> Tensor:
-        """Read every gradient once for the 2-norm of each: fp64 where the device has it, in memory that stays as it is.
+        """Read every gradient once for the 2-norm of each, [gradients], fp64 if the device has it.
 
-        On a GPU that is one launch more than `reduce`.
+        On a GPU that is one launch more than `reduce`. The memory of the result is not reused by later calls.
         """
 
     def scale_(self, coefficient: Scalar) -> None:
-        """Multiply the gradients by a coefficient, on whatever device it is; write nothing where it is 1.
+        """Multiply the gradients by a coefficient, which may be on any device. Write nothing if it is 1.
 
-        A tensor with one dimension holds a coefficient for each gradient.
+        A tensor of shape [gradients] has a coefficient for each gradient.
         """
 
     def clamp_(self, minimum: Bounds, maximum: Bounds, *, watch: bool = False) -> Tensor | None:
-        """Clamp the gradients to [minimum, maximum]; write nothing where nothing is outside.
+        """Clamp the gradients to [minimum, maximum]. Write only where something is out of bounds.
 
-        If `watch`, return flags on the device, of which one is set if any element was outside; valid until the next
-        call.
+        With `watch`, return flags on the device: one of them is set if any element was out of bounds. They are valid
+        until the next call.
         """
 
 

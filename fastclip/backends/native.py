@@ -1,6 +1,6 @@
-"""The native backend: the kernels in C, `kernels/cpu.h`, over tables that are made once.
+"""The native backend: kernels in C (`kernels/cpu.h`) over a table of the gradients' sizes and dtypes.
 
-A table depends on sizes and dtypes only. Addresses go along with each call, so that gradients that moved cost nothing.
+The table is made once. Addresses are arguments of each call, so gradients that moved cost nothing.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3
 """The position of each dtype among the element types of `kernels/cpu.h`."""
 
 CHUNK = 16_384  # elements, as in `kernels/cpu.h`
-TASK = 1 << 18  # bytes: what a thread takes at a time
-ALONE = 200_000  # elements: up to here to wake another thread takes longer than it saves
+TASK = 1 << 18  # bytes that a thread takes at a time
+ALONE = 200_000  # elements: below this, waking another thread takes longer than it saves
 
 _CPU = torch.device("cpu")
 
 
 def obstacle(device: torch.device) -> str | None:
-    """Why the native kernels cannot serve the device: they were not built, or it is not the CPU."""
+    """Why the native kernels cannot serve a device: they were not built, or it is not the CPU."""
     if native is None:
         return (
             f"its kernels are not there ({_missing}): install fastclip from its sources where there is a C compiler "
@@ -47,15 +47,15 @@ def obstacle(device: torch.device) -> str | None:
 
 
 def _entry_of_openmp() -> int:
-    """The address of `GOMP_parallel` in the OpenMP that torch itself calls; 0 where it has none of that name.
+    """The address of `GOMP_parallel` in the OpenMP library that torch calls; 0 if torch's OpenMP is not GNU's.
 
-    So there is one pool of threads, torch's, and `torch.set_num_threads` is obeyed. It is looked for where the linker
-    looks for torch: among what is loaded for all (an OpenMP that was preloaded comes first), then in what torch brings.
+    So there is a single thread pool, torch's, and `torch.set_num_threads` is obeyed. The search order is the linker's:
+    libraries loaded globally (a preloaded OpenMP comes first), then the library that torch ships.
     """
     for library in (None, os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")):
         try:
             entry = ctypes.CDLL(library).GOMP_parallel
-        except (OSError, AttributeError, TypeError):  # Windows cannot look among all
+        except (OSError, AttributeError, TypeError):  # Windows cannot search what is loaded globally
             continue
         return ctypes.cast(entry, ctypes.c_void_p).value or 0
     return 0
@@ -76,16 +76,20 @@ def plan(tensors: list[Tensor]) -> NativePlan:
 
 
 def lay_out(counts: np.ndarray[Any, Any], types: np.ndarray[Any, Any]) -> bytes:
-    """Lay out the table of gradients of `counts` elements, [gradients], of `TYPES`; see `Table` in `kernels/cpu.h`.
+    """Lay out a table: the numbers of rows, chunks, tasks and elements, then the rows, the chunks and the tasks.
 
-    Four numbers, of rows, chunks, tasks and elements, and then the rows, the chunks and the tasks.
+    See `Table` in `kernels/cpu.h`.
+
+    Args:
+        counts: The number of elements of each gradient, [gradients].
+        types: The index of each gradient's dtype in `TYPES`, [gradients].
     """
     chunks = -(-counts // CHUNK)
     row = np.repeat(np.arange(len(counts)), chunks)
     start = (np.arange(len(row)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * CHUNK
     itemsize = np.array([4, 2, 2, 8])[types[row]]
     ends = np.cumsum(np.minimum(CHUNK, counts[row] - start) * itemsize)
-    # A task ends with the chunk that brings it to its size.
+    # A task ends with the chunk that reaches its size.
     firsts = np.flatnonzero(np.diff(ends // TASK, prepend=-1, append=np.iinfo(np.int64).max))
     head = [len(counts), len(row), len(firsts) - 1, counts.sum()]
     parts = (head, np.stack([counts, types], 1), np.stack([row, start], 1), firsts)
@@ -93,12 +97,12 @@ def lay_out(counts: np.ndarray[Any, Any], types: np.ndarray[Any, Any]) -> bytes:
 
 
 class NativePlan(Plan):
-    """See `fastclip.backends.interface.Plan`. It holds addresses, and so keeps no gradient alive.
+    """See `fastclip.backends.interface.Plan`. It holds addresses, so it keeps no gradient alive.
 
     Attributes:
         table: See `lay_out`.
-        is_long: Whether several threads are worth waking.
-        addresses: Where the gradients are.
+        is_long: Whether several threads save time.
+        addresses: The address of each gradient.
     """
 
     device = _CPU
@@ -133,7 +137,9 @@ class NativePlan(Plan):
         inverse = 1.0
         if unscaling is not None:
             inverse = unscaling.inv_scale.item()
-            if not math.isfinite(total):  # exactly where a gradient is not: no norm of finite ones overflows
+            if not math.isfinite(
+                total
+            ):  # exactly if a gradient is not finite: the norm of finite ones does not overflow
                 unscaling.found_inf.fill_(1.0)
         total *= inverse
         return Reduction(on(_CPU, total).to(dtype), total, clip_coefficient(total, max_norm) * inverse)
@@ -167,7 +173,7 @@ _templates: dict[torch.dtype, Tensor] = {}
 
 
 def _empty(dtype: torch.dtype) -> tuple[Tensor, int]:
-    """A number that is to be written by its address: like one of which there is a template, which is made sooner."""
+    """A 0-dim tensor to be written by its address. `empty_like` of a template is faster than `empty`."""
     template = _templates.get(dtype)
     made = torch.empty((), dtype=dtype, device=_CPU) if template is None else torch.empty_like(template)
     address = address_of(made)

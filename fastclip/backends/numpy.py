@@ -1,8 +1,8 @@
-"""The NumPy backend: the fallback that needs nothing, where the native kernels were not built.
+"""The NumPy backend: the fallback that needs no compiler, for when the native kernels were not built.
 
-Each gradient is a zero-copy view of its memory, gone through in blocks. Squares are summed in fp32 over rows of at most
-ROW elements, in the lanes of BLAS, and from there on in fp64; a block whose squares left the range of fp32 is taken
-again in fp64. 16-bit floats, of which NumPy has one and is slow with it, are converted by torch, block by block.
+Each gradient is a zero-copy view of its memory, processed in blocks. Squares are summed in fp32 over rows of at most
+ROW elements (in the lanes of BLAS), then in fp64. If the squares of a block leave the range of fp32, the block is
+summed again in fp64. Torch converts 16-bit floats block by block: NumPy lacks bf16, and is slow with fp16.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from fastclip.foundation.memory import address_of
 Array: TypeAlias = npt.NDArray[Any]
 
 ROW = 2048  # elements whose squares are added in fp32
-BLOCK = 1 << 17  # elements that are in memory beside the gradients at a time: 1 MB in fp64
+BLOCK = 1 << 17  # elements that are copied at a time: 1 MB in fp64
 
-# A sum of squares above this lost less than 2**-24 of itself to fp32's subnormal numbers.
+# A sum of squares above this has lost less than 2**-24 of itself to the subnormal numbers of fp32.
 TINY = 2.0**-80
 
 
 def obstacle(device: torch.device) -> str | None:
-    """Why NumPy cannot serve the device: it sees the CPU's memory only."""
+    """Why NumPy cannot serve a device: it sees the CPU's memory only."""
     return None if device.type == "cpu" else "NumPy works on the CPU's memory only"
 
 
@@ -40,14 +40,14 @@ def plan(tensors: list[Tensor]) -> NumpyPlan:
     """Prepare plain CPU tensors that do not overlap.
 
     Raises:
-        RuntimeError: NumPy does not see what torch makes of tensors here.
+        RuntimeError: Tensors have no memory here, because a mode or function transform replaces them.
     """
     address_of(torch.ones(1, device="cpu"))
     return NumpyPlan([View(tensor) for tensor in tensors])
 
 
 class View:
-    """All elements of one gradient, in the order in which they lie in memory."""
+    """All elements of one gradient, in the order of their memory."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.dtype = tensor.dtype
@@ -56,11 +56,11 @@ class View:
         self._memory: Array = (flat.view(torch.int16) if tensor.dtype.itemsize == 2 else flat).numpy()
 
     def blocks(self) -> Iterator[slice]:
-        """Where the blocks are that it is gone through in."""
+        """The blocks, as slices of the elements."""
         return (slice(begin, begin + BLOCK) for begin in range(0, len(self._memory), BLOCK))
 
     def load(self, block: slice) -> Array:
-        """The elements of a block: in fp32 if they are 16-bit floats, else themselves."""
+        """The elements of a block: a copy in fp32 of 16-bit floats, else a view."""
         x = self._memory[block]
         return torch.from_numpy(x).view(self.dtype).float().numpy() if self.dtype.itemsize == 2 else x
 
@@ -71,13 +71,13 @@ class View:
         self._memory[block] = x
 
     def rounded(self, value: float) -> Any:
-        """A number as the gradient's dtype has it, for computing with what `load` returns."""
+        """A number rounded to the gradient's dtype, in the dtype that `load` returns."""
         number = torch.tensor(value, dtype=torch.float64, device="cpu").to(self.dtype)
         return number.to(torch.float64 if self.is_wide else torch.float32).numpy()[()]
 
 
 class NumpyPlan(Plan):
-    """See `fastclip.backends.interface.Plan`. It views the gradients' memory, and so is used in one call only."""
+    """See `fastclip.backends.interface.Plan`. It holds views of the gradients, so it is used in one call only."""
 
     device = torch.device("cpu")
 
@@ -85,14 +85,14 @@ class NumpyPlan(Plan):
         self.views = views
 
     def moved(self, addresses: list[int]) -> NumpyPlan:
-        raise NotImplementedError("a plan that views memory is never kept")
+        raise NotImplementedError("a plan that views memory is never cached")
 
     def captured(self) -> NumpyPlan:
         raise RuntimeError("a CUDA graph cannot clip gradients on the CPU: clip them outside of the graph")
 
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype, unscaling: Unscaling | None = None) -> Reduction:
         norms = self._norms(p)
-        # A gradient's 0-norm counts its elements that are not 0; that of all counts the gradients that have any.
+        # The 0-norm of a gradient counts its nonzero elements. That of all gradients counts those with any.
         total = float(np.count_nonzero(norms)) if p == 0 else stable_norm(norms, p).item()
         if unscaling is not None:
             return reduction(on(self.device, total), max_norm, dtype, unscaling)
@@ -137,10 +137,10 @@ def _norm(x: Array, p: float) -> float:
         squares = float(np.vecdot(rows, rows).sum(dtype=np.float64)) + float(np.dot(rest, rest))
         if math.isnan(squares) or TINY < squares < math.inf:
             return math.sqrt(squares)
-    # By NumPy, whose sums do not depend on the number of threads.
-    magnitudes = x.astype(np.float64)  # a copy, worked on where it is: a block takes 1.5 MB, and not 3.5
+    # By NumPy: its sums do not depend on the number of threads.
+    magnitudes = x.astype(np.float64)  # a copy that is changed in place: 1.5 MB for a block instead of 3.5
     np.abs(magnitudes, out=magnitudes)
-    leading = float(magnitudes.max() if p > 0 else magnitudes.min())  # the largest power is its
+    leading = float(magnitudes.max() if p > 0 else magnitudes.min())  # it has the largest power
     if math.isinf(p):
         return leading
     scale = leading if 0 < leading < math.inf else 1.0
@@ -156,22 +156,22 @@ def _combined(norms: list[float], p: float) -> float:
 
 
 def _factors(coefficient: float, wide: type[Any]) -> tuple[Any, Any]:
-    """Two factors of a coefficient, of which none is subnormal: the norm of finite gradients reaches beyond 2**126."""
+    """Two factors of a coefficient, neither of them subnormal: the norm of finite gradients can exceed 2**126."""
     small = 2.0**-900 if wide is np.float64 else 2.0**-100
     power = small if abs(coefficient) < small else 1.0
     return wide(coefficient / power), wide(power)
 
 
 def _clamp(view: View, block: slice, low: Any, high: Any) -> bool:
-    """Clamp a block if anything in it is outside, and tell whether it was; a NaN stays one."""
+    """Clamp a block if an element is out of bounds, and return whether one was. NaN stays NaN."""
     x = view.load(block)
-    smallest, largest = np.fmin.reduce(x), np.fmax.reduce(x)  # but for NaN
+    smallest, largest = np.fmin.reduce(x), np.fmax.reduce(x)  # ignoring NaN
     is_outside = bool(smallest < low or largest > high)
-    if is_outside or np.isnan(low) or np.isnan(high):  # bounds that are NaN make NaN of everything
+    if is_outside or np.isnan(low) or np.isnan(high):  # a NaN bound makes everything NaN
         view.store(block, np.minimum(np.maximum(x, low), high))
     return is_outside
 
 
 def _quiet() -> np.errstate:
-    # Overflow and NaN are answers here, not accidents.
+    # Overflow and NaN are valid results here.
     return np.errstate(all="ignore")

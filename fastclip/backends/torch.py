@@ -1,4 +1,4 @@
-"""torch's own operations, tensor by tensor: for what is not plain memory, and for devices without a faster backend."""
+"""Torch's own operations, tensor by tensor: for tensors of any kind, and for devices without a faster backend."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fastclip.foundation.devices import Scalar, on, wide_dtype
 from fastclip.foundation.memory import pieces
 
 _OVERFLOW_PROOF = (1.0, 2.0, float("inf"), float("-inf"))
-"""Orders whose powers of narrower types neither overflow nor underflow in fp64."""
+"""Orders whose powers neither overflow nor underflow in fp64, for elements of narrower dtypes."""
 
 
 def obstacle(device: torch.device) -> str | None:  # noqa: ARG001 - the signature is the backends'
-    """None: torch serves every device it has."""
+    """None: torch serves every device."""
     return None
 
 
 def plan(tensors: list[Tensor]) -> TorchPlan:
-    """Prepare tensors of any kind; they may overlap, and are then scaled one after another."""
+    """Prepare tensors of any kind. They may overlap: they are scaled one after another."""
     return TorchPlan(tensors)
 
 
@@ -35,10 +35,10 @@ class TorchPlan(Plan):
         self.device = tensors[0].device
 
     def moved(self, addresses: list[int]) -> TorchPlan:
-        raise NotImplementedError("a plan that holds tensors is never kept")
+        raise NotImplementedError("a plan that holds tensors is never cached")
 
     def captured(self) -> TorchPlan:
-        raise NotImplementedError("a plan that holds tensors is never kept")
+        raise NotImplementedError("a plan that holds tensors is never cached")
 
     @torch.no_grad()
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype, unscaling: Unscaling | None = None) -> Reduction:
@@ -54,14 +54,14 @@ class TorchPlan(Plan):
     def scale_(self, coefficient: Scalar) -> None:
         coefficients = on(self.device, coefficient).expand(len(self.tensors))
         for tensor, own in zip(map(_real, self.tensors), coefficients.unbind(), strict=True):
-            # As on the other backends: in two factors where one would not be a normal number.
+            # As on the other backends: two factors, if a single one would be subnormal.
             small = 2.0**-900 if tensor.dtype.to_real() == torch.float64 else 2.0**-100
             power = torch.where(own.abs() < small, torch.full_like(own, small), torch.ones_like(own))
             wide = IN_FP32.get(tensor.dtype)
             if wide is None:
                 tensor.mul_(own / power).mul_(power)
                 continue
-            for piece in pieces(tensor):  # `mul_` would round the coefficient to the tensor's own precision first
+            for piece in pieces(tensor):  # `mul_` would first round the coefficient to the tensor's own dtype
                 piece.copy_(piece.to(wide).mul_(own / power).mul_(power))
 
     @torch.no_grad()
@@ -77,22 +77,23 @@ class TorchPlan(Plan):
 
 
 def _real(tensor: Tensor) -> Tensor:
-    """Real and imaginary parts of a complex tensor, which are what is scaled.
+    """The real and imaginary parts of a complex tensor as a real view; any other tensor unchanged.
 
-    A complex product by c + 0i would spread an infinity or a NaN from one part to the other, also where c is 1.
+    The parts are what is scaled. A complex product by c + 0i spreads an infinity or NaN from one part to the other,
+    even if c is 1.
     """
     if not tensor.is_complex():
         return tensor
-    # Scaling by a real number does not mind whether the imaginary part is stored with the opposite sign.
+    # To scale by a real number, the sign with which the imaginary part is stored does not matter.
     return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
 
 
 def _norm(tensor: Tensor, p: float) -> Tensor:
-    """The norm in fp64, where the device has it; for p = 0 the number of nonzero elements."""
+    """The p-norm in fp64 if the device has it; for p = 0 the number of nonzero elements."""
     parts = list(pieces(tensor))
     if len(parts) == 1:
         return _norm_of_piece(tensor, p)
-    # Where one is put next to the other: left where they are made, among temporaries, they keep a heap from shrinking.
+    # In one tensor: small results left between large temporaries would keep the heap from shrinking.
     norms = torch.empty(len(parts), dtype=wide_dtype(tensor.device), device=tensor.device)
     for i, piece in enumerate(parts):
         norms[i] = _norm_of_piece(piece, p)
@@ -101,7 +102,7 @@ def _norm(tensor: Tensor, p: float) -> Tensor:
 
 def _norm_of_piece(tensor: Tensor, p: float) -> Tensor:
     wide = wide_dtype(tensor.device)
-    if p == 0:  # not `vector_norm`, which warns that it casts complex numbers
+    if p == 0:  # `vector_norm` would warn that it casts complex numbers
         return tensor.count_nonzero().to(wide)
     if p not in _OVERFLOW_PROOF or tensor.dtype.to_real() == wide or wide != torch.float64:
         return stable_norm(tensor.to(wide.to_complex() if tensor.is_complex() else wide), p)

@@ -1,6 +1,7 @@
-"""The Triton backend: plans whose gradients' addresses lie on the device, and which launch the kernels.
+"""The Triton backend: tables on the device, and kernels launched over them.
 
-When gradients have moved, 16 bytes a tensor are uploaded; the tables that depend on sizes and element types only stay.
+One table has the gradients' addresses: if gradients move, 16 bytes a tensor are uploaded. The other tables depend on
+sizes and dtypes only, and stay.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from fastclip.foundation.devices import Scalar, for_graphs, on, stream_of, uploa
 from fastclip.foundation.memory import overlapping
 
 SEGMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-"""The position of each dtype in `fastclip.kernels.table.ELEMENT_SIZES` and `TYPES`."""
+"""The index of each dtype in `fastclip.kernels.table.ELEMENT_SIZES` and `TYPES`."""
 
 PROGRAMS_PER_SM = {"reduce_kernel": 4, "tensor_norms_kernel": 4, "apply_kernel": 5, "clamp_kernel": 4}
-"""As many as an SM has registers for, whatever the variant."""
+"""The number of programs that an SM has registers for, in every variant of the kernel."""
 PROGRAMS_ON_CPU = 5  # without a GPU: odd and small, so that programs take several chunks and unequal shares
-TABLES_KEPT = 512  # a thread: some clip each parameter by itself
-PLACES_KEPT = 2048  # gradients whose addresses are kept on the device, for each table: of models that are alike
+CACHED_TABLES = 512  # in each thread: some programs clip each parameter by itself
+CACHED_ROWS = 2048  # gradients whose addresses stay on the device, in each table: for several models of equal sizes
 
 
 def obstacle(device: torch.device) -> str | None:
-    """Why Triton cannot run on the device: it is not installed, or has no driver for it."""
+    """Why Triton cannot serve a device: it is not installed, or has no driver for it."""
     if find_spec("triton") is None:
         return "Triton is not installed (`pip install triton` on Linux; a CUDA build of torch brings it)"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -47,7 +48,7 @@ def _driver_obstacle(device_type: str) -> str | None:
 
     try:
         target = driver.active.get_active_torch_device().type
-    except Exception as error:  # noqa: BLE001 - it compiles and loads a driver, which fails in many ways
+    except Exception as error:  # noqa: BLE001 - Triton compiles and loads a driver, which fails in many ways
         reason = f"{type(error).__name__}: {error}"
         return f"Triton has no active driver ({reason}); TRITON_INTERPRET=1 runs its kernels on the CPU, slowly"
     return None if target == device_type else f"Triton's active driver serves {target}"
@@ -59,7 +60,7 @@ def plan(tensors: list[Tensor]) -> TritonPlan:
 
 
 class TritonPlan(Plan):
-    """See `fastclip.backends.interface.Plan`. It holds addresses, and so keeps no gradient alive."""
+    """See `fastclip.backends.interface.Plan`. It holds addresses, so it keeps no gradient alive."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.device = tensors[0].device
@@ -76,7 +77,7 @@ class TritonPlan(Plan):
 
     def captured(self) -> TritonPlan:
         plan = copy.copy(self)
-        plan.tables = self.tables.with_memory_of_its_own()
+        plan.tables = self.tables.with_own_workspace()
         return plan
 
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype, unscaling: Unscaling | None = None) -> Reduction:
@@ -101,7 +102,7 @@ class TritonPlan(Plan):
 
     def scale_(self, coefficient: Scalar) -> None:
         tables = self.tables
-        own = tables.coefficient  # as `reduce` left it: where and what it is needs no look
+        own = tables.coefficient  # written by `reduce`: its device and dtype need no check
         coefficients = own if coefficient is own else on(self.device, coefficient)
         stride = coefficients.stride(0) if coefficients.dim() else 0
         arguments = (*_addresses(tables.chunks, self.rows, coefficients), stride, *tables.ends)
@@ -124,14 +125,14 @@ class TritonPlan(Plan):
         return changed
 
     def _launch(self, kernel: str, variant: tuple[object, ...], most: int, arguments: tuple[Any, ...]) -> None:
-        """Launch a kernel, by `most` programs at most, on the gradients' device and the stream of the tables.
+        """Launch a kernel on the gradients' device and the tables' stream, with at most `most` programs.
 
-        Triton looks at every argument to find which variant of a kernel they need, which takes longer than the launch.
-        Here that follows from `variant` alone: all other arguments are numbers, always of the same types, and not
-        specialised.
+        Triton inspects all arguments to find the compiled variant of a kernel, which takes longer than the launch. Here
+        the variant follows from `variant` alone: all other arguments are numbers of fixed types that Triton does not
+        specialise on. So the compiled kernel is cached by it and launched directly.
         """
         if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
-            with torch.cuda.device(self.device):  # on which Triton launches
+            with torch.cuda.device(self.device):  # Triton launches on the current device
                 self._launch(kernel, variant, most, arguments)
             return
         tables = self.tables
@@ -143,7 +144,7 @@ class TritonPlan(Plan):
         programs = min(most, _programs(self.device, kernel))
         try:
             compiled = _kernel(kernel)[programs, 1, 1](*arguments, **tables.options)
-        except BaseException:  # the interpreter may have been interrupted midway
+        except BaseException:  # an interrupted interpreter may leave the workspace in any state
             tables.allocate()
             raise
         if tables.driver:
@@ -151,22 +152,22 @@ class TritonPlan(Plan):
 
 
 def _addresses(*memory: Tensor | None) -> list[int | None]:
-    """Where memory lies, as the kernels take it: see `fastclip.kernels.table`."""
+    """Addresses as the kernels take them: see `fastclip.kernels.table`."""
     return [None if tensor is None else tensor.data_ptr() for tensor in memory]
 
 
 class Tables:
-    """What depends on sizes and dtypes only: the chunk map, and the memory that the kernels work in.
+    """What depends on sizes and dtypes only: the chunk map, and the kernels' workspace.
 
     Attributes:
         chunks, ends: See `fastclip.kernels.table.Layout`; `chunks` is on the device.
-        partials: One fp64 a chunk, for its norm.
-        ticket: A counter of the programs that are done, 0 between launches.
-        state: The last norm and its coefficient, in fp64; `total` and `coefficient` are views of it.
-        driver: Triton's; None under its interpreter.
-        stream: The handle of the stream that they are used on; 0 where there are none.
+        partials: Workspace: the norm of each chunk, fp64.
+        ticket: Workspace: the number of programs that have finished; 0 between launches.
+        state: Workspace: the last norm and its coefficient, fp64. `total` and `coefficient` are views of it.
+        driver: Triton's driver; None under its interpreter.
+        stream: The handle of the stream that they are used on; 0 if the device has no streams.
         types: Triton's name of each dtype, by its segment.
-        launches: What launches each variant of a kernel, once it was launched.
+        launches: The compiled kernel of each variant that was launched before.
     """
 
     def __init__(self, device: torch.device, stream: int, numels: Sequence[int], dtypes: Sequence[torch.dtype]) -> None:
@@ -190,7 +191,7 @@ class Tables:
         self._rows: OrderedDict[tuple[int, int], tuple[list[int], Tensor]] = OrderedDict()
 
     def allocate(self) -> None:
-        """Take fresh memory to work in, in the state that every launch finds and leaves."""
+        """Allocate the workspace, in the state that every launch expects and leaves behind."""
         for scratch in ("changed", "counts"):
             self.__dict__.pop(scratch, None)
         device, chunks = self.chunks.device, len(self.chunks)
@@ -200,7 +201,7 @@ class Tables:
         self.total, self.coefficient = self.state.unbind()
 
     def rows_at(self, addresses: list[int]) -> Tensor | None:
-        """The rows of the table for gradients at these addresses; None where they cannot be served there."""
+        """The table's rows for gradients at these addresses; None if they are unaligned, overlap or have no memory."""
         place = (addresses[0], addresses[-1])
         known = self._rows.get(place)
         if known is not None and known[0] == addresses:
@@ -212,15 +213,15 @@ class Tables:
         return None
 
     def upload_rows(self, addresses: list[int]) -> Tensor:
-        """The same of addresses where they can be; kept for the next time that they are there."""
+        """The table's rows for valid addresses; cached for the next time that gradients have these addresses."""
         rows = upload(np.stack([np.array(addresses), self._numels], axis=1), self.chunks.device)
         self._rows[addresses[0], addresses[-1]] = addresses, rows
-        while len(self._rows) * len(addresses) > PLACES_KEPT and len(self._rows) > 1:
+        while len(self._rows) * len(addresses) > CACHED_ROWS and len(self._rows) > 1:
             self._rows.popitem(last=False)
         return rows
 
-    def with_memory_of_its_own(self) -> Tables:
-        """Return tables for the current stream that share with these what is only read."""
+    def with_own_workspace(self) -> Tables:
+        """Return tables for the current stream that share only what the kernels do not write."""
         tables = copy.copy(self)
         tables.stream = stream_of(self.chunks.device)
         tables.allocate()
@@ -228,45 +229,47 @@ class Tables:
 
     @cached_property
     def counts(self) -> Tensor:
-        """One fp64 a chunk, all 0 between launches: what the 0-norm counts in."""
+        """Workspace of the 0-norm: one fp64 a chunk, all 0 between launches."""
         return torch.zeros_like(self.partials)
 
     @cached_property
     def slices(self) -> Tensor:
-        """First chunk and number of chunks of each tensor, on the device."""
+        """The first chunk and the number of chunks of each tensor, on the device."""
         return upload(self._layout.slices, self.chunks.device)
 
     @cached_property
     def changed(self) -> Tensor:
-        """A flag of each program's: whether it clamped anything."""
+        """One flag for each program: whether it clamped an element."""
         programs = _programs(self.chunks.device, "clamp_kernel")
-        return torch.zeros(programs, dtype=torch.int32, device=self.chunks.device)  # those not launched leave it 0
+        return torch.zeros(
+            programs, dtype=torch.int32, device=self.chunks.device
+        )  # 0 for programs that are not launched
 
 
-class _KeptTables(threading.local):
-    """Tables belong to a thread, and to a stream: two launches that may run at once must not share their memory."""
+class _TableCache(threading.local):
+    """Tables belong to a thread and a stream: two launches that may run at once must not share a workspace."""
 
     def __init__(self) -> None:
         self.by_sizes: OrderedDict[object, Tables] = OrderedDict()
 
 
-_kept = _KeptTables()
+_cache = _TableCache()
 
 
 def _tables(device: torch.device, numels: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tables:
     stream = stream_of(device)
     key = (device, stream, numels, dtypes)
-    if key not in _kept.by_sizes:
-        _kept.by_sizes[key] = Tables(device, stream, numels, dtypes)
-        while len(_kept.by_sizes) > TABLES_KEPT:
-            _kept.by_sizes.popitem(last=False)
-    _kept.by_sizes.move_to_end(key)
-    return _kept.by_sizes[key]
+    if key not in _cache.by_sizes:
+        _cache.by_sizes[key] = Tables(device, stream, numels, dtypes)
+        while len(_cache.by_sizes) > CACHED_TABLES:
+            _cache.by_sizes.popitem(last=False)
+    _cache.by_sizes.move_to_end(key)
+    return _cache.by_sizes[key]
 
 
 @lru_cache(maxsize=8)
 def _bounds(device: torch.device, minimums: tuple[float, ...], maximums: tuple[float, ...]) -> Tensor:
-    """Minimum and maximum of each tensor, [tensors, 2], uploaded once."""
+    """The minimum and maximum of each tensor, [tensors, 2], on the device; cached."""
     return upload(np.stack([minimums, maximums], axis=1), device, for_every_stream=True)
 
 
@@ -285,10 +288,10 @@ def _kernel(name: str) -> Any:
 
 @cache
 def _programs(device: torch.device, kernel: str) -> int:
-    """How many programs a device runs at once, or the prime below.
+    """The number of programs that a device runs at once, or the largest prime below it.
 
-    Chunks are dealt out in turns, and their sizes repeat with a model's layers: were the period to share a factor with
-    the number of programs, some would get all the full chunks.
+    Chunks are distributed round-robin, and their sizes repeat with the layers of a model. If the period and the number
+    of programs had a common factor, some programs would get all the full chunks.
     """
     if device.type != "cuda":
         return PROGRAMS_ON_CPU

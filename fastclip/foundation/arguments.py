@@ -1,4 +1,4 @@
-"""Numbers and dtypes that a caller passed: taken as floats, or refused by the argument's name."""
+"""Checks of numbers and dtypes that a caller passed; errors name the argument."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 def as_float(name: str, value: object) -> float:
-    """Return a number that the caller passed by this name, as torch takes it.
+    """Return a number as a float. Like torch, accept anything that `float` accepts.
 
     Raises:
-        TypeError: It is not a number.
-        ValueError: It is a string that is not a number, or a tensor of several.
+        TypeError: `value` is not a number.
+        ValueError: It is a string that is not a number, or a tensor of several elements.
     """
     try:
         return float(value.detach() if isinstance(value, Tensor) else value)  # type: ignore[arg-type]  # as torch does
@@ -23,21 +23,21 @@ def as_float(name: str, value: object) -> float:
 
 
 def check_norm_dtype(dtype: torch.dtype | None, name: str = "norm_dtype") -> None:
-    """Refuse what a norm cannot be of, and the caller passed by this name.
+    """Raise unless a dtype is one that a norm can have; None is accepted.
 
     Raises:
-        TypeError: It is no floating-point dtype.
+        TypeError: `dtype` is not a floating-point dtype.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"`{name}` must be a floating-point dtype such as torch.float32, not {dtype!r}")
 
 
 def positive(name: str, value: object) -> float:
-    """Return a finite number above 0.
+    """Return a finite number above 0 as a float.
 
     Raises:
         TypeError: `value` is not a number.
-        ValueError: It is not above 0, or not finite.
+        ValueError: `value` is not above 0, or not finite.
     """
     number = real(name, value)
     if not 0 < number < math.inf:
@@ -46,14 +46,13 @@ def positive(name: str, value: object) -> float:
 
 
 def real(name: str, value: object) -> float:
-    """Return a number as a float.
+    """Return a number as a float. Strings and booleans are refused.
 
     Raises:
         TypeError: `value` is not a number.
-        ValueError: It is beyond the range of floats.
+        ValueError: `value` is beyond the range of floats.
     """
     try:
-        # float() takes text and booleans too, which are mistakes here.
         return float(None if isinstance(value, (str, bytes, bool)) else value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise TypeError(f"`{name}` must be a real number, or one for each group, not {value!r}") from None
@@ -62,21 +61,21 @@ def real(name: str, value: object) -> float:
 
 
 def check_real(name: str, value: object) -> None:
-    """Refuse what is no real number.
+    """Raise unless a value is a real number.
 
     Raises:
-        TypeError: It is text, a boolean, complex or something else.
+        TypeError: `value` is a string, a boolean, complex or something else.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"`{name}` must be a real number, not {value!r}")
 
 
 def check_count(name: str, value: object) -> None:
-    """Refuse what is no whole number from 1 on.
+    """Raise unless a value is a positive integer.
 
     Raises:
-        TypeError: It is not a whole number.
-        ValueError: It is below 1.
+        TypeError: `value` is not an integer.
+        ValueError: `value` is below 1.
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"`{name}` must be a whole number, not {value!r}")

@@ -1,4 +1,4 @@
-"""The memory of tensors: where it lies, what shares it, and how to go through it in pieces."""
+"""The memory of tensors: its address, what overlaps, and how to traverse it in pieces."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Int64s: TypeAlias = npt.NDArray[np.int64]
 
 
 def address_of(made: Tensor) -> int:
-    """Where a tensor that was just made lies.
+    """The address of a tensor that was just made.
 
     Raises:
-        RuntimeError: It has no memory: a mode or transform has made something else of it.
+        RuntimeError: It has no memory, because a mode or function transform replaces tensors by others.
     """
     try:
         address = made.data_ptr() if type(made) is Tensor else 0
@@ -32,20 +32,20 @@ def address_of(made: Tensor) -> int:
 
 
 def overlapping(starts: Int64s, sizes: Int64s) -> set[int]:
-    """Positions of the tensors, of nonzero sizes in bytes, whose memory begins within that of another one."""
-    order = starts.argsort(kind="stable")  # which is quick where they are nearly in order
+    """The indices of the tensors that begin inside of another one, given addresses and nonzero sizes in bytes."""
+    order = starts.argsort(kind="stable")  # fast for addresses that are almost sorted
     ends = np.maximum.accumulate((starts + sizes)[order])
     return set(order[1:][starts[order][1:] < ends[:-1]].tolist())
 
 
 PIECE = 1 << 18
-"""Elements of a gradient that torch's operations, which leave temporaries of that size, go through at a time."""
+"""The number of elements that torch's operations work on at a time. It bounds their temporaries."""
 
 
 def pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """Views that make up a tensor, of at most `PIECE` elements each, cut where the strides are largest.
+    """Split a tensor into views of at most `PIECE` elements, along the dimensions with the largest strides.
 
-    A tensor of a class other than torch's own stays whole.
+    A tensor subclass is not split.
     """
     if tensor.numel() <= PIECE or type(tensor) not in (Tensor, torch.nn.Parameter):
         yield tensor

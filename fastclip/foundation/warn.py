@@ -1,4 +1,4 @@
-"""Warnings that point at the caller's own line, however deep inside of fastclip or torch they come up."""
+"""Warnings that point at the caller's own line, however deep inside of fastclip or torch they arise."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import sys
 import warnings
 from types import FrameType
 
-_OURS = frozenset({"fastclip", "torch", "typing_extensions"})  # by the last torch marks what is deprecated
+_OURS = frozenset({"fastclip", "torch", "typing_extensions"})  # torch marks deprecated functions by the last
 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn of the line, outside of fastclip and torch, that led here."""
+    """Warn at the innermost line that is outside of fastclip and torch."""
     level = 1
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:

@@ -32,7 +32,7 @@ from fastclip.backends.coefficient import EPS
 from fastclip.backends.interface import Bounds
 from fastclip.foundation.arguments import positive, real
 from fastclip.foundation.devices import for_graphs, upload
-from fastclip.foundation.tracing import kept
+from fastclip.foundation.tracing import cached_tensors
 from fastclip.foundation.warn import warn_caller
 from fastclip.rules.groups import By
 
@@ -336,7 +336,7 @@ def _check_order(minimum: float | Sequence[float], maximum: float | Sequence[flo
             raise ValueError(f"`clip_value_min`, {low}, is above `clip_value_max`, {high}")
 
 
-@kept(64)
+@cached_tensors(64)
 def _on(device: torch.device, bounds: tuple[float, ...]) -> Tensor:
     """The groups' bounds on a device, uploaded once."""
     return upload(np.array(bounds), device, for_every_stream=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastclip.core.owners import Owners
 from fastclip.foundation.arithmetic import norm_of_norms
 from fastclip.foundation.devices import for_graphs, index_of, upload
-from fastclip.foundation.tracing import kept
+from fastclip.foundation.tracing import cached_tensors
 
 By: TypeAlias = Literal["global", "parameter", "layer", "group"] | Callable[[str], Hashable] | Sequence[Hashable]
 """What a group is: all gradients ("global"), each by itself ("parameter"), those of one module ("layer": names that
@@ -123,7 +123,7 @@ def _labelled(labels: Sequence[Hashable]) -> Groups:
     return Groups(tuple(positions), of)
 
 
-@kept(64)
+@cached_tensors(64)
 def _levels(of: tuple[int, ...], count: int, device: torch.device) -> tuple[Tensor, ...]:
     """How to come from parameters to groups: matrices of positions, of which each row is combined to one norm.
 

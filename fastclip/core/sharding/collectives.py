@@ -1,13 +1,13 @@
-r"""Norms of parts, which several processes have, added up to the norm of the whole by one all-reduce.
+r"""From the norms of shards, which several processes have, to the norm of the whole, by one all-reduce.
 
-An all-reduce adds numbers up or takes the largest or least. A p-norm goes through it as a power,
+An all-reduce takes a sum, a maximum or a minimum. A p-norm goes through it as a power,
 
 .. math:: \|x\|_p = \Big(\sum_r \|x_r\|_p^p\Big)^{1/p},
 
-in fp64, in which the squares of norms of narrower types neither overflow nor underflow. Those of fp64 gradients may,
-and so may other powers: these go in several bins of magnitude, each scaled by a power of two that keeps its sum in the
-middle of fp64's range. The largest and the least norm go as the integers that their bits are, in which a NaN is larger
-than all numbers, or less: a floating-point maximum may pass over it.
+in fp64. There the squares of norms of narrower dtypes neither overflow nor underflow. The squares of fp64 norms may,
+and so may other powers: these are sorted into several bins of magnitude, each scaled by a power of two that keeps its
+sum in the middle of fp64's range. For the maximum and the minimum, norms go as the integers that have their bits: a
+floating-point maximum may ignore a NaN, but as an integer a NaN is larger than all numbers, or smaller.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastclip.foundation.arithmetic import stable_norm
-from fastclip.foundation.tracing import is_watched, kept
+from fastclip.foundation.tracing import cached_tensors, is_watched
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_REACH = 900  # the exponents of two between which a bin's powers lie: 2**123 of them can be added up
-_LEAST, _MOST = -1074, 1056  # exponents of the least and the largest norm, were it of 2**64 elements
+_REACH = 900  # powers in a bin lie between 2**-900 and 2**900, so 2**123 of them can be added
+_LEAST, _MOST = -1074, 1056  # exponents of the smallest norm, and of the largest norm of 2**64 elements
 
 
 class Code(NamedTuple):
-    """How norms travel through an all-reduce.
+    """How norms are encoded for an all-reduce.
 
     Attributes:
-        operation: What the all-reduce does.
-        neutral: The norm of a part without elements.
-        encode: From norms, [n], to what is reduced, [n, ...].
-        decode: Back to norms, [n].
+        operation: The operation of the all-reduce.
+        neutral: The norm of a shard without elements.
+        encode: From norms, [n], to the tensor that is reduced, [n, ...].
+        decode: From the reduced tensor to norms, [n].
     """
 
     operation: dist.ReduceOp.RedOpType
@@ -49,11 +49,11 @@ class Code(NamedTuple):
 
 @lru_cache
 def code_of(p: float, *, narrow: bool) -> Code:
-    """How p-norms (p ≠ 0), in fp64, travel.
+    """The code for p-norms in fp64.
 
     Args:
-        p: The order.
-        narrow: Whether they are norms of gradients narrower than fp64.
+        p: The order, not 0.
+        narrow: Whether the gradients are narrower than fp64.
     """
     if p == math.inf:
         return Code(dist.ReduceOp.MAX, 0.0, _bits, lambda bits: bits.view(torch.float64))
@@ -66,15 +66,15 @@ def code_of(p: float, *, narrow: bool) -> Code:
 
 
 def _bits(norms: Tensor) -> Tensor:
-    return norms.abs().view(torch.int64)  # without sign: of positive numbers, the larger has the larger bits
+    return norms.abs().view(torch.int64)  # without sign: the larger of two positive numbers has the larger bits
 
 
 def _bits_with_nan_least(norms: Tensor) -> Tensor:
-    return torch.where(norms.isnan(), -1, _bits(norms))  # the bits of -1 are a NaN's too
+    return torch.where(norms.isnan(), -1, _bits(norms))  # the bits of -1 are also those of a NaN
 
 
 def _binned(norms: Tensor, p: float) -> Tensor:
-    """The p-th powers of norms, [n, bins], each in its bin, in units of the p-th power of the bin's centre."""
+    """The p-th powers of norms, [n, bins]: each in its bin, divided by the p-th power of the bin's centre."""
     width, numbers, roots = _bins(p, norms.device)
     bins = (norms.log2() / width).round().clamp(numbers[0], numbers[-1]).unsqueeze(1)
     powers = (norms.unsqueeze(1) / roots / roots).pow(p)
@@ -86,11 +86,11 @@ def _unbinned(sums: Tensor, p: float) -> Tensor:
     return stable_norm(sums.pow(1 / p) * roots * roots, p, 1)
 
 
-@kept(128)
+@cached_tensors(128)
 def _bins(p: float, device: torch.device) -> tuple[float, Tensor, Tensor]:
-    """The bins' width, an exponent of two, their numbers, [bins], and the square roots of their centres, [bins].
+    """The width of a bin in powers of two, the bins' numbers, [bins], and the square roots of their centres, [bins].
 
-    Roots, because a centre itself may be beyond fp64.
+    Square roots, because a centre itself may exceed fp64.
     """
     width = 2 * _REACH / abs(p)
     least, most = round(_LEAST / width), round(_MOST / width)
@@ -99,11 +99,11 @@ def _bins(p: float, device: torch.device) -> tuple[float, Tensor, Tensor]:
 
 
 class Share(NamedTuple):
-    """Over what a part is to be reduced.
+    """The processes that something is reduced over.
 
     Attributes:
-        mesh: The mesh whose processes have the other parts.
-        dims: The dimensions of it over which they lie, those of one process left out.
+        mesh: Their mesh.
+        dims: The dimensions of the mesh to reduce over, without those of size 1.
     """
 
     mesh: DeviceMesh
@@ -111,13 +111,13 @@ class Share(NamedTuple):
 
 
 def all_reduce(parts: Sequence[Tensor], shares: Sequence[Share], operation: dist.ReduceOp.RedOpType) -> list[Tensor]:
-    """Reduce each part over its share of the processes: one all-reduce for each process group, in a fixed order.
+    """Reduce each part over its processes: one all-reduce for each process group, in a fixed order.
 
     Args:
-        parts: Each [n] or [n, k] with the same k, of any device, n the same on every process of the share; they may be
+        parts: Each [n] or [n, k] with the same k, on any device. All processes of a share have the same n. They may be
             overwritten.
-        shares: Over what each is reduced.
-        operation: What is done.
+        shares: The processes of each part.
+        operation: The operation of the all-reduce.
     """
     reduced = list(parts)
     rounds: dict[str, tuple[dist.ProcessGroup, DeviceMesh, list[int]]] = {}
@@ -126,7 +126,7 @@ def all_reduce(parts: Sequence[Tensor], shares: Sequence[Share], operation: dist
             rounds.setdefault(group.group_name, (group, share.mesh, []))[2].append(i)
     for group, mesh, members in rounds.values():
         pieces = [reduced[i] for i in members]
-        # To the mesh's kind of device, to which its groups' backend belongs: gradients may be offloaded to the CPU.
+        # The process groups' backend works on the mesh's type of device. Gradients may be offloaded to the CPU.
         on_mesh = [piece.to(mesh.device_type) for piece in pieces]
         buffer = on_mesh[0] if len(pieces) == 1 else torch.cat(on_mesh)
         buffer = all_reduced(buffer, operation, group)
@@ -137,11 +137,11 @@ def all_reduce(parts: Sequence[Tensor], shares: Sequence[Share], operation: dist
 
 
 def all_reduced(tensor: Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> Tensor:
-    """Reduce a tensor over a process group; it may be overwritten.
+    """Reduce a tensor over a process group; the tensor may be overwritten.
 
-    While anyone looks at torch's operations it is a functional collective, as those of DTensors are, so that it is
-    counted and recorded with them (`CommDebugMode`, make_fx). Else not, for that takes three times as long (gloo, 8
-    bytes: 58 µs, and 190).
+    While a mode sees torch's operations (`CommDebugMode`, make_fx) this is a functional collective, as DTensors use, so
+    that the mode counts or records it. Otherwise it is not: that takes three times as long (gloo, 8 bytes: 190 µs, not
+    58).
     """
     if is_watched():
         from torch.distributed import _functional_collectives as functional
@@ -154,9 +154,9 @@ def all_reduced(tensor: Tensor, operation: dist.ReduceOp.RedOpType, group: dist.
 
 
 def groups_of(share: Share) -> Iterable[dist.ProcessGroup]:
-    """The process groups that reach all of a share: a single one, if there is one, or one for each dimension.
+    """The process groups that cover a share: one group if one exists, else one for each dimension.
 
-    None is made: that would be a collective of its own, and costs memory on a GPU.
+    No new group is made: that would be a collective by itself, and would cost memory on a GPU.
     """
     mesh, dims = share
     if len(dims) > 1:
@@ -170,7 +170,7 @@ def groups_of(share: Share) -> Iterable[dist.ProcessGroup]:
 
 
 def _flattened(mesh: DeviceMesh, dims: tuple[int, ...]) -> DeviceMesh | None:
-    """The flattened mesh that somebody made of these dimensions, as DTensors themselves find it: torch's own affair."""
+    """The flattened mesh of these dimensions, if one was made before. DTensors find it by the same private function."""
     from torch.distributed.tensor import _redistribute
 
     find: Callable[[DeviceMesh, tuple[int, ...]], DeviceMesh | None] | None
