@@ -19,7 +19,7 @@ from torch import Tensor
 import fastclip
 from fastclip import backends
 from fastclip.backends import triton
-from fastclip.core import cache, clipping, prepare
+from fastclip.core import cache, nonfinite, prepare
 from fastclip.core.prepared import Prepared
 from fastclip.foundation import devices
 
@@ -246,7 +246,7 @@ class Graph:
             launch(*arguments)
 
         self.monkeypatch.setattr(TritonPlan, "_launch", record)
-        for module in (devices, cache, prepare, clipping):
+        for module in (devices, cache, prepare, nonfinite):
             self.monkeypatch.setattr(module, "is_capturing", lambda _: True)
         return self
 

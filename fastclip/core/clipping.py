@@ -7,7 +7,6 @@ README lists, under "Better than torch's", where results differ from torch's on 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,19 +15,16 @@ from fastclip.backends.coefficient import clip_coefficient
 from fastclip.core.checks import check_bounds
 from fastclip.core.collect import as_gradients, collect
 from fastclip.core.dtensors import as_plain
-from fastclip.core.gradients import Gradients
+from fastclip.core.nonfinite import raise_if_nonfinite
 from fastclip.core.owners import Parameters, warn_of_empty_iterator
 from fastclip.core.prepare import prepare
 from fastclip.core.prepared import Prepared
-from fastclip.core.sharding.sharded import local_parts
 from fastclip.foundation import originals
 from fastclip.foundation.arguments import as_float, check_norm_dtype
-from fastclip.foundation.devices import Scalar, is_capturing, on
-from fastclip.foundation.memory import pieces
+from fastclip.foundation.devices import on
 from fastclip.foundation.tracing import untraced
 
 _INF = math.inf
-_MOST_NAMED = 10  # culprits in an error message
 
 
 @untraced
@@ -47,29 +43,29 @@ def clip_grad_norm_(
         \|g\|_p = \Big(\sum_t \sum_i |g_{t,i}|^p\Big)^{1/p}, \qquad
         g_t \leftarrow g_t \cdot \min\Big(\frac{\text{max\_norm}}{\|g\|_p + 10^{-6}},\; 1\Big)
 
-    A drop-in replacement for :func:`torch.nn.utils.clip_grad_norm_`. The norm is accumulated in fp32 and fp64 whatever
-    the gradients' dtype, and does not overflow while they are finite. Nothing is written where the coefficient is 1.
+    A drop-in replacement for :func:`torch.nn.utils.clip_grad_norm_`. The norm is accumulated in fp32 and fp64 for every
+    dtype, and does not overflow if the gradients are finite. If the coefficient is 1, nothing is written.
 
     Args:
-        parameters: A tensor, an iterable of tensors or of (name, tensor) pairs, or a module; ``.grad`` is clipped.
-            Names, where given, are used in error messages.
-        max_norm: The largest norm allowed. ``inf`` only measures, and never writes, whatever the norm; 0 zeroes the
-            gradients; a negative one flips them.
+        parameters: A tensor, an iterable of tensors or of (name, tensor) pairs, or a module. Their ``.grad`` is
+            clipped. Names are used in error messages.
+        max_norm: The largest norm allowed. ``inf`` only measures and never writes; 0 zeroes the gradients; a negative
+            number flips their signs.
         norm_type: The order p: any real number, ``inf`` for max|g|, ``-inf`` for min|g|, 0 for the number of gradients
             with a nonzero element.
-        error_if_nonfinite: Raise, before any gradient is changed, where the norm is NaN or infinite. It looks at the
-            norm before its rounding to the returned dtype. On a GPU it waits for the device once.
-        foreach: Accepted for torch's sake; True raises on a device for which torch has no foreach operations.
-        norm_dtype: The dtype of the returned norm. By default torch's: the gradients' own, promoted where they differ.
+        error_if_nonfinite: Raise if the norm is NaN or infinite, before any gradient is changed. The norm is checked
+            before it is rounded to the returned dtype. On a GPU this is one sync.
+        foreach: Accepted for compatibility. True raises on a device for which torch has no foreach operations.
+        norm_dtype: The dtype of the returned norm. By default torch's: the gradients' own, promoted if they differ.
 
     Returns:
-        The norm before clipping: 0-dim, on the first gradient's device; ``tensor(0.)`` where there are no gradients.
-        Of DTensors on one mesh it is a DTensor, whose ``full_tensor()`` is the norm of the whole gradients.
+        The norm before clipping: 0-dim, on the first gradient's device; ``tensor(0.)`` if there are no gradients.
+        For DTensors on one mesh it is a DTensor: ``full_tensor()`` is the norm of the whole gradients.
 
     Raises:
-        RuntimeError: The norm is non-finite and `error_if_nonfinite`; or a gradient cannot be written in place.
-        TypeError: `parameters` holds something other than tensors, or a number or dtype is not one; or they are parts
-            of a model that FSDP1 has sharded.
+        RuntimeError: The norm is not finite and `error_if_nonfinite` is True; or a gradient cannot be written in place.
+        TypeError: `parameters` has an item that is not a tensor, or `max_norm` or `norm_type` is not a number, or
+            `norm_dtype` not a floating-point dtype; or the parameters are shards of a model under FSDP1.
         ValueError: `norm_type` or `max_norm` is a string that is not a number.
 
     Example:
@@ -94,7 +90,7 @@ def clip_grad_norm_(
         return prepared.clip_(grads, p, limit, dtype)
     reduced = prepared.reduce(p, limit, dtype)
     if error_if_nonfinite:
-        _raise_if_nonfinite(grads, p, reduced.total)
+        raise_if_nonfinite(grads, p, reduced.total)
     if writes:
         prepared.scale_(grads, reduced.coefficient)
     return prepared.returned(reduced.norm)
@@ -110,7 +106,7 @@ def get_total_norm(
     *,
     norm_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    r"""Return the norm of tensors, usually gradients, taken as one vector; nothing is written.
+    r"""Return the norm of tensors, usually gradients, taken as one vector. Nothing is written.
 
     .. math:: \|g\|_p = \Big(\sum_t \sum_i |g_{t,i}|^p\Big)^{1/p}
 
@@ -120,19 +116,19 @@ def get_total_norm(
     Args:
         tensors: A tensor, or an iterable of tensors or of (name, tensor) pairs. Their ``.grad`` is ignored.
         norm_type: The order p.
-        error_if_nonfinite: Raise where the norm is NaN or infinite.
-        foreach: Accepted for torch's sake.
-        dtype: The dtype of the result; by default the tensors' own, promoted where they differ. A coming version of
-            torch has it under this name (pull request 194033).
-        norm_dtype: The same, as `clip_grad_norm_` calls it.
+        error_if_nonfinite: Raise if the norm is NaN or infinite.
+        foreach: Accepted for compatibility.
+        dtype: The dtype of the result; by default the tensors' own, promoted if they differ. The name is that of a
+            future version of torch (pull request 194033).
+        norm_dtype: Another name of `dtype`, as in `clip_grad_norm_`.
 
     Returns:
-        The norm: 0-dim, on the first tensor's device; ``tensor(0.)`` where there are no tensors. Of DTensors on one
-        mesh it is a DTensor.
+        The norm: 0-dim, on the first tensor's device; ``tensor(0.)`` if there are no tensors. For DTensors on one mesh
+        it is a DTensor.
 
     Raises:
-        RuntimeError: The norm is non-finite and `error_if_nonfinite`.
-        TypeError: `tensors` holds something other than tensors, or a dtype is none of floating-point numbers.
+        RuntimeError: The norm is not finite and `error_if_nonfinite` is True.
+        TypeError: `tensors` has an item that is not a tensor, or a dtype is not a floating-point dtype.
         ValueError: `norm_type` is a string that is not a number, or `dtype` and `norm_dtype` differ.
     """
     p = as_float("norm_type", norm_type)
@@ -150,7 +146,7 @@ def get_total_norm(
         _check_foreach(prepared)
     reduced = prepared.reduce(p, math.inf, wanted or prepared.dtype)
     if error_if_nonfinite:
-        _raise_if_nonfinite(grads, p, reduced.total)
+        raise_if_nonfinite(grads, p, reduced.total)
     return prepared.returned(reduced.norm)
 
 
@@ -161,27 +157,27 @@ def clip_grads_with_norm_(
     total_norm: Tensor,
     foreach: bool | None = None,
 ) -> None:
-    r"""Scale gradients in place by a norm that is known already, as from :func:`get_total_norm`.
+    r"""Scale gradients in place by a norm that was taken before, as by :func:`get_total_norm`.
 
     .. math:: g_t \leftarrow g_t \cdot \min\Big(\frac{\text{max\_norm}}{\text{total\_norm} + 10^{-6}},\; 1\Big)
 
-    A drop-in replacement for :func:`torch.nn.utils.clip_grads_with_norm_`. The coefficient is computed in fp64 and
-    applied in fp32 (fp64 to fp64 gradients), whatever the dtype of `total_norm`.
+    A drop-in replacement for :func:`torch.nn.utils.clip_grads_with_norm_`. For every dtype of `total_norm` the
+    coefficient is computed in fp64 and applied in fp32 (in fp64 to fp64 gradients).
 
     Args:
         parameters: As in :func:`clip_grad_norm_`.
-        max_norm: The largest norm allowed; under ``inf`` nothing is written.
-        total_norm: The norm, a tensor of one element on any device, or a DTensor.
-        foreach: Accepted for torch's sake.
+        max_norm: The largest norm allowed. ``inf`` writes nothing.
+        total_norm: The norm: a tensor of one element on any device, or a DTensor.
+        foreach: Accepted for compatibility.
 
     Raises:
         RuntimeError: A gradient cannot be written in place.
-        TypeError: `parameters` holds something other than tensors, or a number is not one.
+        TypeError: `parameters` has an item that is not a tensor, or `max_norm` is not a number.
         ValueError: `total_norm` has more than one element.
     """
     limit = as_float("max_norm", max_norm)
     grads = collect(parameters)
-    # Ahead of a look at this process's gradients: a DTensor's number is asked for by all processes together.
+    # Before the check for gradients, which only some processes may have: `full_tensor` of a DTensor is a collective.
     total = as_plain(total_norm) if isinstance(total_norm, Tensor) else torch.tensor(total_norm, device="cpu")
     if total.numel() != 1:
         raise ValueError(f"`total_norm` must be one number, not a tensor of shape {tuple(total.shape)}")
@@ -203,19 +199,19 @@ def clip_grad_value_(
 
     .. math:: g_i \leftarrow \min(\max(g_i, -\text{clip\_value}), \text{clip\_value})
 
-    A drop-in replacement for :func:`torch.nn.utils.clip_grad_value_`. NaN stays NaN, infinities become the bound. One
-    pass, which writes only where something is out of bounds.
+    A drop-in replacement for :func:`torch.nn.utils.clip_grad_value_`. NaN stays NaN, infinities become the bound. It is
+    one pass, which writes only where something is out of bounds.
 
     Args:
         parameters: As in :func:`clip_grad_norm_`. Of a sparse gradient the values are clamped.
         clip_value: The largest magnitude allowed, in the units of the gradients, rounded to their dtype.
-        foreach: Accepted for torch's sake.
+        foreach: Accepted for compatibility.
 
     Raises:
         NotImplementedError: A gradient is complex.
-        RuntimeError: `clip_value` is beyond a gradient's dtype, or a gradient cannot be written in place; or it is a
-            DTensor whose sum is pending.
-        TypeError: `parameters` holds something other than tensors, or `clip_value` is not a number.
+        RuntimeError: `clip_value` exceeds a gradient's dtype, or a gradient cannot be written in place, or is a DTensor
+            with a pending sum.
+        TypeError: `parameters` has an item that is not a tensor, or `clip_value` is not a number.
         ValueError: `clip_value` is a string that is not a number.
     """
     bound = as_float("clip_value", clip_value)
@@ -229,41 +225,7 @@ def clip_grad_value_(
     prepared.clamp_(grads, -bound, bound)
 
 
-def _raise_if_nonfinite(grads: Gradients, p: float, total: Scalar) -> None:
-    if isinstance(total, Tensor) and is_capturing(total.device):
-        raise RuntimeError(
-            "`error_if_nonfinite` waits for the device, which is impossible while a CUDA graph is captured"
-        )
-    if math.isfinite(total):
-        return
-    parts = local_parts(grads)  # a look at DTensors themselves would be a collective
-    culprits = [i for i, part in enumerate(parts.tensors) if not all(piece.isfinite().all() for piece in _pieces(part))]
-    named = "; ".join(_describe(parts, index) for index in culprits[:_MOST_NAMED])
-    more = f"; and {len(culprits) - _MOST_NAMED} more" if len(culprits) > _MOST_NAMED else ""
-    if culprits:
-        reason = f"Non-finite: {named}{more}"
-    elif parts is grads:
-        reason = "Every gradient is finite, but their norm is beyond fp64"
-    else:
-        reason = "What this process has of them is finite: another one names the culprits, or the norm is beyond fp64"
-    raise RuntimeError(
-        f"The total norm of order {p} for gradients from `{grads.argument}` is non-finite, so it cannot be clipped. "
-        "To disable this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`. "
-        f"{reason}"
-    )
-
-
-def _describe(grads: Gradients, index: int) -> str:
-    counts = [(int(piece.isnan().sum()), int(piece.isinf().sum())) for piece in _pieces(grads.tensors[index])]
-    nans, infs = map(sum, zip(*counts, strict=True))
-    return f"{grads.label(index)} ({nans} NaN, {infs} inf)"
-
-
-def _pieces(grad: Tensor) -> Iterator[Tensor]:
-    return pieces(grad.coalesce().values() if grad.layout is torch.sparse_coo else grad)
-
-
 def _check_foreach(prepared: Prepared) -> None:
-    """Let torch itself raise where it has no foreach operations for a device, as it does for foreach=True."""
+    """Let torch raise its own error for a device that it has no foreach operations for."""
     for device in (device for device in prepared.devices if device.type not in ("cpu", "cuda")):
         originals.get_total_norm([torch.empty(1, device=device)], foreach=True)

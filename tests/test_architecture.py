@@ -1,0 +1,50 @@
+"""The house: imports go down through the packages, never up or round, and its picture is the present one."""
+
+from __future__ import annotations
+
+import importlib
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(not (ROOT / "docs").exists(), reason="the tests stand without the sources here")
+
+
+@pytest.fixture
+def architecture(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    return importlib.import_module("architecture")
+
+
+def test_imports_go_down(architecture: ModuleType) -> None:
+    """Also those inside of functions, and those for types only."""
+    rank = {layer: position for position, layer in enumerate(architecture.LAYERS)}
+    upwards = [
+        f"{module} imports {target}"
+        for module, targets in architecture.graph().items()
+        for target in targets
+        if rank[architecture.layer_of(target)] < rank[architecture.layer_of(module)]
+    ]
+    assert upwards == []
+
+
+def test_no_module_imports_itself_by_way_of_others(architecture: ModuleType) -> None:
+    TopologicalSorter(architecture.graph()).prepare()
+    with pytest.raises(CycleError):
+        TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
+
+
+def test_every_folder_is_a_layer(architecture: ModuleType) -> None:
+    folders = {path.name for path in (ROOT / "fastclip").iterdir() if (path / "__init__.py").exists()}
+    assert folders | {"kernels"} == set(architecture.LAYERS) - {""}
+
+
+def test_the_picture_is_the_present_one(architecture: ModuleType) -> None:
+    """And no line of it is cut: a module says in one line what it is for."""
+    drawn = architecture.draw()
+    assert "…" not in drawn
+    assert f"{architecture.BEGIN}{drawn}{architecture.END}" in architecture.DOCUMENT.read_text(encoding="utf-8")
