@@ -32,7 +32,7 @@ from torch.nn import functional
 
 import fastclip
 from fastclip.monitoring.history import Array, History
-from fastclip.monitoring.triggers import Report
+from fastclip.monitoring.interface import Report
 
 LENGTH = 200  # bytes that the gradient goes back through
 WIDTH = 96

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastclip.core.clipping import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
     from fastclip.monitoring.history import History
+    from fastclip.monitoring.interface import Report, TriggerError
     from fastclip.monitoring.monitor import Monitor
     from fastclip.monitoring.sinks import CSVFile, JSONLines, Sink, TensorBoard
-    from fastclip.monitoring.triggers import Above, Jump, NonFinite, Report, TriggerError, Vanishing
+    from fastclip.monitoring.triggers import Above, Jump, NonFinite, Vanishing
     from fastclip.rules.clip_by import (
         ClipResult,
         clip_by_global_norm_,
@@ -47,11 +48,11 @@ _HOMES = {
     "Jump": "fastclip.monitoring.triggers",
     "Monitor": "fastclip.monitoring.monitor",
     "NonFinite": "fastclip.monitoring.triggers",
-    "Report": "fastclip.monitoring.triggers",
+    "Report": "fastclip.monitoring.interface",
     "Rule": "fastclip.rules.formulas",
     "Sink": "fastclip.monitoring.sinks",
     "TensorBoard": "fastclip.monitoring.sinks",
-    "TriggerError": "fastclip.monitoring.triggers",
+    "TriggerError": "fastclip.monitoring.interface",
     "Vanishing": "fastclip.monitoring.triggers",
     "attach": "fastclip.training.attachment",
     "clip_by_global_norm": "fastclip.rules.functional",

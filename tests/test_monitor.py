@@ -396,13 +396,13 @@ def test_steps_on_several_devices() -> None:
 def test_when_the_host_looks(options: Any, looks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monitor = fastclip.Monitor(named(1), **options)
     seen = []
-    look = monitor._look
+    sync = monitor._sync
 
     def noted() -> None:
         seen.append(monitor.steps)
-        look()
+        sync()
 
-    monkeypatch.setattr(monitor, "_look", noted)
+    monkeypatch.setattr(monitor, "_sync", noted)
     series(monitor, [1.0] * 12)
     assert seen == looks
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastclip
 from fastclip import Above, Jump, NonFinite, Report, Vanishing
-from fastclip.monitoring.triggers import Trigger
+from fastclip.monitoring.interface import Trigger
 
 RULE = fastclip.ClipByGlobalNorm(1.0)
 STEPS = 60

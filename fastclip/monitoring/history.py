@@ -1,4 +1,4 @@
-"""What a monitor has seen, on the host: an array for each quantity, with an entry for each step."""
+"""The history of some steps, on the host: an array for each quantity, with one entry for each step."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from fastclip.rules.groups import Groups
 
 Array: TypeAlias = npt.NDArray[Any]
 Row: TypeAlias = dict[str, float | int | bool | None]
-"""A step for a sink. All rows of a monitor have the same keys; what a step lacks (a loss, say) is None."""
+"""A step for a sink. All rows of a monitor have the same keys; a missing value (no loss, say) is None."""
 
 _NAMED = 3  # groups that a summary names
 
 
 @dataclass(frozen=True)
 class History:
-    """Some successive steps; its ``str`` is a few lines to print.
+    """Successive steps; its ``str`` is a summary of a few lines.
 
-    S steps, P parameters, G groups, T triggers. What a step lacks is NaN: the loss where none was recorded, the norm of
-    a parameter without gradient, averages before there are any. `has_loss` and `present` tell this from a NaN that was
-    found.
+    S steps, P parameters, G groups, T triggers. Missing values are NaN: the loss if none was recorded, the norm of a
+    parameter without a gradient, the averages before the first value. `has_loss` and `present` tell a missing value
+    from a NaN that training produced.
 
     Attributes:
-        names: The parameters' names.
-        groups: Which parameters belong together, and the groups' labels.
-        triggers: What each trigger is, printed.
-        steps: The steps' numbers, [S], from 1 on.
+        names: The names of the parameters.
+        groups: Which parameters form which group, and the groups' labels.
+        triggers: The triggers, as strings.
+        steps: The steps' numbers, [S]; the first step of a run is 1.
         has_loss: Whether there was a loss, [S].
         has_coefficient: Whether gradients were clipped by norm, [S].
-        has_clipped_norm: Whether there were gradients of which the norm after clipping is known, [S].
+        has_clipped_norm: Whether there were gradients with a known norm after clipping, [S].
         present: Which parameters had a gradient, [S, P].
         loss: The loss, [S].
         norm: The 2-norm of all gradients before clipping, [S].
-        coefficient: The smallest that gradients were multiplied by, [S]; NaN where values were clipped, or nothing.
+        coefficient: The smallest coefficient of all groups, [S]; NaN if nothing was clipped, or only by value.
         clipped: Whether anything was clipped, [S].
-        clipped_norm: The 2-norm of all gradients after clipping, [S]; NaN where values were clipped.
-        clip_rate: The share of the last `window` steps up to this one in which anything was clipped, [S].
-        window: Of how many steps the clip rate is, once there are as many.
+        clipped_norm: The 2-norm of all gradients after clipping, [S]; NaN if they were clipped by value.
+        clip_rate: In what share of the last `window` steps, up to this one, anything was clipped, [S].
+        window: Over how many steps the clip rate is taken; over fewer at the start of a run.
         norms: The 2-norm of each parameter's gradient, [S, P].
-        weights: The 2-norm of each parameter before the step, [S, P], or [S, 0] where these were not asked for.
+        weights: The 2-norm of each parameter before the step, [S, P]; [S, 0] if the monitor does not take these norms.
         mean: Running means of loss and norm before the step, [S, 2].
-        s: Running standard deviations before the step, [S, 2].
-        z: How many of these loss and norm were above the means, [S, 2].
+        s: Running standard deviations of loss and norm before the step, [S, 2].
+        z: How many standard deviations loss and norm were above their means, [S, 2].
         fired: Which triggers fired, [S, T].
-        skipped: Whether a trigger asked for the step to be skipped, [S].
+        skipped: Whether a trigger asked to skip the step, [S].
     """
 
     names: Sequence[str]
@@ -77,31 +77,31 @@ class History:
 
     @property
     def has_norm(self) -> Array:
-        """Whether there was any gradient, [S]."""
+        """Whether any parameter had a gradient, [S]."""
         has_norm: Array = np.any(self.present, axis=1)
         return has_norm
 
     @property
     def share_clipped(self) -> float:
-        """The share of the steps in which anything was clipped; NaN where there are no steps."""
+        """The share of the steps in which anything was clipped; NaN if there are no steps."""
         return float(self.clipped.mean()) if len(self.steps) else math.nan
 
     @property
     def nonfinite(self) -> Array:
-        """The number of parameters whose gradient is not finite, [S]. Norms of finite gradients do not overflow.
+        """The number of parameters with a gradient that is not finite, [S].
 
-        But for fp64 gradients whose norm is beyond fp64.
+        The norm tells: norms of finite gradients do not overflow, except fp64 gradients with a norm beyond fp64.
         """
         return _count(self.present & ~np.isfinite(self.norms))
 
     @property
     def nonfinite_weights(self) -> Array:
-        """The number of parameters that are not finite themselves, [S]; 0 where weights were not asked for."""
+        """The number of parameters that are not finite themselves, [S]; 0 if the monitor does not take their norms."""
         return _count(~np.isfinite(self.weights))
 
     @property
     def group_norms(self) -> Array:
-        """The 2-norm of each group's gradients, [S, G]; NaN also where a group has no gradient."""
+        """The 2-norm of each group's gradients, [S, G]; NaN also if a group has no gradient."""
         norms = _combined(np.where(self.present, self.norms, 0.0), self.groups)
         return np.where(self.group_present, norms, math.nan)
 
@@ -110,28 +110,33 @@ class History:
         """Which groups had a gradient, [S, G]."""
         order, starts = _runs(self.groups)
         present = np.logical_or.reduceat(self.present[:, order], starts, axis=1)
-        has_members = np.isin(np.arange(len(starts)), self.groups.of)  # a parameter group may be without parameters
+        has_members = np.isin(np.arange(len(starts)), self.groups.of)  # a parameter group may be empty
         return present & has_members
 
     @property
     def group_weights(self) -> Array:
-        """The 2-norm of each group's parameters, [S, G], or [S, 0]."""
+        """The 2-norm of each group's parameters, [S, G]; [S, 0] if the monitor does not take these norms."""
         return _combined(self.weights, self.groups) if self.weights.size else self.weights
 
     def rows(self) -> Iterator[Row]:
-        """Yield each step as a flat dict, as sinks take it.
+        """Yield each step as a flat dict for sinks.
 
-        Its keys: "step"; "loss" and "grad_norm", each with "_mean", "_s" and "_z"; "clipped_grad_norm", that after
-        clipping; "coefficient", "clipped", "clip_rate", "skipped", "nonfinite"; "grad_norm/" and each group's label;
-        and with weights "nonfinite_weights" and "weight_norm/" and each group's label.
+        The keys: "step"; "loss" and "grad_norm", each also with "_mean", "_s" and "_z"; "clipped_grad_norm", the norm
+        after clipping; "coefficient", "clipped", "clip_rate", "skipped", "nonfinite"; "grad_norm/<label>" for each
+        group; and, if the monitor takes the norms of weights, "nonfinite_weights" and "weight_norm/<label>".
         """
+        columns = self._columns()
+        lists = [_with_none(*column) for column in columns.values()]
+        return (dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True))
+
+    def _columns(self) -> dict[str, tuple[Array, Array | None]]:
+        """The columns of the rows by key: the values, and which are known; None if all are."""
         columns: dict[str, tuple[Array, Array | None]] = {"step": (self.steps, None)}
-        series_of_two = (("loss", self.loss, self.has_loss), ("grad_norm", self.norm, self.has_norm))
-        for i, (name, values, known) in enumerate(series_of_two):
+        series = (("loss", self.loss, self.has_loss), ("grad_norm", self.norm, self.has_norm))
+        for i, (name, values, known) in enumerate(series):
             columns[name] = values, known
-            for what in ("mean", "s", "z"):
-                series = getattr(self, what)[:, i]
-                columns[f"{name}_{what}"] = series, ~np.isnan(series)
+            for field, averages in (("mean", self.mean), ("s", self.s), ("z", self.z)):
+                columns[f"{name}_{field}"] = averages[:, i], ~np.isnan(averages[:, i])
         columns["clipped_grad_norm"] = self.clipped_norm, self.has_clipped_norm
         columns["coefficient"] = self.coefficient, self.has_coefficient
         columns |= {
@@ -145,29 +150,37 @@ class History:
         if weights.size:
             columns["nonfinite_weights"] = self.nonfinite_weights, None
             columns |= {f"weight_norm/{label}": (weights[:, g], None) for g, label in enumerate(self.groups.labels)}
-        lists = [_with_none(*column) for column in columns.values()]
-        return (dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True))
+        return columns
 
     def __str__(self) -> str:
-        """Return a few lines: on all steps, and on the last of them."""
+        """Return a summary of all steps, and of the last step."""
         if not len(self.steps):
             return "no steps"
+        return "\n".join([self._overview(), *self._extremes(), self._largest_groups()])
+
+    def _overview(self) -> str:
         skipped, nonfinite = np.count_nonzero(self.skipped), np.count_nonzero(self.nonfinite)
-        span = f"steps {self.steps[0]} to {self.steps[-1]}"
         lately = f" ({self.clip_rate[-1]:.1%} of the last {self.window})" if len(self.steps) > self.window else ""
-        clipped = f"{self.share_clipped:.1%} clipped{lately}"
-        lines = [f"{span}: {clipped}, {skipped} skipped, {nonfinite} with non-finite gradients"]
+        return (
+            f"steps {self.steps[0]} to {self.steps[-1]}: {self.share_clipped:.1%} clipped{lately}, {skipped} skipped, "
+            f"{nonfinite} with non-finite gradients"
+        )
+
+    def _extremes(self) -> Iterator[str]:
+        """A line for loss and norm each: the last value, its averages, and the largest value."""
         for i, (name, values) in enumerate((("loss", self.loss), ("norm", self.norm))):
             if np.isfinite(values).any():
                 largest = int(np.argmax(np.where(np.isfinite(values), values, -math.inf)))
-                lines.append(
+                yield (
                     f"{name} {values[-1]:.4g} after a mean of {self.mean[-1, i]:.4g} ± {self.s[-1, i]:.2g}, "
                     f"largest {values[largest]:.4g} at step {self.steps[largest]}"
                 )
+
+    def _largest_groups(self) -> str:
         norms, present = self.group_norms[-1], np.flatnonzero(self.group_present[-1])
         largest_first = present[np.argsort(-np.nan_to_num(norms[present], nan=math.inf), kind="stable")]
         named = [f"{self.groups.labels[g]} {norms[g]:.4g}" for g in largest_first[:_NAMED]]
-        return "\n".join([*lines, f"largest norms at the last step: {', '.join(named) or 'no gradients'}"])
+        return f"largest norms at the last step: {', '.join(named) or 'no gradients'}"
 
 
 def _count(flags: Array) -> Array:
@@ -176,14 +189,14 @@ def _count(flags: Array) -> Array:
 
 
 def _runs(groups: Groups) -> tuple[Array, Array]:
-    """The parameters in the order of their groups, and where each group begins."""
+    """The parameters sorted by group, and the position at which each group begins."""
     of = np.array(groups.of, dtype=np.int64)
     order = np.argsort(of, kind="stable")
     return order, np.searchsorted(of[order], np.arange(len(groups.labels)))
 
 
 def _combined(norms: Array, groups: Groups) -> Array:
-    """The groups' norms, [S, G], from the parameters', [S, P]. hypot does not overflow."""
+    """Combine the parameters' norms, [S, P], to the groups' norms, [S, G]. hypot does not overflow."""
     order, starts = _runs(groups)
     with np.errstate(invalid="ignore"):
         combined: Array = np.hypot.reduceat(norms[:, order], starts, axis=1)
@@ -192,6 +205,6 @@ def _combined(norms: Array, groups: Groups) -> Array:
 
 
 def _with_none(values: Array, known: Array | None) -> list[Any]:
-    """An array as a list of Python's own numbers, with None where nothing is known."""
+    """Return an array as a list of Python numbers, with None for values that are not known."""
     items: list[Any] = values.tolist()
     return items if known is None else [item if k else None for item, k in zip(items, known.tolist(), strict=True)]

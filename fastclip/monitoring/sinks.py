@@ -1,4 +1,4 @@
-"""Where a monitor's rows may go: a table, JSON lines, TensorBoard, or any function that takes a dict."""
+"""Where a monitor's rows are written: a CSV file, JSON lines, TensorBoard, or any function that takes a dict."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from fastclip.monitoring.history import Row
 
 
 class Sink(ABC):
-    """Takes rows of a monitor, several at a time."""
+    """Writes rows of a monitor, several at a time."""
 
     @abstractmethod
     def write(self, rows: Sequence[Row]) -> None:
-        """Write rows, at least one, so that they are there when this returns."""
+        """Write at least one row; all rows are written when this returns."""
 
 
 class CSVFile(Sink):
-    """A table with one line for each step, and a column for each key. What is missing is blank; NaN is nan.
+    """A CSV file with one line for each step and one column for each key. Missing values are blank; NaN is nan.
 
     Args:
-        path: The file. Lines are added to what is there, as when training is resumed.
+        path: The file. Lines are appended if the file exists, so a resumed run continues it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Append a line for each row, behind a header where the file is new.
+        """Append a line for each row; write the header first if the file is new.
 
         Raises:
             ValueError: The file has other columns.
         """
         columns = list(rows[0])
-        is_cut_off = _is_cut_off(self.path)
+        ends_in_line = _ends_in_line(self.path)
         with self.path.open("a+", newline="", encoding="utf-8") as file:
             file.seek(0)
             header = next(csv.reader(file), None)
             if header not in (None, columns):
                 raise ValueError(f"{self.path} has other columns than this monitor's rows: write to another file")
-            if is_cut_off:
+            if ends_in_line:
                 file.write("\n")
             writer = csv.DictWriter(file, columns)
             if header is None:
@@ -55,13 +55,13 @@ class CSVFile(Sink):
 
 
 class JSONLines(Sink):
-    """A file with one JSON object on each line for each step.
+    """A file with one JSON object on each line, for each step.
 
-    JSON has no numbers that are not finite: those are the strings "NaN", "Infinity" and "-Infinity", which Python's
+    JSON has no numbers that are not finite. They become the strings "NaN", "Infinity" and "-Infinity", which Python's
     ``float`` and JavaScript's ``Number`` read.
 
     Args:
-        path: The file. Lines are added to what is there, as when training is resumed.
+        path: The file. Lines are appended if the file exists, so a resumed run continues it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -70,16 +70,19 @@ class JSONLines(Sink):
     def write(self, rows: Sequence[Row]) -> None:
         """Append a line for each row."""
         lines = [json.dumps({key: _as_json(value) for key, value in row.items()}, allow_nan=False) for row in rows]
-        separator = "\n" if _is_cut_off(self.path) else ""
+        separator = "\n" if _ends_in_line(self.path) else ""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(separator + "".join(f"{line}\n" for line in lines))
 
 
 class TensorBoard(Sink):
-    """Scalars in TensorBoard, whose tags are the rows' keys: "grad_norm/encoder.0" and so on.
+    """Scalars in TensorBoard. Their tags are the rows' keys: "grad_norm/encoder.0" and so on.
 
     Args:
-        writer: A ``torch.utils.tensorboard.SummaryWriter``, which stays yours to close.
+        writer: A ``torch.utils.tensorboard.SummaryWriter``. The caller closes it.
+
+    Raises:
+        TypeError: `writer` has no method ``add_scalar``.
     """
 
     def __init__(self, writer: Any) -> None:
@@ -88,7 +91,7 @@ class TensorBoard(Sink):
         self.writer = writer
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Add a scalar for each number there is."""
+        """Add a scalar for each number that is not missing."""
         for row in rows:
             for tag, value in row.items():
                 if tag != "step" and value is not None:
@@ -108,10 +111,10 @@ class _Function(Sink):
 
 
 def as_sink(sink: object) -> Sink:
-    """Take a sink for itself, and a function for one that is called with each row.
+    """Return a sink as it is, and a function as a sink that calls it with each row.
 
     Raises:
-        TypeError: It is neither.
+        TypeError: `sink` is neither a sink nor a function.
     """
     if isinstance(sink, Sink):
         return sink
@@ -120,8 +123,8 @@ def as_sink(sink: object) -> Sink:
     raise TypeError(f"a sink must be CSVFile, JSONLines, TensorBoard or a function that takes a dict, not {sink!r}")
 
 
-def _is_cut_off(path: Path) -> bool:
-    """Whether a file ends within a line, as when the run that wrote it was ended."""
+def _ends_in_line(path: Path) -> bool:
+    """Whether a file's last line has no newline, because the run that wrote it was killed."""
     if not path.exists() or not path.stat().st_size:
         return False
     with path.open("rb") as file:
