@@ -15,7 +15,7 @@ BEGIN, END = "<!-- drawn by docs/architecture.py -->\n```text\n", "```\n<!-- dra
 WIDTH = 120  # characters in a line
 
 LAYERS = ("", "switching", "training", "monitoring", "rules", "core", "backends", "foundation", "kernels")
-"""The packages from top to bottom; "" is `fastclip` itself. A module imports from its own package and from those below."""
+"""The packages from top to bottom; "" is `fastclip` itself. A module imports from its own and from those below it."""
 
 TITLES = {"": "fastclip", "kernels": "kernels/"}
 
