@@ -13,16 +13,10 @@ if TYPE_CHECKING:
     from fastclip.monitoring.monitor import Monitor
     from fastclip.monitoring.sinks import CSVFile, JSONLines, Sink, TensorBoard
     from fastclip.monitoring.triggers import Above, Jump, NonFinite, Report, TriggerError, Vanishing
-    from fastclip.rules.clip_by import (
-        ClipResult,
-        clip_by_global_norm_,
-        clip_by_norm_,
-        clip_by_value_,
-        clip_grads_,
-        measure_grads,
-    )
+    from fastclip.rules.apply import ClipResult
+    from fastclip.rules.clip_by import clip_by_global_norm_, clip_by_norm_, clip_by_value_, clip_grads_, measure_grads
     from fastclip.rules.formulas import ClipAtThreshold, ClipByGlobalNorm, ClipByNorm, ClipByValue, ClipGradNorm, Rule
-    from fastclip.rules.functional import clip_by_global_norm
+    from fastclip.rules.out_of_place import clip_by_global_norm
     from fastclip.switching.environment import info, warm_up
     from fastclip.switching.patching import patch, patched, unpatch
     from fastclip.training.amp import clip_scaled_grad_norm_, unscale_and_clip_grad_norm_
@@ -41,7 +35,7 @@ _HOMES = {
     "ClipByNorm": "fastclip.rules.formulas",
     "ClipByValue": "fastclip.rules.formulas",
     "ClipGradNorm": "fastclip.rules.formulas",
-    "ClipResult": "fastclip.rules.clip_by",
+    "ClipResult": "fastclip.rules.apply",
     "History": "fastclip.monitoring.history",
     "JSONLines": "fastclip.monitoring.sinks",
     "Jump": "fastclip.monitoring.triggers",
@@ -54,7 +48,7 @@ _HOMES = {
     "TriggerError": "fastclip.monitoring.triggers",
     "Vanishing": "fastclip.monitoring.triggers",
     "attach": "fastclip.training.attachment",
-    "clip_by_global_norm": "fastclip.rules.functional",
+    "clip_by_global_norm": "fastclip.rules.out_of_place",
     "clip_by_global_norm_": "fastclip.rules.clip_by",
     "clip_by_norm_": "fastclip.rules.clip_by",
     "clip_by_value_": "fastclip.rules.clip_by",

@@ -30,7 +30,7 @@ from fastclip.monitoring.averages import Averages
 from fastclip.monitoring.history import History, Row
 from fastclip.monitoring.sinks import Sink, as_sink
 from fastclip.monitoring.triggers import SERIES, Moment, Report, Trigger, TriggerError
-from fastclip.rules.clip_by import ClipResult
+from fastclip.rules.apply import ClipResult
 from fastclip.rules.groups import By, group
 
 if TYPE_CHECKING:
