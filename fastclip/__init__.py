@@ -1,4 +1,4 @@
-"""Gradient clipping that replaces torch's without a change in the caller's code, and is faster.
+"""Gradient clipping that replaces torch's without changes in the caller's code, and is faster.
 
 >>> import fastclip
 >>> norm = fastclip.clip_grad_norm_(model.parameters(), max_norm=1.0)
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Imported when they are first asked for, because they import torch: `python -m fastclip run` must not do that before
-# the script does.
+# The module of each public name, imported when the name is first used. These modules import torch, and
+# `python -m fastclip run` must not do that before the script does.
 _HOMES = {
     "Above": "fastclip.monitoring.triggers",
     "Attachment": "fastclip.training.attachment",
