@@ -163,8 +163,8 @@ def _coefficients(rule: Callable[[Tensor], Tensor], norms: Tensor) -> Tensor:
     """Return the rule's coefficient for each group.
 
     Raises:
-        TypeError: The rule's answer is not a tensor of numbers; torch may also raise a ValueError or a RuntimeError.
-        ValueError: The answer is neither one coefficient for each group nor one for all.
+        ValueError: The rule's answer is neither one coefficient for each group nor one for all.
+        Exception: torch cannot convert the answer to a tensor. The type is that of torch's error.
     """
     answer = rule(norms)
     try:

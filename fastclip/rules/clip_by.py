@@ -55,8 +55,8 @@ def clip_by_value_(parameters: Parameters, clip_value_min: Bound, clip_value_max
 
     .. math:: g_i \leftarrow \max(\min(g_i, \text{clip\_value\_max}), \text{clip\_value\_min})
 
-    This is TensorFlow's ``tf.clip_by_value``: see `ClipByValue`. It takes one pass over the gradients, and
-    writes only where something is out of bounds. Unlike TensorFlow it raises for integers, which cannot be gradients.
+    This is TensorFlow's ``tf.clip_by_value``: see `ClipByValue`. It takes one pass over the gradients, and writes only
+    where something is out of bounds. Unlike TensorFlow it raises for integers, which cannot be gradients.
 
     Args:
         parameters: As in `clip_grads_`.
