@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from copy import copy
+from itertools import repeat
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import one_each
 from fastclip.foundation.devices import for_graphs, upload
 from fastclip.foundation.tracing import kept
 
@@ -39,13 +39,18 @@ def check_order(minimum: Bound, maximum: Bound) -> None:
     Raises:
         ValueError: A minimum is above its maximum.
     """
-    if isinstance(minimum, Mapping) or isinstance(maximum, Mapping):
-        return
-    # Two sequences may differ in length here: `in_order` compares each with the number of groups later.
-    count = min((len(bound) for bound in (minimum, maximum) if not isinstance(bound, float)), default=1)
-    for low, high in zip(one_each(minimum, count), one_each(maximum, count), strict=False):
+    for low, high in _pairs(minimum, maximum):
         if low > high:
             raise ValueError(f"`clip_value_min`, {low}, is above `clip_value_max`, {high}")
+
+
+def _pairs(minimum: Bound, maximum: Bound) -> Iterable[tuple[float, float]]:
+    if isinstance(minimum, float) and isinstance(maximum, float):
+        return [(minimum, maximum)]
+    if isinstance(minimum, Mapping) or isinstance(maximum, Mapping):
+        return []
+    lows, highs = (repeat(bound) if isinstance(bound, float) else bound for bound in (minimum, maximum))
+    return zip(lows, highs, strict=False)  # `in_order` compares the lengths with the number of groups later
 
 
 def in_order(name: str, bound: Bound, labels: Sequence[Hashable]) -> float | tuple[float, ...]:
