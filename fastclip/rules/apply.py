@@ -126,7 +126,7 @@ def value_limits(grads: Gradients, rule: ClipByValue, groups: Groups) -> tuple[B
 
 
 def _has_gradients(grads: Gradients) -> bool:
-    """Whether there is a gradient in this process or, for DTensors, maybe in another one, which waits for this one."""
+    """Whether this process has a gradient, or, for DTensors, another process may have one and wait for this one."""
     return bool(grads.tensors) or has_dtensors(grads)
 
 
