@@ -1,4 +1,4 @@
-"""Gradient clipping that replaces torch's without a change in the caller's code, and is faster.
+"""Gradient clipping that replaces torch's without changes in the caller's code, and is faster.
 
 >>> import fastclip
 >>> norm = fastclip.clip_grad_norm_(model.parameters(), max_norm=1.0)
@@ -14,16 +14,10 @@ if TYPE_CHECKING:
     from fastclip.monitoring.monitor import Monitor
     from fastclip.monitoring.sinks import CSVFile, JSONLines, Sink, TensorBoard
     from fastclip.monitoring.triggers import Above, Jump, NonFinite, Vanishing
-    from fastclip.rules.clip_by import (
-        ClipResult,
-        clip_by_global_norm_,
-        clip_by_norm_,
-        clip_by_value_,
-        clip_grads_,
-        measure_grads,
-    )
+    from fastclip.rules.apply import ClipResult
+    from fastclip.rules.clip_by import clip_by_global_norm_, clip_by_norm_, clip_by_value_, clip_grads_, measure_grads
     from fastclip.rules.formulas import ClipAtThreshold, ClipByGlobalNorm, ClipByNorm, ClipByValue, ClipGradNorm, Rule
-    from fastclip.rules.functional import clip_by_global_norm
+    from fastclip.rules.out_of_place import clip_by_global_norm
     from fastclip.switching.environment import info, warm_up
     from fastclip.switching.patching import patch, patched, unpatch
     from fastclip.training.amp import clip_scaled_grad_norm_, unscale_and_clip_grad_norm_
@@ -31,8 +25,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Imported when they are first asked for, because they import torch: `python -m fastclip run` must not do that before
-# the script does.
+# The module of each public name, imported when the name is first used. These modules import torch, and
+# `python -m fastclip run` must not do that before the script does.
 _HOMES = {
     "Above": "fastclip.monitoring.triggers",
     "Attachment": "fastclip.training.attachment",
@@ -42,7 +36,7 @@ _HOMES = {
     "ClipByNorm": "fastclip.rules.formulas",
     "ClipByValue": "fastclip.rules.formulas",
     "ClipGradNorm": "fastclip.rules.formulas",
-    "ClipResult": "fastclip.rules.clip_by",
+    "ClipResult": "fastclip.rules.apply",
     "History": "fastclip.monitoring.history",
     "JSONLines": "fastclip.monitoring.sinks",
     "Jump": "fastclip.monitoring.triggers",
@@ -55,7 +49,7 @@ _HOMES = {
     "TriggerError": "fastclip.monitoring.interface",
     "Vanishing": "fastclip.monitoring.triggers",
     "attach": "fastclip.training.attachment",
-    "clip_by_global_norm": "fastclip.rules.functional",
+    "clip_by_global_norm": "fastclip.rules.out_of_place",
     "clip_by_global_norm_": "fastclip.rules.clip_by",
     "clip_by_norm_": "fastclip.rules.clip_by",
     "clip_by_value_": "fastclip.rules.clip_by",

@@ -1,4 +1,4 @@
-"""The command `python -m fastclip`: `run` a script with torch patched, `check` fastclip here, print `info`."""
+"""The command `python -m fastclip`: `run` a script with torch patched, `check` this machine, or print `info`."""
 
 import argparse
 import sys
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 _NORM_DTYPE = "--norm-dtype"
 _RUN = """\
-Run a training script that is not changed for it, with torch's clip_grad_norm_, clip_grad_value_, get_total_norm and
-clip_grads_with_norm_ replaced by fastclip's. What follows the script belongs to the script. Processes that it starts
-by multiprocessing are patched too; commands that it starts by subprocess are not.
+Run an unchanged training script with torch's clip_grad_norm_, clip_grad_value_, get_total_norm and
+clip_grads_with_norm_ replaced by fastclip's. Arguments after the script are passed to the script. Processes that it
+starts by multiprocessing are patched too; commands that it starts by subprocess are not.
 
 Under a launcher, let the launcher start fastclip:
   torchrun --nproc-per-node 2 -m fastclip run train.py --lr 0.1
@@ -20,21 +20,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one of fastclip's commands.
 
     Args:
-        argv: the command and its arguments; those of the process by default.
+        argv: The command and its arguments; by default those of the process.
 
     Returns:
-        The exit status: 0, what `check` found, or 2 when `run` found nothing to run.
+        The exit status: 0, the status of `check`, or 2 if `run` found nothing to run.
 
     Raises:
-        SystemExit: with status 2 after a message for wrong arguments, with status 0 after a help text, or whatever
-            the script raises.
+        SystemExit: The arguments are wrong (status 2, after a message), or ask for help (status 0). Exceptions of the
+            script pass through, too.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments[:1] == ["check"]:
         from fastclip.switching import check
 
         return check.main(arguments[1:])
-    # The parser sees the arguments up to the script only: whatever it made of the script's own would be wrong.
+    # The parser gets only the arguments up to the script: it must not interpret those of the script.
     known = _length_up_to_script(arguments)
     options = _parser().parse_args(arguments[:known])
     if options.command == "run":

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fastclip
 from fastclip import ClipAtThreshold, ClipByGlobalNorm, ClipByNorm, ClipByValue, ClipGradNorm, ClipResult, Rule
 from fastclip.core.collect import collect
-from fastclip.rules.clip_by import apply_rule
+from fastclip.rules.apply import apply_rule
 from fastclip.rules.groups import group
 
 INF = math.inf

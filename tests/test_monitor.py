@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastclip
-from fastclip.rules.clip_by import ClipResult
+from fastclip.rules.apply import ClipResult
 from fastclip.rules.groups import Groups
 
 CPU = torch.device("cpu")

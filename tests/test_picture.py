@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fastclip
-from fastclip.rules.clip_by import ClipResult
+from fastclip.rules.apply import ClipResult
 from fastclip.rules.groups import Groups
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib, and it is not installed")

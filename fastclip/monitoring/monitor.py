@@ -31,7 +31,7 @@ from fastclip.monitoring.reactions import Reactions
 from fastclip.monitoring.record import Record
 from fastclip.monitoring.sinks import Sink, as_sink
 from fastclip.monitoring.steps import Layout, Step, measured
-from fastclip.rules.clip_by import ClipResult
+from fastclip.rules.apply import ClipResult
 from fastclip.rules.groups import By, group
 
 if TYPE_CHECKING:

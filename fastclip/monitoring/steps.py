@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastclip.foundation.devices import on
 from fastclip.monitoring.averages import SERIES
-from fastclip.rules.clip_by import ClipResult
+from fastclip.rules.apply import ClipResult
 
 
 class Step(NamedTuple):

@@ -1,4 +1,4 @@
-"""Does fastclip agree with torch and with fp64, on this machine's own devices? A table, and a verdict.
+"""Compare fastclip with torch and with fp64 on the devices of this machine; print a table and a verdict.
 
 python -m fastclip check [--device cuda:0]
 """
@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,15 +24,18 @@ from fastclip.switching.environment import info
 ORDERS = (2.0, 1.0, 3.0, float("inf"))
 SIZES = (1, 7, 1000, 70_001)  # elements: shorter than 16 bytes, odd, and longer than one chunk of the GPU's table
 
-# The norm is claimed to be within 1e-6 of fp64's, and so is the coefficient: what a gradient may differ by beyond that
-# is the rounding of one product to its dtype, half a unit in the last place. torch's own norm of 16-bit gradients is
-# rounded to their dtype tensor by tensor, and its coefficient once more.
+# fastclip's norm is within 1e-6 of the norm in fp64, and so is the coefficient. A clipped gradient may differ by one
+# more rounding, that of a product to its dtype: half a unit in the last place. torch rounds the norm of each 16-bit
+# gradient to its dtype, and the coefficient once more.
 NORM_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6, torch.float64: 1e-12}
+
+_Comparison: TypeAlias = tuple[str, str, float, float]
+"""What was compared, with what, the difference and the allowed difference."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: the largest relative difference that was found, and the largest allowed."""
+    """One comparison: the largest relative difference that was found, and the largest allowed difference."""
 
     device: str
     dtype: str
@@ -42,7 +46,7 @@ class Row:
 
     @property
     def agrees(self) -> bool:
-        """Whether the difference is within bounds; NaN is not."""
+        """Whether the difference is within bounds; a NaN is not."""
         return self.difference <= self.allowed
 
 
@@ -53,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0, or 1 on any disagreement.
 
     Raises:
-        SystemExit: With status 2: there is no such device, or no backend for it.
+        SystemExit: There is no such device, or no backend for it (status 2).
     """
     parser = argparse.ArgumentParser(prog="python -m fastclip check", description=__doc__.splitlines()[0])
     parser.add_argument("--device", action="append", help="a device to check (default: the CPU and every GPU)")
@@ -78,69 +82,77 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compare(device: torch.device) -> Iterator[Row]:
-    """Compare every function with torch and with fp64 on one device, on fresh random gradients."""
+    """Compare every function with torch and with fp64 on one device, on new random gradients."""
     for dtype in NORM_TOLERANCE:
-        for p in ORDERS:
-            yield from _compare_norm_clipping(device, dtype, p)
-        yield from _compare_the_rest(device, dtype)
+        for comparison in _compare(device, dtype):
+            yield Row(str(device), str(dtype).removeprefix("torch."), *comparison)
 
 
-def _compare_norm_clipping(device: torch.device, dtype: torch.dtype, p: float) -> Iterator[Row]:
-    rounding = torch.finfo(dtype).eps / 2
+def _compare(device: torch.device, dtype: torch.dtype) -> Iterator[_Comparison]:
+    for p in ORDERS:
+        yield from _compare_norm_clipping(_random_gradients(device, dtype), p)
     gradients = _random_gradients(device, dtype)
-    exact = [gradient.double().cpu() for gradient in gradients]
+    yield _compare_nothing_to_clip(gradients)
+    yield _compare_clipping_by_parameter(gradients)
+    yield _compare_clipping_by_value(gradients)
+    yield _compare_not_finite(gradients, "NaN", float("nan"))
+    yield _compare_not_finite(gradients, "infinity", float("inf"))
+
+
+def _compare_norm_clipping(gradients: Sequence[Tensor], p: float) -> Iterator[_Comparison]:
+    dtype = gradients[0].dtype
+    tolerance, rounding = NORM_TOLERANCE[dtype], torch.finfo(dtype).eps / 2
+    exact = _in_fp64(gradients)
     exact_norm = torch.linalg.vector_norm(torch.cat(exact), p).item()
     max_norm = exact_norm / 3
     ours, theirs = _parameters(gradients), _parameters(gradients)
     norm = clipping.clip_grad_norm_(ours, max_norm, p, norm_dtype=torch.float64).item()
     originals.clip_grad_norm_(theirs, max_norm, p)
+    yield f"norm, p = {p:g}", "fp64", abs(norm / exact_norm - 1), tolerance
+    what = f"clipped by norm, p = {p:g}"
     clipped = [gradient * (max_norm / (exact_norm + 1e-6)) for gradient in exact]
-
-    def row(what: str, reference: str, difference: float, allowed: float) -> Row:
-        return Row(str(device), str(dtype).removeprefix("torch."), f"{what}, p = {p:g}", reference, difference, allowed)
-
-    tolerance = NORM_TOLERANCE[dtype]
-    yield row("norm", "fp64", abs(norm / exact_norm - 1), tolerance)
-    yield row("clipped by norm", "fp64", _difference(ours, clipped), tolerance + 2 * rounding)
-    theirs_clipped = [_gradient(parameter).double().cpu() for parameter in theirs]
-    # torch's norm and coefficient are sums and quotients in fp32 at best, or rounded to the gradients' 16 bits. On one
-    # thread its sums of n powers are rounded n times: by a random walk of up to sqrt(n) roundings, twice which is
-    # allowed (3.2e-5 in fp32, where 300 draws came to 1.1e-5).
+    yield what, "fp64", _difference(ours, clipped), tolerance + 2 * rounding
+    theirs_clipped = _in_fp64([_gradient(parameter) for parameter in theirs])
+    # torch computes norm and coefficient in fp32 at best, or rounds them to the gradients' 16 bits. On one thread it
+    # rounds its sums of n powers n times: a random walk of up to sqrt(n) roundings. Twice that is allowed (3.2e-5 in
+    # fp32; the largest of 300 draws was 1.1e-5).
     walk = 2 * math.sqrt(sum(SIZES)) * torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
-    yield row("clipped by norm", "torch", _difference(ours, theirs_clipped), tolerance + walk + 6 * rounding)
+    yield what, "torch", _difference(ours, theirs_clipped), tolerance + walk + 6 * rounding
 
 
-def _compare_the_rest(device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
-    where = (str(device), str(dtype).removeprefix("torch."))
-
-    def row(what: str, same: bool) -> Row:
-        return Row(*where, what, "torch", 0.0 if same else float("inf"), 0.0)
-
-    gradients = _random_gradients(device, dtype)
+def _compare_nothing_to_clip(gradients: Sequence[Tensor]) -> _Comparison:
     untouched = _parameters(gradients)
     clipping.clip_grad_norm_(untouched, 1e6)
     clipping.clip_grad_norm_(untouched, float("inf"))
-    yield row("nothing to clip", _identical(untouched, _parameters(gradients)))
+    return "nothing to clip", "torch", _exact_difference(untouched, _parameters(gradients)), 0.0
+
+
+def _compare_clipping_by_parameter(gradients: Sequence[Tensor]) -> _Comparison:
+    dtype = gradients[0].dtype
     each = _parameters(gradients)
     clip_by.clip_by_norm_(each, 1.0)
-    exact = [gradient.double().cpu() for gradient in gradients]
-    clipped = [gradient / gradient.norm().clamp(min=1.0) for gradient in exact]
+    clipped = [gradient / gradient.norm().clamp(min=1.0) for gradient in _in_fp64(gradients)]
     allowed = NORM_TOLERANCE[dtype] + torch.finfo(dtype).eps
-    yield Row(*where, "each clipped by its norm", "fp64", _difference(each, clipped), allowed)
+    return "each clipped by its norm", "fp64", _difference(each, clipped), allowed
+
+
+def _compare_clipping_by_value(gradients: Sequence[Tensor]) -> _Comparison:
     ours, theirs = _parameters(gradients), _parameters(gradients)
     clipping.clip_grad_value_(ours, 0.5)
     originals.clip_grad_value_(theirs, 0.5)
-    yield row("clipped by value", _identical(ours, theirs))
-    for name, special in (("NaN", float("nan")), ("infinity", float("inf"))):
-        gradients[0].fill_(special)
-        ours, theirs = _parameters(gradients), _parameters(gradients)
-        clipping.clip_grad_norm_(ours, 1.0)
-        originals.clip_grad_norm_(theirs, 1.0)
-        yield row(f"{name} in a gradient", _identical(ours, theirs))
+    return "clipped by value", "torch", _exact_difference(ours, theirs), 0.0
+
+
+def _compare_not_finite(gradients: Sequence[Tensor], name: str, value: float) -> _Comparison:
+    gradients = [torch.full_like(gradients[0], value), *gradients[1:]]
+    ours, theirs = _parameters(gradients), _parameters(gradients)
+    clipping.clip_grad_norm_(ours, 1.0)
+    originals.clip_grad_norm_(theirs, 1.0)
+    return f"{name} in a gradient", "torch", _exact_difference(ours, theirs), 0.0
 
 
 def _random_gradients(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Gradients at every alignment: views that begin one element into their memory."""
+    """Return gradients that are aligned to one element only: views that begin one element into their memory."""
     return [torch.randn(size + 1, device=device, dtype=torch.float32).to(dtype)[1:] for size in SIZES]
 
 
@@ -148,24 +160,30 @@ def _parameters(gradients: Sequence[Tensor]) -> list[Tensor]:
     parameters = []
     for gradient in gradients:
         parameter = torch.zeros_like(gradient)
-        parameter.grad = torch.cat([gradient[:1], gradient])[1:]  # a copy that keeps the odd offset
+        parameter.grad = torch.cat([gradient[:1], gradient])[1:]  # a copy with the same alignment
         parameters.append(parameter)
     return parameters
 
 
+def _in_fp64(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.double().cpu() for tensor in tensors]
+
+
 def _difference(parameters: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest relative difference of an element; below the smallest normal number, relative to that."""
+    """Return the largest difference of an element, relative to it or at least to the smallest normal number."""
     worst = 0.0
     for parameter, reference in zip(parameters, expected, strict=True):
         smallest = torch.finfo(parameter.dtype).tiny
-        difference = (_gradient(parameter).double().cpu() - reference).abs() / reference.abs().clamp(min=smallest)
+        gradient = _gradient(parameter).double().cpu()
+        difference = (gradient - reference).abs() / reference.abs().clamp(min=smallest)
         worst = max(worst, difference.max().item()) if not difference.isnan().any() else float("nan")
     return worst
 
 
-def _identical(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+def _exact_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """Return 0 if all gradients are equal, NaNs included, and infinity otherwise."""
     pairs = ((_gradient(a), _gradient(b)) for a, b in zip(ours, theirs, strict=True))
-    return all(torch.allclose(a, b, 0, 0, equal_nan=True) for a, b in pairs)
+    return 0.0 if all(torch.allclose(a, b, 0, 0, equal_nan=True) for a, b in pairs) else float("inf")
 
 
 def _gradient(parameter: Tensor) -> Tensor:

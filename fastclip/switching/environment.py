@@ -1,4 +1,4 @@
-"""What is in use on this machine, and getting it ready ahead of the first step."""
+"""Show which backend this machine uses for each device, and compile kernels ahead of the first step."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fastclip.core.owners import Parameters, warn_of_empty_iterator
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """What serves gradients on one device.
+    """The backend for gradients on one device.
 
     Attributes:
         device: The device, as torch names it.
         hardware: The name of the GPU, or how many threads the CPU path may use.
-        backend: The backend's name, as in `FASTCLIP_BACKEND`; None where a forced one cannot serve.
-        reason: Why it is this one.
+        backend: The backend's name, as in `FASTCLIP_BACKEND`; None if the forced backend does not support the device.
+        reason: Why it is this backend.
     """
 
     device: str
@@ -34,7 +34,7 @@ class DeviceInfo:
 
 @dataclass(frozen=True)
 class Info:
-    """Versions, and the backend in use on each device; its ``str`` is a printable table.
+    """Versions, and the backend for each device; its ``str`` is a printable table.
 
     Attributes:
         versions: The version of each package that matters, or "not installed".
@@ -52,10 +52,10 @@ class Info:
 
 
 def info() -> Info:
-    """Tell which backend clips the gradients of each device, and why.
+    """Find out which backend clips the gradients on each device, and why.
 
     Returns:
-        Versions and devices; print it.
+        Versions and devices, to be printed.
     """
     versions = {name: _version(name) for name in ("fastclip", "torch", "triton", "numpy")}
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
@@ -80,15 +80,15 @@ def _describe(device: torch.device) -> DeviceInfo:
 
 
 def warm_up(parameters: Parameters, norm_type: float = 2.0, *, norm_dtype: torch.dtype | None = None) -> None:
-    """Compile and load what clipping these parameters will need, so that the first step does not wait for it.
+    """Compile and load the kernels for clipping these parameters, so that the first step does not wait for them.
 
-    Stand-ins of one element are clipped, by norm and by value, on the parameters' devices and in their dtypes; the
-    parameters and their gradients are not touched. Triton keeps what it compiled on disk for later runs.
+    This clips stand-ins of one element, by norm and by value, on the parameters' devices and in their dtypes. It does
+    not touch the parameters and their gradients. Triton caches the compiled kernels on disk for later runs.
 
     Args:
-        parameters: What will be passed to the clipping function.
-        norm_type: The order of the norm that will be used.
-        norm_dtype: The dtype of the norm that will be asked for.
+        parameters: The parameters that will be passed to the clipping function.
+        norm_type: The order of the norm that will be passed.
+        norm_dtype: The dtype of the norm that will be passed.
 
     Raises:
         TypeError: `parameters` holds something other than tensors.

@@ -1,18 +1,18 @@
 """Replace torch's clipping functions by fastclip's in a running program, and put them back.
 
-What is replaced are the names in `torch.nn.utils` and in `torch.nn.utils.clip_grad`, where torch's own code looks
-them up. It reaches every caller that looks the name up when it calls: `torch.nn.utils.clip_grad_norm_(...)`,
+`patch()` replaces the names in `torch.nn.utils` and in `torch.nn.utils.clip_grad`, where torch's code looks them up.
+This reaches every caller that looks the name up at each call: `torch.nn.utils.clip_grad_norm_(...)`,
 `from torch.nn.utils import clip_grad` and then `clip_grad.clip_grad_norm_(...)`, and the deprecated
 `torch.nn.utils.clip_grad_norm`.
 
-It cannot reach these:
+It does not reach these:
 
-- A module that said `from torch.nn.utils import clip_grad_norm_` before `patch()`: it holds torch's function itself.
-  `patch()` warns of those that it finds. Patch first, or use `python -m fastclip run`, which patches before the
-  script's first line.
-- Code with clipping of its own: Megatron-LM, DeepSpeed's ZeRO optimizers, and the method `clip_grad_norm_` of FSDP1
+- A module that ran `from torch.nn.utils import clip_grad_norm_` before `patch()`: it holds torch's function itself.
+  `patch()` warns about the modules that it finds. Patch first, or use `python -m fastclip run`, which patches before
+  the script can import the function.
+- Code with its own clipping: Megatron-LM, DeepSpeed's ZeRO optimizers, and the method `clip_grad_norm_` of FSDP1
   (`FullyShardedDataParallel`).
-- Other processes. A forked process inherits the patch; one that is started afresh has to patch for itself.
+- Other processes. A forked process inherits the patch; a newly started one has to call `patch()` itself.
 """
 
 import contextlib
@@ -40,10 +40,10 @@ class _Replaced(NamedTuple):
     ours: object
 
 
-# Reentrant, because a warning may run the program's own code (`warnings.showwarning`), and that may call in here.
+# Reentrant: a warning may run the program's own code (`warnings.showwarning`), which may call functions of this module.
 _lock = threading.RLock()
-# Who wants torch patched: _EXPLICIT, for `patch()`, and an object for each `with patched()` that is entered. With each
-# of them the `norm_dtype` that torch is patched with.
+# Torch stays patched while this has an entry: _EXPLICIT for `patch()`, and one object for each `with patched()` that is
+# entered. The value is the `norm_dtype` that torch is patched with.
 _holders: dict[object, torch.dtype | None] = {}
 _EXPLICIT = "patch()"
 _replaced: dict[tuple[ModuleType, str], _Replaced] = {}
@@ -52,33 +52,33 @@ _replaced: dict[tuple[ModuleType, str], _Replaced] = {}
 def patch(*, norm_dtype: torch.dtype | None = None) -> None:
     """Replace torch's four clipping functions by fastclip's, in `torch.nn.utils` and `torch.nn.utils.clip_grad`.
 
-    A second call does nothing. Every thread of the process is concerned.
+    A second call does nothing. The patch holds for every thread of the process.
 
     Args:
-        norm_dtype: The dtype of the norms that `clip_grad_norm_` and `get_total_norm` return to callers that ask for
-            none. By default torch's, of which a norm of bf16 gradients keeps two to three digits.
+        norm_dtype: The dtype of the norms that `clip_grad_norm_` and `get_total_norm` return to callers that do not ask
+            for one. The default is torch's dtype, in which a norm of bf16 gradients has two to three digits.
 
     Raises:
-        RuntimeError: Torch is patched already, with another `norm_dtype`.
-        TypeError: `norm_dtype` is no floating-point dtype.
+        RuntimeError: Torch is already patched with another `norm_dtype`.
+        TypeError: `norm_dtype` is not a floating-point dtype.
 
     Warns:
-        UserWarning: modules outside torch and fastclip hold torch's functions already, by an earlier
+        UserWarning: Modules outside torch and fastclip already hold torch's functions, by an earlier
             `from torch.nn.utils import ...`, and will go on to call them. The warning names the modules.
     """
     _hold(_EXPLICIT, norm_dtype)
 
 
 def unpatch() -> None:
-    """Put back what was there before `patch()`, also inside a `with patched():` block.
+    """Put back the functions that `patch()` replaced, also inside a `with patched():` block.
 
-    What comes back is the very object that `patch()` found, be it torch's function or somebody else's. A name that
-    somebody replaced after `patch()` is left alone; when their replacement is gone, another `unpatch()` finishes the
-    work. Does nothing when nothing is patched.
+    Each name gets the same object that `patch()` found there: torch's function or another library's. A name that
+    someone else replaced after `patch()` is left alone. When that replacement is gone, another `unpatch()` restores the
+    name. Without a patch, this does nothing.
 
     Warns:
-        UserWarning: a name was left alone, because somebody else replaced it after `patch()`. The warning says which,
-            and by what.
+        UserWarning: A name was left alone, because someone else replaced it after `patch()`. The warning says which
+            name, and what it holds.
     """
     with _lock:
         _holders.clear()
@@ -90,8 +90,8 @@ def unpatch() -> None:
 def patched(*, norm_dtype: torch.dtype | None = None) -> Iterator[None]:
     """Patch torch inside a `with` block or, as a decorator, inside a function.
 
-    Blocks may be nested, and may overlap in several threads: torch's functions come back when the last one ends, by
-    an exception or not. They stay replaced if `patch()` was called before the block or inside it.
+    Blocks may be nested, and may overlap in several threads: torch's functions come back when the last one ends, also
+    by an exception. They stay replaced if `patch()` was called before the block or inside it.
 
     Args:
         norm_dtype: As in `patch`.
@@ -104,7 +104,7 @@ def patched(*, norm_dtype: torch.dtype | None = None) -> Iterator[None]:
         TypeError: As in `patch`.
 
     Warns:
-        UserWarning: as `patch()` does at the start, and as `unpatch()` does at the end.
+        UserWarning: As `patch()` does at the start, and as `unpatch()` does at the end.
     """
     holder = object()
     _hold(holder, norm_dtype)
@@ -117,10 +117,10 @@ def patched(*, norm_dtype: torch.dtype | None = None) -> Iterator[None]:
 def patch_counting(count: Callable[[str], None], *, norm_dtype: torch.dtype | None = None) -> None:
     """Patch as `patch()` does, and call `count` with the function's name at each call that arrives.
 
-    It is for `python -m fastclip run --verbose`: the wrapper that counts costs every call a little.
+    Only `python -m fastclip run --verbose` uses it, because the wrapper that counts makes every call a little slower.
 
     Args:
-        count: is called before the function, in the caller's thread.
+        count: Called before the function, in the caller's thread.
         norm_dtype: As in `patch`.
     """
     _hold(_EXPLICIT, norm_dtype, lambda name, function: _counted(name, function, count))
@@ -135,7 +135,7 @@ def _fastclip_functions(norm_dtype: torch.dtype | None) -> dict[str, _Function]:
 
 
 def _with_norm_dtype(function: _Function, norm_dtype: torch.dtype) -> _Function:
-    """The function with another default; what the caller asks for comes first."""
+    """Return the function with this default for `norm_dtype`. A dtype that the caller passes takes precedence."""
     names = list(inspect.signature(function).parameters)
 
     @untraced
@@ -159,9 +159,9 @@ def _counted(name: str, function: _Function, count: Callable[[str], None]) -> _F
 
 
 def _places() -> Iterator[tuple[ModuleType, str, str]]:
-    """Yield each module and attribute to replace, and the function that belongs there.
+    """Yield the module and attribute of each place to patch, and the name of the function that belongs there.
 
-    Some versions of torch have a name with an underscore, some without, and some lack it: what exists is replaced.
+    Some versions of torch have a name with an underscore, some without one, and some do not have it at all.
     """
     for module in (torch.nn.utils, torch.nn.utils.clip_grad):
         for name in originals.__all__:
@@ -184,7 +184,7 @@ def _hold(
                 "fastclip.unpatch() before"
             )
         if not _holders:
-            # Before anything is changed: where warnings are errors, a failed patch() must leave torch as it was.
+            # Warn before anything is changed: if warnings are errors, a failed patch() must leave torch as it was.
             _warn_of_early_binding()
             _replace({name: wrap(name, function) for name, function in _fastclip_functions(norm_dtype).items()})
         _holders[holder] = in_force
@@ -203,15 +203,15 @@ def _replace(functions: dict[str, _Function]) -> None:
     for module, attribute, name in _places():
         current = vars(module)[attribute]
         known = _replaced.get((module, attribute))
-        # An unpatch() may have had to leave our function in place, below somebody else's who has gone since. What
-        # belongs there is what we found the first time.
+        # Our function may be here since an earlier patch(): unpatch() had to leave it below another replacement, which
+        # is gone now. Then the function to put back is the one that the earlier patch() found.
         before = known.before if known is not None and current is known.ours else current
         _replaced[module, attribute] = _Replaced(before, functions[name])
         setattr(module, attribute, functions[name])
 
 
 def _restore() -> list[str]:
-    """Put back what we replaced, and describe each place where somebody else has replaced it since."""
+    """Put back what was replaced. Return a description of each place that someone else has replaced since."""
     left = []
     for (module, attribute), replaced in list(_replaced.items()):
         current = vars(module).get(attribute)
@@ -238,20 +238,7 @@ def _warn_of_left(left: list[str]) -> None:
 
 
 def _warn_of_early_binding() -> None:
-    about_to_go = {id(vars(module)[attribute]) for module, attribute, _ in _places()}
-    found = []
-    # One name for each module: multiprocessing gives the main one a second.
-    names = {id(module): name for name, module in reversed(list(sys.modules.items()))}
-    for name, module in list(sys.modules.items()):
-        if not isinstance(module, ModuleType) or name.partition(".")[0] in {"torch", "fastclip"}:
-            continue
-        if names[id(module)] != name:
-            continue
-        # By identity, so that no object of the program is asked whether it equals another.
-        attributes = dict(vars(module))
-        if not about_to_go.isdisjoint(map(id, attributes.values())):
-            bound = [attribute for attribute, value in attributes.items() if id(value) in about_to_go]
-            found.append(f"{name} ({', '.join(bound)})")
+    found = [f"{name} ({', '.join(attributes)})" for name, attributes in _early_bindings()]
     if found:
         message = (
             f"fastclip.patch() came too late for {', '.join(found)}: by `from torch.nn.utils import ...` it holds "
@@ -261,8 +248,25 @@ def _warn_of_early_binding() -> None:
         _warn(message)
 
 
+def _early_bindings() -> Iterator[tuple[str, list[str]]]:
+    """Yield the name of each module that holds a function about to be replaced, and its attributes that hold one."""
+    about_to_go = {id(vars(module)[attribute]) for module, attribute, _ in _places()}
+    modules = list(sys.modules.items())
+    # Report each module under its first name: multiprocessing gives the main module a second one.
+    first_names = {id(module): name for name, module in reversed(modules)}
+    for name, module in modules:
+        if not isinstance(module, ModuleType) or name.partition(".")[0] in {"torch", "fastclip"}:
+            continue
+        if first_names[id(module)] != name:
+            continue
+        # Compare by identity, so that no `__eq__` of the program runs.
+        attributes = dict(vars(module))
+        if not about_to_go.isdisjoint(map(id, attributes.values())):  # faster than the comprehension below
+            yield name, [attribute for attribute, value in attributes.items() if id(value) in about_to_go]
+
+
 def _warn(message: str) -> None:
-    """Warn at the first line outside this module and contextlib, which is the program's own."""
+    """Warn at the first line outside this module and contextlib: that line belongs to the program."""
     level = 1
     frame = sys._getframe()
     own = {frame.f_code.co_filename, contextlib.__file__}

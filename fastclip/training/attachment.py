@@ -23,8 +23,9 @@ from fastclip.core.owners import Owners, list_owners
 from fastclip.foundation.arguments import positive, real
 from fastclip.foundation.devices import on
 from fastclip.foundation.tracing import untraced
-from fastclip.rules.clip_by import ClipResult, apply_rule
-from fastclip.rules.formulas import AnyRule, ClipByGlobalNorm, ClipByNorm, ClipByValue, as_rule, from_state, state_of
+from fastclip.rules.apply import ClipResult, apply_rule
+from fastclip.rules.checkpoint import from_state, state_of
+from fastclip.rules.formulas import AnyRule, ClipByGlobalNorm, ClipByNorm, ClipByValue, as_rule
 from fastclip.rules.groups import Groups, group
 from fastclip.training.optimizers import (
     check_divides,
