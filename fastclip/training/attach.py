@@ -57,10 +57,10 @@ def attach(
     With `fold` the optimizer divides by ``1 / coefficient`` in fp32. So its gradients differ by rounding from those
     clipped before the step: at most by 4 * 2**-24 of their size, before they are rounded to a narrower dtype, and not
     at all if the coefficient is 1. If the divisor is beyond fp32 (a norm of 2**128 times the bound), gradients become
-    0. Of torch's fused optimizers only Adam and AdamW accept DTensors. If a gradient has other placements than its
-    parameter, they divide a temporary and not ``.grad``. Gradients that share memory are divided once for each of their
-    parameters, when the optimizer comes to that parameter. A state dict whose groups are not fused is rejected before
-    any of it is loaded.
+    0. Of torch's fused optimizers only Adam and AdamW accept DTensors; for a gradient with other placements than its
+    parameter they divide a temporary, and not ``.grad``. Gradients that share memory are divided once for each of their
+    parameters, when the optimizer comes to that parameter. ``load_state_dict`` rejects a state dict whose groups are
+    not fused, before it loads any of it.
 
     **GradScaler.** With a `torch.amp.GradScaler`, fused optimizers get scaled gradients. Norms are measured without the
     scale.
