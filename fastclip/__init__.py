@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from fastclip.switching.environment import info, warm_up
     from fastclip.switching.patching import patch, patched, unpatch
     from fastclip.training.amp import clip_scaled_grad_norm_, unscale_and_clip_grad_norm_
-    from fastclip.training.attachment import Attachment, attach
+    from fastclip.training.attach import attach
+    from fastclip.training.attachment import Attachment
 
 __version__ = "0.1.0"
 
@@ -48,7 +49,7 @@ _HOMES = {
     "TensorBoard": "fastclip.monitoring.sinks",
     "TriggerError": "fastclip.monitoring.interface",
     "Vanishing": "fastclip.monitoring.triggers",
-    "attach": "fastclip.training.attachment",
+    "attach": "fastclip.training.attach",
     "clip_by_global_norm": "fastclip.rules.out_of_place",
     "clip_by_global_norm_": "fastclip.rules.clip_by",
     "clip_by_norm_": "fastclip.rules.clip_by",
