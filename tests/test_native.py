@@ -25,7 +25,7 @@ import fastclip
 from fastclip.backends import native as backend
 from fastclip.core import plans
 from fastclip.core.gradients import PLAIN_TYPES
-from fastclip.foundation import dynamo
+from fastclip.foundation import tracing
 
 native: Any = pytest.importorskip("fastclip.kernels.native", reason="they were not built: no C compiler")
 
@@ -455,10 +455,10 @@ def test_models_that_are_alike_in_turns(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_untraced_without_torch_s_own_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dynamo, "_mark", None)
+    monkeypatch.setattr(tracing, "_mark", None)
     seen = []
 
-    @dynamo.untraced
+    @tracing.untraced
     def look() -> None:
         seen.append(torch.compiler.is_compiling())
 
