@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# The helper modules and packages beside the tests are importable, whatever pytest's import mode.
-sys.path.insert(0, str(Path(__file__).parent))
+# The helpers and `ptxlab` are top-level modules; the processes that tests spawn take this path over.
+_TESTS = Path(__file__).parent
+sys.path[:0] = [str(_TESTS / "support"), str(_TESTS)]
 pytest.register_assert_rewrite("oracle", "gradients")
 
 import legs  # noqa: E402 - found by the path above

@@ -103,7 +103,7 @@ def test_ticket(variant: str, tmp_path: Path) -> None:
     assert done.stdout == "right\n", done.stderr[:2000]
     assert done.returncode == status, done.stderr[:2000]
     if status:
-        assert "test_ptxlab_races.py:" in done.stderr  # the report names lines of the Triton source
+        assert "test_races.py:" in done.stderr  # the report names lines of the Triton source
 
 
 THROUGH_TRITON = """
@@ -111,7 +111,7 @@ import sys
 import torch
 import ptxlab
 sys.path.insert(0, sys.argv[1])
-from test_ptxlab_races import BLOCK, SLOTS, sum_of_squares
+from test_races import BLOCK, SLOTS, sum_of_squares
 
 ptxlab.activate(90, sanitize="thread", resident=4, jitter=20)
 x, ticket = torch.ones(15 * BLOCK - 5), torch.zeros(1, dtype=torch.int32)

@@ -5,6 +5,7 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
+import paths
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ pytest.importorskip("matplotlib", reason="the benchmark draws a picture")
 
 @pytest.fixture
 def benchmark_gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    monkeypatch.syspath_prepend(paths.ROOT)
     return importlib.import_module("benchmarks.gpu")
 
 

@@ -1,15 +1,15 @@
 """The derived tables of the documentation are what their derivation gives."""
 
 import importlib
-from pathlib import Path
 from types import ModuleType
 
+import paths
 import pytest
 
 
 @pytest.fixture
 def derived(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    monkeypatch.syspath_prepend(paths.ROOT)
     return importlib.import_module("benchmarks.derived")
 
 

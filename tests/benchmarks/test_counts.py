@@ -4,10 +4,10 @@ import importlib
 import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import paths
 import pytest
 import torch
 
@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     if not (torch.cuda.is_available() or shutil.which("gcc")):
         pytest.skip("the stand-in driver is made with gcc")
-    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    monkeypatch.syspath_prepend(paths.ROOT)
     monkeypatch.delenv("FASTCLIP_BACKEND", raising=False)
     module = importlib.import_module("benchmarks.counts")
     monkeypatch.setattr(module, "ROUNDS", 1)

@@ -6,26 +6,26 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import paths
 import pytest
 import torch
 
 pytest.importorskip("matplotlib", reason="the benchmark draws a picture")
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[1]
-if not (ROOT / "benchmarks").exists():
+if not paths.BENCHMARKS.exists():
     pytest.skip("the benchmarks are beside the tests in a checkout only", allow_module_level=True)
 
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.syspath_prepend(paths.ROOT)
     return importlib.import_module("benchmarks.on_gpu")
 
 
 def test_dry_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.on_gpu", "--dry", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=420, check=False)
+    done = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True, timeout=420, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     parts = [
         "check",

@@ -1,6 +1,6 @@
 """The package's own kernels under ptxlab: on each generation of GPUs, free of races, and broken on purpose.
 
-`test_kernels` runs the same kernels through all their cases, as compiled for sm_90.
+`test_kernels.py` runs the same kernels through all their cases, as compiled for sm_90.
 """
 
 from __future__ import annotations

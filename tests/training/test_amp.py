@@ -12,12 +12,12 @@ import pytest
 import torch
 from gradients import embedded, parameters, random_values, twin
 from legs import CPU, Leg
+from small_model import OPTIMIZERS, Training
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import OPTIMIZERS, Training
 
 import fastclip
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from pathlib import Path
 
+import paths
 import pytest
 import torch
 
@@ -113,7 +113,7 @@ def test_example(four: Pool, name: str) -> None:
 
 
 def test_examples_start_their_processes() -> None:
-    script = Path(__file__).parents[1] / "examples" / "pipeline.py"
+    script = paths.EXAMPLES / "pipeline.py"
     done = subprocess.run([sys.executable, script, "--steps", "2"], check=True, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["step", "1", "2"]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import paths
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ STEPS = 4
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The demo as a module, on one thread, since threads that wait for a busy core make it slow; all is set back."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    monkeypatch.syspath_prepend(paths.EXAMPLES)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     torch.set_num_threads(1)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import paths
 import pytest
 from numpy.typing import NDArray
 from ptxlab import Kernel, PtxError, Unsupported
@@ -245,7 +246,7 @@ def test_cache_is_shared_by_processes_that_start_together(tmp_path: Path) -> Non
     environment = {
         **os.environ,
         "TMPDIR": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(paths.TESTS), os.environ.get("PYTHONPATH", "")]),
     }
     started = [
         subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True)

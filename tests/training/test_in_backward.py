@@ -8,10 +8,10 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from small_model import Training
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-from training import Training
 
 import fastclip
 from fastclip.rules.formulas import AnyRule

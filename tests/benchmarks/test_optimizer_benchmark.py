@@ -1,16 +1,16 @@
 """The command that measures clipping with the optimizer's step."""
 
 import importlib
-from pathlib import Path
 from types import ModuleType
 
+import paths
 import pytest
 import torch
 
 
 @pytest.fixture
 def optimizer(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    monkeypatch.syspath_prepend(paths.ROOT)
     module = importlib.import_module("benchmarks.optimizer")
     monkeypatch.setattr(module, "WORKLOADS", {"2 x 3": [3, 3]})
     return module

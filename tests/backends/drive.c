@@ -19,7 +19,7 @@
 
 enum { MOST_ROWS = 90, GUARD = 64 };
 static const int64_t size_of[TYPES] = {4, 2, 2, 8};
-static const double tolerance[TYPES] = {40 * 0x1p-24, 40 * 0x1p-24, 40 * 0x1p-24, 0x1p-37}; /* as tests/oracle.py */
+static const double tolerance[TYPES] = {40 * 0x1p-24, 40 * 0x1p-24, 40 * 0x1p-24, 0x1p-37}; /* as support/oracle.py */
 static const double orders[] = {2, 1, 3, 0, INFINITY, -INFINITY, 0.5, 4, 1.5, 20, -1, -2};
 enum { ORDERS = sizeof orders / sizeof *orders };
 

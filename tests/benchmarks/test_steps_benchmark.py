@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from types import ModuleType
 
+import paths
 import pytest
 
 import fastclip
@@ -13,7 +13,7 @@ import fastclip
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    monkeypatch.syspath_prepend(paths.ROOT)
     return importlib.import_module("benchmarks.steps")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import paths
 import pytest
 import torch
 
@@ -24,7 +25,7 @@ Load = Callable[[str], ModuleType]
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
     """Imports an example by its name; they choose their number of threads, which is set back."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    monkeypatch.syspath_prepend(paths.EXAMPLES)
     threads = torch.get_num_threads()
     yield importlib.import_module
     torch.set_num_threads(threads)

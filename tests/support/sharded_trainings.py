@@ -7,9 +7,9 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import paths
 import torch
 import torch.distributed as dist
 from ranks import grads_of
@@ -325,7 +325,7 @@ def not_sharded(originals: bool) -> tuple[float, float, float]:
 
 def example(name: str, steps: int) -> tuple[Run, Run]:
     """Train as an example does, on all ranks, and in this process."""
-    folder = str(Path(__file__).parents[1] / "examples")
+    folder = str(paths.EXAMPLES)
     if folder not in sys.path:
         sys.path.append(folder)
     module = importlib.import_module(name)

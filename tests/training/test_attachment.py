@@ -18,10 +18,10 @@ import pytest
 import torch
 from gradients import grad_of
 from legs import Leg
+from small_model import OPTIMIZERS, Training
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import OPTIMIZERS, Training
 
 import fastclip
 from fastclip.core.gradients import Owners, listed

@@ -6,12 +6,13 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
+import paths
 import pytest
 
 
 @pytest.fixture
 def cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    monkeypatch.syspath_prepend(paths.ROOT)
     monkeypatch.chdir(tmp_path)
     return importlib.import_module("benchmarks.cpu")
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import oracle
+import paths
 import pytest
 import torch
 from gradients import embedded, parameters, random_values
@@ -215,16 +216,14 @@ def test_the_norm_is_rounded_as_by_torch(dtype: torch.dtype) -> None:
 
 def header(name: str) -> int:
     """A constant of kernels/cpu.h, from the sources that stand beside these tests."""
-    text = (Path(__file__).parents[1] / "kernels" / "cpu.h").read_text()
+    text = (paths.KERNELS / "cpu.h").read_text()
     constants: dict[str, int] = {}
     for constant, value in re.findall(r"^    (\w+) = ([\w* ]+?),? +/\*", text, re.MULTILINE):
         constants[constant] = eval(value, {}, constants)  # noqa: S307 - our own header
     return constants[name]
 
 
-@pytest.mark.skipif(
-    not (Path(__file__).parents[1] / "kernels").exists(), reason="the tests stand without the sources here"
-)
+@pytest.mark.skipif(not paths.KERNELS.exists(), reason="the tests stand without the sources here")
 def test_python_and_c_cut_alike() -> None:
     assert header("CHUNK") == backend.CHUNK
 

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import paths
 import pytest
 import torch
 
 pytest.importorskip("triton")
-if not shutil.which("gcc") or not (Path(__file__).parents[1] / "benchmarks").exists():
+if not shutil.which("gcc") or not paths.BENCHMARKS.exists():
     pytest.skip("ptxlab is made with gcc, and the benchmarks are in a checkout only", allow_module_level=True)
 
 import ptxlab
@@ -20,7 +21,7 @@ import ptxlab
 
 @pytest.fixture
 def sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    monkeypatch.syspath_prepend(paths.ROOT)
     module = importlib.import_module("benchmarks.sweep")
     monkeypatch.setattr(module, "FOLDER", tmp_path)
     ptxlab.activate(90)

@@ -3,10 +3,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import importlib
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import paths
 import pytest
 
 triton: Any = pytest.importorskip("triton")
@@ -18,7 +18,7 @@ INSTRUCTIONS = 70  # for each 16 bytes loaded; 141 are all that an H100 can issu
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    monkeypatch.syspath_prepend(paths.ROOT)
     return importlib.import_module("benchmarks.compiled")
 
 
