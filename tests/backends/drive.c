@@ -1,11 +1,11 @@
-/* Drives the kernels for CPUs (kernels/cpu.h) by random tables, without Python or torch, so that sanitizers see all of it.
+/* Drives the CPU's kernels (kernels/cpu.h) by random tables, without Python or torch, so that sanitizers see all code.
  *
- *     drive [seeds]        exit status 1, and the seed and what was wrong, at the first result that is
+ *     drive [seeds]        exit status 1, with the seed and the fault, at the first wrong result
  *
- * Threads are pthreads, which ThreadSanitizer knows, unlike those of OpenMP. What is held to a reference in long double:
- * norms of every order, scaled and clamped values; that the same bits come from any number of threads and any
- * instruction set; that memory around gradients stays as it was, and that what need not be written is not, which is in
- * read-only pages then.
+ * Threads are pthreads: ThreadSanitizer knows these, but not those of OpenMP. Compared with a reference in long double:
+ * norms of every order, scaled values and clamped values. Checked, too: any number of threads and any instruction set
+ * give the same bits; memory around gradients does not change; and no write happens where none is needed, as the
+ * gradients are in read-only pages then.
  */
 #include <math.h>
 #include <pthread.h>
@@ -73,7 +73,7 @@ static double load(const char *x, int64_t type) {
     return half >> 15 ? -wide : wide;
 }
 
-/* The spacing of a type's numbers around a value, by which a rounded one may be off by a half. */
+/* The spacing of a type's numbers around a value; rounding has an error of at most half of it. */
 static double spacing(double value, int64_t type) {
     static const int digits[TYPES] = {24, 8, 11, 53}, lowest[TYPES] = {-149, -133, -24, -1074};
     int exponent;
@@ -87,7 +87,7 @@ static double random_value(int64_t type, int decades) {
     return (next() & 1 ? -1 : 1) * magnitude * (uniform() < 0.02 ? 0 : 1);
 }
 
-/* ---- Tables, as fastclip/backends/native.py lays them out, in small tasks */
+/* ---- Tables, as fastclip/backends/native.py makes them, in small tasks */
 
 typedef struct {
     Table table;
@@ -139,7 +139,7 @@ static void fill(const Set *set, const Level *level, int kind) {
             double value = random_value(type, kind % 2);
             char *x = set->address[i] + j * size;
             memset(x, 0, (size_t)size);
-            level->clamp[type](x, 1, value, value); /* the only thing that writes any value to any type */
+            level->clamp[type](x, 1, value, value); /* `clamp` can write any value to any type */
         }
     if (kind == 3) { /* a NaN, or an infinity of either sign */
         int64_t i = below(set->table.rows), type = set->row[i].type, size = size_of[type];
@@ -209,7 +209,7 @@ static double scaled(double v, double coefficient, int64_t type) {
     return v * (type == FP64 || fabs(coefficient) < 0x1p-100 ? coefficient : (float)coefficient);
 }
 
-/* Applies coefficients, or clamps, on every level and by several threads, each time to what was there. */
+/* Applies coefficients, or clamps, on every level and by several threads, each time to the original values. */
 static void check_writes(const Set *set, Team team) {
     Table table = table_of(set);
     double coefficient[MOST_ROWS], low[MOST_ROWS], high[MOST_ROWS];
@@ -262,7 +262,7 @@ static void check_writes(const Set *set, Team team) {
     free(before), free(after);
 }
 
-/* In pages that nobody may write. */
+/* In read-only pages. */
 static void check_that_nothing_is_written(const Set *set, Team team) {
     Table table = table_of(set);
     double one = 1, low = -INFINITY, high = INFINITY, norm;
@@ -316,7 +316,7 @@ int main(int count, char **arguments) {
         check_that_nothing_is_written(&set, team);
         drop(&set);
     }
-    /* Several callers at once, each with gradients of its own. */
+    /* Several callers at once, each with its own gradients. */
     Set sets[3];
     pthread_t callers[3];
     for (int i = 0; i < 3; i++) sets[i] = make(6, 2 * CHUNK), fill(sets + i, *levels(), 0);

@@ -1,4 +1,4 @@
-"""Which backend serves, what it writes, what it keeps, and what threads and forked children may do."""
+"""Which backend is chosen, what it writes, what it caches, and what threads and forked children may do."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def unforced(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.delenv("FASTCLIP_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(backends, "_warned", set())
-    monkeypatch.setattr(plans, "_kept", plans._Kept())  # of other tests, for gradients that lay where these do
+    monkeypatch.setattr(plans, "_kept", plans._Kept())  # other tests' plans, for gradients at the same addresses
     return monkeypatch
 
 
@@ -64,11 +64,11 @@ def test_devices_choose_their_backend() -> None:
 
 @pytest.mark.parametrize("name", backends.BACKENDS)
 def test_forced_backend_serves_every_call(name: str, unforced: pytest.MonkeyPatch) -> None:
-    """The backend's own plan is asked for, whatever the device."""
+    """Each call asks the forced backend for a plan, whatever the device."""
     unforced.setenv("FASTCLIP_BACKEND", name)
-    unforced.setenv("TRITON_INTERPRET", "1")  # so that Triton has no obstacle on the CPU
+    unforced.setenv("TRITON_INTERPRET", "1")  # without it, Triton has an obstacle on the CPU
 
-    class Asked(Exception):  # noqa: N818 - it is none
+    class Asked(Exception):  # noqa: N818 - it is no error
         pass
 
     def plan(tensors: list[Tensor]) -> interface.Plan:
@@ -100,7 +100,7 @@ def test_forced_backend_that_cannot_serve(unforced: pytest.MonkeyPatch) -> None:
 
 
 def no_triton(name: str, package: str | None = None) -> None:
-    """`importlib.util.find_spec`, as it is where Triton is not installed."""
+    """Stand for `importlib.util.find_spec` where Triton is not installed."""
     assert (name, package) == ("triton", None)
 
 
@@ -120,7 +120,7 @@ def test_without_triton(unforced: pytest.MonkeyPatch) -> None:
         match="torch's own operations, tensor by tensor, for gradients on cuda: triton cannot: Triton is not",
     ):
         assert backends.for_device(torch.device("cuda")) is backends.TORCH
-    assert backends.for_device(torch.device("cuda")) is backends.TORCH  # and says so once
+    assert backends.for_device(torch.device("cuda")) is backends.TORCH  # and warns only once
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton has a driver here")
@@ -148,7 +148,7 @@ def test_triton_whose_driver_serves_another_device(unforced: pytest.MonkeyPatch)
 
 
 def test_changing_the_backend_between_calls(unforced: pytest.MonkeyPatch) -> None:
-    """What was prepared for one backend is not used by another."""
+    """A plan cached for one backend is not used for another."""
     made = parameters([torch.tensor([3.0, 4.0])])
     assert fastclip.clip_grad_norm_(made, INF).item() == 5
     unforced.setenv("FASTCLIP_BACKEND", "fast")
@@ -194,7 +194,7 @@ PAGE = mmap.PAGESIZE
 
 
 class Page:
-    """A page of memory that can be made read-only: from then on a write ends the process with SIGSEGV."""
+    """A page of memory that can be made read-only; a write then ends the process with SIGSEGV."""
 
     def __init__(self, values: Tensor) -> None:
         self.memory = mmap.mmap(-1, PAGE)
@@ -202,7 +202,7 @@ class Page:
         self.tensor.copy_(values)
 
     def protect(self) -> None:
-        """Make it read-only, for good."""
+        """Make the page read-only; this cannot be undone."""
         address = self.tensor.data_ptr() - 16
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(PAGE), 1):  # PROT_READ
@@ -210,7 +210,7 @@ class Page:
 
 
 def signal_of_child(work: Callable[[], None]) -> int:
-    """Do the work in a forked child; the signal that ended it, or 0."""
+    """Do the work in a forked child; return the signal that ended the child, or 0."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -228,7 +228,7 @@ def signal_of_child(work: Callable[[], None]) -> int:
     return os.WTERMSIG(status)
 
 
-# Python 3.12 and later warn of every fork of a process with threads: here the child takes no lock and starts no OpenMP.
+# Python 3.12 and later warn of every fork of a process with threads. Here the child takes no lock, starts no OpenMP.
 forks = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
 WRITES: dict[str, tuple[Callable[[list[nn.Parameter]], Any], bool]] = {
@@ -261,11 +261,11 @@ WRITES: dict[str, tuple[Callable[[list[nn.Parameter]], Any], bool]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("call", WRITES)
 def test_nothing_is_written_where_nothing_is_clipped(leg: Leg, call: str, dtype: torch.dtype) -> None:
-    """Gradients in read-only memory stand it; where something is clipped, they do not (so the guard is one)."""
+    """Read-only gradients raise no signal where nothing is clipped. They do where something is: the guard works."""
     clip, writes = WRITES[call]
     pages = [Page(torch.linspace(-2, 2, size).to(dtype)) for size in (1, 37, 300)]
     made = parameters([page.tensor for page in pages])
-    clip(made)  # compiles, and imports, outside of the child
+    clip(made)  # kernels are compiled, and modules imported, before the fork
     for page, size in zip(pages, (1, 37, 300), strict=True):
         page.tensor.copy_(torch.linspace(-2, 2, size).to(dtype))
 
@@ -284,7 +284,7 @@ def test_nothing_is_written_where_nothing_is_clipped(leg: Leg, call: str, dtype:
 @forks
 @pytest.mark.legs("interpreter", "ptx")
 def test_clamp_writes_no_vector_that_is_inside(leg: Leg) -> None:
-    """Writes come in vectors of 16 bytes: one value out of bounds in another page does not touch this one."""
+    """The kernel writes vectors of 16 bytes. A value out of bounds in another page causes no write to this one."""
     inside, outside = Page(torch.ones(100)), torch.full((100,), 5.0)
     made = parameters([inside.tensor, outside])
 
@@ -302,7 +302,7 @@ def test_clamp_writes_no_vector_that_is_inside(leg: Leg) -> None:
 @forks
 @pytest.mark.legs("numpy", "interpreter", "ptx")
 @pytest.mark.parametrize("by_norm", [True, False])
-@pytest.mark.parametrize("size", [25, 100])  # the kernels take up to 64 elements in groups
+@pytest.mark.parametrize("size", [25, 100])  # tensors of up to 64 elements are in groups
 def test_a_group_that_is_not_clipped_is_not_written(leg: Leg, size: int, by_norm: bool) -> None:
     inside, outside = Page(torch.ones(size)), torch.full((size,), 5.0)
     made = parameters([inside.tensor, outside])
@@ -323,7 +323,7 @@ def test_a_group_that_is_not_clipped_is_not_written(leg: Leg, size: int, by_norm
         assert signal_of_child(work) == 0
 
 
-# ---- What is kept
+# ---- What is cached
 
 
 def test_plans_do_not_keep_gradients_alive(leg: Leg) -> None:
@@ -340,11 +340,11 @@ def test_plans_do_not_keep_gradients_alive(leg: Leg) -> None:
 
 
 def test_gradients_that_move_are_found(leg: Leg, rng: np.random.Generator) -> None:
-    """`zero_grad(set_to_none=True)` and new shapes: no step sees the gradients of the last one."""
+    """`zero_grad(set_to_none=True)` and new shapes: no step uses the gradients of an earlier one."""
     hold = []
     for step in range(12):
         values = [random_values(rng, (size + step % 3,), torch.float32).to(leg.device) for size in (3, 50)]
-        hold.append(values)  # so that new ones lie elsewhere
+        hold.append(values)  # so that new ones have other addresses
         made = parameters([value.clone() for value in values])
         norm = fastclip.clip_grad_norm_(made, 0.5)
         assert norm.item() == pytest.approx(oracle.norm(values, 2), rel=1e-6)
@@ -353,7 +353,7 @@ def test_gradients_that_move_are_found(leg: Leg, rng: np.random.Generator) -> No
 
 
 def test_the_same_memory_with_another_shape_or_dtype(leg: Leg) -> None:
-    """What was prepared rests on sizes, strides and dtypes as well as on addresses."""
+    """A cached plan depends on sizes, strides and dtypes as well as on addresses."""
     memory = torch.arange(1.0, 65.0, device=leg.device)
     views = [memory, memory[:16], memory[::4], memory.view(8, 8).t(), memory.view(8, 8)[:, :2]]
     for view in [*views, *views]:
@@ -368,7 +368,7 @@ def test_the_same_memory_with_another_shape_or_dtype(leg: Leg) -> None:
 
 
 def test_what_is_kept_is_bounded(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients of ever new sizes do not pile up plans, and a short list counts as what its memory has room for."""
+    """The number of cached plans is bounded. A short list of gradients counts as much as `_LEAST` gradients."""
     monkeypatch.setattr(plans, "_KEPT", 8 * 32)
     monkeypatch.setattr(plans, "_LEAST", 32)
     monkeypatch.setattr(plans, "_kept", plans._Kept())
@@ -379,7 +379,7 @@ def test_what_is_kept_is_bounded(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> N
         fastclip.get_total_norm([tensor])
     many = [torch.ones(3, device=leg.device) for _ in range(100)]
     fastclip.get_total_norm(many)
-    if leg.keeps_plans:  # whose plans hold the gradients, and are not kept
+    if leg.keeps_plans:  # plans of the other legs hold the gradients, and are not cached
         kept = plans._kept
         counts = [pattern.arrangement.count for patterns in kept.by_sketch.values() for pattern in patterns]
         assert counts == [1] * 4 + [100]
@@ -391,7 +391,7 @@ def test_what_is_kept_is_bounded(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_gradients_that_overlap_are_never_in_one_plan(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plan's tensors are scaled in any order and at once, so two of them that share memory would race for it."""
+    """A plan scales its tensors in any order and at once: two that share memory would race."""
     module = importlib.import_module(f"fastclip.backends.{leg.backend}")
     seen: list[list[Tensor]] = []
 
@@ -405,12 +405,12 @@ def test_gradients_that_overlap_are_never_in_one_plan(leg: Leg, monkeypatch: pyt
     exact = oracle.norm(views, 2)
     assert fastclip.clip_grad_norm_(parameters(views), INF).item() == pytest.approx(exact, rel=1e-6)
     assert sum(map(len, seen)) == (len(views) if leg.backend == "torch" else 3)
-    if leg.keeps_plans:  # which takes one tensor after another
+    if leg.keeps_plans:  # torch's plan takes one tensor after another
         places = sorted((tensor.data_ptr(), tensor.data_ptr() + 4 * tensor.numel()) for tensor in seen[0])
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(places))
 
 
-# ---- Threads, and children
+# ---- Threads, and forked children
 
 
 @pytest.fixture
@@ -445,7 +445,7 @@ def test_any_number_of_threads_gives_the_same_bits(leg: Leg, dtype: torch.dtype,
 
 
 def test_models_clipped_by_threads_at_once(leg: Leg, rng: np.random.Generator) -> None:
-    """Each of several Python threads, with gradients of the same sizes, has the norms of its own."""
+    """Several Python threads clip gradients of the same sizes: each gets the norms of its own gradients."""
     sizes = (1000, 3, 40_000) if leg.environment is None else (100, 3)
     sets = [
         [random_values(rng, (size,), torch.float32).to(leg.device) * factor for size in sizes]
@@ -466,7 +466,7 @@ def test_models_clipped_by_threads_at_once(leg: Leg, rng: np.random.Generator) -
         return results
 
     if leg.name == "interpreter":
-        # Triton's interpreter keeps its grid position in one global: threads take turns, and each has its own tables.
+        # Triton's interpreter has its grid position in a global variable: threads take turns, each with its own tables.
         lock = threading.Lock()
         unlocked, start = work, threading.Barrier(1)
 

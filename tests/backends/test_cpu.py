@@ -1,4 +1,4 @@
-"""The CPU's backends as guests in their process: memory, threads, children, modes."""
+"""What the CPU's backends do to their process: memory, threads, forked children, torch's modes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 
 @pytest.fixture(autouse=True, params=["native", "numpy"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What serves the CPU, in the processes that a test starts, too."""
+    """The forced backend, also in the processes that a test starts."""
     if request.param == "native":
         pytest.importorskip("fastclip.kernels.native", reason="the native kernels were not built: no C compiler")
     monkeypatch.setenv("FASTCLIP_BACKEND", request.param)
@@ -45,7 +45,7 @@ def mib(entry):
 
 
 def output_of(script: str, *arguments: str) -> list[str]:
-    """What a process of its own prints."""
+    """The words that a script prints in a new process."""
     command = [sys.executable, "-c", PRELUDE + script, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -55,7 +55,7 @@ def output_of(script: str, *arguments: str) -> list[str]:
 @needs_proc
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_four_mebibytes_beside_the_gradients_and_none_of_theirs_is_kept(dtype: str) -> None:
-    """The process is weighed: at its heaviest while it clips, and after the gradients are gone."""
+    """The process's memory: its peak during the clip, and what is left after the gradients are freed."""
     script = """
 dtype = getattr(torch, sys.argv[1])
 torch.set_num_threads(2)
@@ -67,11 +67,11 @@ def call(parameter):
     fastclip.clip_grad_value_([parameter], 1e-9)
     fastclip.get_total_norm([parameter.grad], norm_dtype=torch.float64)  # tiny: redone in fp64
 
-call(parameter_of(1000, dtype))  # imports, and whatever else comes once
+call(parameter_of(1000, dtype))  # imports, and other one-time costs
 parameter = parameter_of(32 << 20, dtype)
 # Threads have stacks, and the allocator keeps an arena for each: the same for gradients of any size.
 call(smaller := parameter_of(2 << 20, dtype))
-open("/proc/self/clear_refs", "w").write("5")  # the heaviest is the present weight from here on
+open("/proc/self/clear_refs", "w").write("5")  # sets the peak to the present use
 before = mib("VmRSS")
 call(parameter)
 heaviest = mib("VmHWM")
@@ -95,7 +95,7 @@ LARGE = {
 @needs_proc
 @pytest.mark.parametrize("made", LARGE)
 def test_what_torch_s_operations_do_takes_little_memory_too(made: str) -> None:
-    """The look for NaN, and gradients that no kernel takes: on a full device the error is to be about the NaN."""
+    """They count NaN, and clip what no kernel takes. If memory is short, the error should still be about the NaN."""
     script = f"""
 import math
 
@@ -114,20 +114,20 @@ def call(made):
         assert "(1 NaN, 0 inf)" in str(error), error
 
 for dtype in (torch.float32, torch.float16, torch.float64):
-    call(Holder(dtype, 2 << 20))  # imports, and whatever else comes once
+    call(Holder(dtype, 2 << 20))  # imports, and other one-time costs
     made = Holder(dtype, 24 << 20)
-    open("/proc/self/clear_refs", "w").write("5")  # the heaviest is the present weight from here on
+    open("/proc/self/clear_refs", "w").write("5")  # sets the peak to the present use
     before = mib("VmRSS")
     call(made)
     print(mib("VmHWM") - before)
 """
     more = list(map(float, output_of(script)))
-    assert max(more) <= 40  # of 96, 48 and 192; it took 2 to 4 times that
+    assert max(more) <= 40  # MiB; the gradients take 96, 48 and 192, and earlier versions took 2 to 4 times that
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists a process's threads so")
 def test_torch_s_number_of_threads_is_the_limit() -> None:
-    """The process has as many threads as torch was told to use, whatever the dtype and the norm."""
+    """The process has as many threads as `torch.set_num_threads` says, for every dtype and norm."""
     script = """
 torch.set_num_threads(1)
 made = [parameter_of(5 << 20, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)]
@@ -144,7 +144,7 @@ for threads in (1, 3):
 
 
 def test_threads_sleep_between_calls() -> None:
-    """What the process computes while nobody asks it anything is next to nothing."""
+    """Between calls the process uses almost no processor time."""
     script = """
 made = [parameter_of(5 << 20, torch.float32), parameter_of(5 << 20, torch.bfloat16)]
 torch.set_num_threads(4)
@@ -154,11 +154,11 @@ time.sleep(1)
 print(time.process_time() - before)
 """
     (seconds,) = map(float, output_of(script))
-    assert seconds < 0.2  # one thread that spins would take 1
+    assert seconds < 0.2  # one spinning thread would take 1 s
 
 
 def test_workers_of_a_data_loader_clip() -> None:
-    """They are forked from a process whose threads they do not have; torch has each of them use one."""
+    """The workers are forked, without the threads of their parent; torch makes each use one thread."""
     script = """
 from torch.utils.data import DataLoader, Dataset
 
@@ -201,7 +201,7 @@ for dtype in (torch.float32, torch.bfloat16):
 @pytest.mark.parametrize("mode", ["FakeTensorMode(allow_non_fake_inputs=True)", "torch.func.functionalize"])
 @pytest.mark.parametrize("call", ["clip_grad_norm_(made, 1.0)", "measure_grads(made, by='parameter')"])
 def test_nothing_of_a_call_under_a_mode_is_kept(call: str, mode: str, is_first: bool) -> None:
-    """Whether it can do its work there, or raises, since tensors are something else there; the next one clips."""
+    """Under a mode a call may work, or raise because tensors have no memory there; the next call clips in any case."""
     script = f"""
 from torch._subclasses import FakeTensorMode
 if not {is_first}:
@@ -229,7 +229,7 @@ for made in (made, [parameter_of(size, torch.bfloat16) for size in (7000, 5000)]
 
 @needs_proc
 def test_what_is_kept_of_a_gradient_does_not_grow_with_it() -> None:
-    """Of 16-bit ones that lie elsewhere in each step, and so are prepared for each."""
+    """For 16-bit gradients at other addresses in each step, which need a new plan each time."""
     script = """
 memory = torch.ones(8 * 500_000 + 400, dtype=torch.bfloat16)
 made = [torch.nn.Parameter(torch.zeros(500_000, dtype=torch.bfloat16)) for _ in range(8)]
@@ -261,7 +261,7 @@ def test_python_s_threads_do_not_share_memory_for_conversions(order: float) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_many_small_gradients_lie_anywhere(dtype: torch.dtype) -> None:
-    """At any address, with neighbours that stay as they are."""
+    """At any address; the memory around them does not change."""
     memory = torch.full((5000,), math.nan, dtype=dtype)
     places = [1, 8, 22, 29, 400, 4993, 4000, *range(1000, 1700, 7)]
     grads = [memory[place : place + 7] for place in places]
@@ -279,14 +279,14 @@ def test_many_small_gradients_lie_anywhere(dtype: torch.dtype) -> None:
 
 
 def test_norms_of_zeros_are_not_negative() -> None:
-    """A negative zero would make an infinite coefficient of the wrong sign."""
+    """A norm of -0 would make an infinite coefficient of the wrong sign."""
     measured = fastclip.measure_grads(parameters([torch.zeros(5), -torch.zeros(3), *[torch.zeros(2)] * 1]))
     assert measured.norms is not None
     assert not measured.norms.signbit().any()
 
 
 def test_what_is_written_is_what_is_kept_track_of() -> None:
-    """A plan of the same gradients elsewhere writes to those."""
+    """A cached plan writes to the gradients of the present call, not to those of an earlier one."""
     plans._kept.__init__()  # type: ignore[misc]
     for _ in range(3):
         held = [torch.full((16,), 2.0) for _ in range(20)]

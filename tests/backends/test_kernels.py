@@ -1,6 +1,6 @@
-"""The kernels by themselves: any number of programs, any address, any size, the whole range of values.
+"""The kernels alone: any number of programs, any address, any size, the whole range of values.
 
-Everything that a kernel has to write (the chunks' norms, state, result) is NaN before it runs.
+All memory that a kernel must write (the chunks' norms, state, result) is NaN before it runs.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import Tensor
 pytestmark = pytest.mark.legs("gpu", "interpreter", "ptx")
 
 INF = math.inf
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as the chunk map sorts them
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # in the order of the chunk map
 KINDS = {2.0: "two", 1.0: "one", 0.0: "zero", 3.0: "power", -1.0: "power", INF: "max", -INF: "min"}
 POISON = 0x7FC00000
 SPECIAL = (0.0, -0.0, 1.5, -3.0, INF, -INF, math.nan)
 
 
 class Launcher:
-    """The kernels, launched on a list of tensors with a number of programs of the test's own choice."""
+    """Launches the kernels on a list of tensors; the test chooses the number of programs."""
 
     def __init__(self, tensors: Sequence[Tensor], programs: int = 3, norm_dtype: torch.dtype = torch.float32) -> None:
         from fastclip.kernels import table
@@ -37,7 +37,7 @@ class Launcher:
         layout = table.lay_out(np.array([tensor.numel() for tensor in tensors]), segments)
         rows = [[tensor.data_ptr(), tensor.numel()] for tensor in tensors]
         self.device = device
-        self.tensors = tensors  # kept alive: the kernels know their addresses only
+        self.tensors = tensors  # they must stay alive: the kernels have only their addresses
         self.grid = (programs,)
         self.options = table.LAUNCH_OPTIONS
         self.ends = layout.ends
@@ -55,7 +55,7 @@ class Launcher:
         return torch.full((size,), math.nan, dtype=dtype, device=self.device)
 
     def reduce(self, p: float = 2.0, max_norm: float = 1.0) -> None:
-        """Take the norm of all."""
+        """Take the norm of all tensors together."""
         from fastclip.kernels.reduce import reduce_kernel
 
         memory = (self.chunks, self.rows, self.counts if p == 0 else self.partials, self.ticket, self.state, self.norm)
@@ -63,7 +63,7 @@ class Launcher:
         reduce_kernel[self.grid](*numbers, KIND=KINDS[p], NORM=self.norm_type, **self.options)
 
     def tensor_norms(self) -> list[float]:
-        """The 2-norm of each tensor, from what `reduce` left."""
+        """The 2-norm of each tensor, from the partial norms of `reduce`."""
         from fastclip.kernels.reduce import tensor_norms_kernel
 
         norms = self._poisoned(len(self.tensors), torch.float64)
@@ -82,7 +82,7 @@ class Launcher:
     def clamp(
         self, minimum: float, maximum: float, bounds: Tensor | None = None, *, watch: bool = False
     ) -> list[int] | None:
-        """Clamp all, or tensor t to `bounds[t]`; if `watch`, return each program's flag."""
+        """Clamp all to the same bounds, or tensor t to `bounds[t]`; if `watch`, return each program's flag."""
         from fastclip.kernels.clamp import clamp_kernel
 
         flags = torch.full(self.grid, POISON, dtype=torch.int32, device=self.device) if watch else None
@@ -108,7 +108,7 @@ def scaled(tensor: Tensor, coefficient: float) -> oracle.Array:
 
 
 def product_tolerance(leg: Leg, dtype: torch.dtype) -> float:
-    """Of a product rounded to `dtype`, by a coefficient rounded to the type of the multiplication."""
+    """The tolerance of a product rounded to `dtype`; its coefficient is rounded to the type of the multiplication."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return oracle.rounding(leg, dtype) + 2 * oracle.half_ulp(wide)
 
@@ -134,7 +134,7 @@ def test_any_number_of_programs_gives_the_same_bits(leg: Leg, p: float, rng: np.
 
 
 def in_pieces(rng: np.random.Generator, device: torch.device, *, zeros: bool) -> list[Tensor]:
-    """Of every dtype: one element, a few, more than a chunk."""
+    """For every dtype: a tensor of one element, of a few, and of more than a chunk."""
     return [
         embedded(random_values(rng, (size,), dtype, zeros=zeros), offset=offset, device=device)
         for offset, dtype in enumerate(DTYPES)
@@ -159,7 +159,7 @@ def test_norm_of_each_tensor(leg: Leg, rng: np.random.Generator) -> None:
 
 
 def test_zero_norm_counts_tensors(leg: Leg) -> None:
-    """Those with a nonzero element, in whichever of their chunks it is, and once only; and it counts anew each time."""
+    """Each tensor with a nonzero element in any chunk counts once, and each launch counts from 0."""
     size = 2 * chunk_elements(torch.float32) + 5
     tensors = [embedded(torch.zeros(n, dtype=dtype), device=leg.device) for dtype in DTYPES for n in (3, size)]
     launcher = Launcher(tensors, programs=4)
@@ -189,7 +189,7 @@ def test_zero_norm_forgets_thousands_of_tensors(leg: Leg) -> None:
 
 @pytest.mark.legs("ptx", "gpu")
 def test_norm_of_more_chunks_than_a_chunk_has_vectors(leg: Leg) -> None:
-    """All partial norms are combined, whatever their number."""
+    """All partial norms are combined, however many there are."""
     launcher = Launcher(list(torch.ones(20_000, 1, device=leg.device)))
     launcher.reduce()
     assert launcher.norm.item() == pytest.approx(20_000**0.5)
@@ -197,7 +197,7 @@ def test_norm_of_more_chunks_than_a_chunk_has_vectors(leg: Leg) -> None:
 
 
 def small(leg: Leg, rng: np.random.Generator) -> list[Tensor]:
-    """Of every dtype some groups of small tensors, the last one not full, that differ in size and by powers of ten."""
+    """For every dtype, groups of small tensors of several sizes and powers of ten; the last group is not full."""
     return [
         embedded(
             random_values(rng, (int(size),), dtype, zeros=False) * 10.0 ** -int(rng.integers(3)),
@@ -218,7 +218,7 @@ def test_norm_of_each_small_tensor(leg: Leg, p: float, rng: np.random.Generator)
     launcher = Launcher(tensors, programs=3)
     slots = launcher.counts if p == 0 else launcher.partials
     if p == 0:
-        launcher.ticket.fill_(-9)  # so that no program is the last one, which would clear the counts
+        launcher.ticket.fill_(-9)  # so no program is the last one, and none clears the counts
     launcher.reduce(p)
     for tensor, (slot, count) in zip(tensors, launcher.slices.tolist(), strict=True):
         assert count == 1
@@ -228,7 +228,7 @@ def test_norm_of_each_small_tensor(leg: Leg, p: float, rng: np.random.Generator)
 
 
 def test_scaling_each_small_tensor(leg: Leg, rng: np.random.Generator) -> None:
-    """By a coefficient of its own, which may be 1 or NaN; what lies around is not touched."""
+    """Each has its own coefficient, which may be 1 or NaN; the memory around it does not change."""
     originals = small(leg, rng)
     tensors = [twin(tensor) for tensor in originals]
     coefficients = torch.from_numpy(rng.uniform(0.1, 0.9, len(tensors))).to(leg.device)
@@ -245,7 +245,7 @@ def test_scaling_each_small_tensor(leg: Leg, rng: np.random.Generator) -> None:
 def test_clamping_each_small_tensor(leg: Leg, rng: np.random.Generator) -> None:
     originals = small(leg, rng)
     tensors = [twin(tensor) for tensor in originals]
-    pairs = np.sort(rng.integers(-40, 41, (len(tensors), 2)), axis=1) / 64  # which bfloat16 represents
+    pairs = np.sort(rng.integers(-40, 41, (len(tensors), 2)), axis=1) / 64  # bfloat16 can represent them
     bounds = torch.from_numpy(pairs).to(leg.device)
     Launcher(tensors, programs=3).clamp(9.0, -9.0, bounds)
     for tensor, original, (low, high) in zip(tensors, originals, bounds.tolist(), strict=True):
@@ -254,7 +254,7 @@ def test_clamping_each_small_tensor(leg: Leg, rng: np.random.Generator) -> None:
 
 
 def test_launches_in_a_row(leg: Leg, rng: np.random.Generator) -> None:
-    """The ticket by which the last program is known is back at 0 after each launch."""
+    """The ticket, which tells a program that it is the last one, is 0 again after each launch."""
     tensors = [embedded(random_values(rng, (1000,), torch.float32), device=leg.device) for _ in range(5)]
     launcher = Launcher(tensors, programs=4)
     for factor in (1.0, 3.0, 0.5):
@@ -276,7 +276,7 @@ ALL_ALIGNMENTS = [
 
 
 def alignments(leg: Leg, rng: np.random.Generator) -> list[Tensor]:
-    """Every address modulo 16, small (up to 64 elements) and large, with and without a head and a tail."""
+    """Every address modulo 16, small tensors (up to 64 elements) and large ones, with and without a head and a tail."""
     return [
         embedded(random_values(rng, (size,), dtype), offset=offset, device=leg.device)
         for dtype, offset, size in ALL_ALIGNMENTS
@@ -284,7 +284,7 @@ def alignments(leg: Leg, rng: np.random.Generator) -> list[Tensor]:
 
 
 def boundaries(leg: Leg, rng: np.random.Generator) -> list[Tensor]:
-    """Sizes about a tile's and a chunk's, at a 16-byte boundary and one element behind it."""
+    """Sizes near those of a tile and of a chunk, at a 16-byte boundary and one element after it."""
     return [
         embedded(random_values(rng, (size + extra,), dtype), offset=offset, device=leg.device)
         for dtype in DTYPES
@@ -295,7 +295,7 @@ def boundaries(leg: Leg, rng: np.random.Generator) -> list[Tensor]:
 
 @pytest.mark.parametrize("places", [alignments, boundaries])
 def test_addresses_and_sizes(leg: Leg, places: object, rng: np.random.Generator) -> None:
-    """Each tensor has its own norm, its own coefficient, and nothing around it is read or written."""
+    """Each tensor has its own norm and coefficient; memory around it is neither read nor written."""
     assert callable(places)
     originals: list[Tensor] = places(leg, rng)
     tensors = [twin(tensor) for tensor in originals]
@@ -318,7 +318,7 @@ def test_addresses_and_sizes(leg: Leg, places: object, rng: np.random.Generator)
 
 
 def test_whole_range_of_fp32(leg: Leg, rng: np.random.Generator) -> None:
-    """Every decade from the smallest subnormal to the largest value, alone and mixed with every other, within 1e-6."""
+    """Every decade from the smallest subnormal to the largest value, alone and in pairs, within 1e-6."""
     decades = [float(f"1e{exponent}") for exponent in range(-45, 39)]
     signs = rng.choice([-1.0, 1.0], 33)
     values = [rng.uniform(1, 3, 33) * signs * decade for decade in decades]
@@ -335,7 +335,7 @@ def test_whole_range_of_fp32(leg: Leg, rng: np.random.Generator) -> None:
 
 
 def test_many_values_at_the_edge_of_the_range(leg: Leg) -> None:
-    """Sums that are merely not 0, or not yet infinite, may have lost a part: values about 3e-23 and 1e19."""
+    """A sum that is neither 0 nor infinite may still have lost a part of its terms: values near 3e-23 and 1e19."""
     values = (1e-45, 1e-40, 3e-23, 1e-22, 2e-21, 1e-20, 1e17, 1e18, 1e19, 3.4e38)
     tensors = [embedded(torch.full((9000,), value, dtype=torch.float32), device=leg.device) for value in values]
     launcher = Launcher(tensors, norm_dtype=torch.float64)
@@ -361,7 +361,7 @@ def test_norm_of_the_smallest_and_largest_values(leg: Leg, dtype: torch.dtype) -
     numbers = torch.finfo(dtype)
     smallest = numbers.smallest_normal * numbers.eps
     values = [numbers.smallest_normal, numbers.max]
-    if not leg.truncates_bfloat16 or dtype != torch.bfloat16:  # the interpreter takes bfloat16's subnormals for 0
+    if not leg.truncates_bfloat16 or dtype != torch.bfloat16:  # the interpreter reads bfloat16's subnormals as 0
         values.append(smallest)
     for value in values:
         tensors = [torch.full((3,), value, dtype=dtype, device=leg.device)]
@@ -373,7 +373,7 @@ def test_norm_of_the_smallest_and_largest_values(leg: Leg, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("p", KINDS)
 def test_nan_and_infinity(leg: Leg, p: float) -> None:
-    """One tensor for each pair of special values; body, head and tail each hold one once."""
+    """One tensor for each pair of special values; each is once in the body, once in the head and once in the tail."""
     tensors = [
         embedded(torch.tensor(pair, dtype=dtype), offset=i % 4, device=leg.device)
         for dtype in DTYPES
@@ -421,7 +421,7 @@ COEFFICIENTS = (1.0, 0.0, -1.0, 0.3, 1e-30, 2.0**-126, 1e-41, -1e-44, 1e-50, INF
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scaling(leg: Leg, dtype: torch.dtype, rng: np.random.Generator) -> None:
-    """Coefficients below fp32's normal numbers act on values that are as large, without losing their bits."""
+    """Coefficients below fp32's normal numbers scale very large values, and no bits of the coefficient are lost."""
     large = torch.finfo(dtype).max if dtype in (torch.float32, torch.bfloat16) else 1.0
     original = embedded(
         random_values(rng, (37,), torch.float64).clamp(-1, 1).mul(large).to(dtype), offset=1, device=leg.device
@@ -467,7 +467,7 @@ BOUNDS = [
 @pytest.mark.parametrize(("minimum", "maximum"), BOUNDS)
 def test_clamping(leg: Leg, minimum: float, maximum: float, rng: np.random.Generator) -> None:
     values = torch.cat([random_values(rng, (50,), torch.float64), torch.tensor(SPECIAL, dtype=torch.float64)])
-    # A bound is rounded to the tensor's type, which the interpreter does wrong for bfloat16.
+    # A bound is rounded to the tensor's type; the interpreter does that wrong for bfloat16.
     dtypes = [dtype for dtype in DTYPES if not (leg.truncates_bfloat16 and dtype == torch.bfloat16)]
     tensors = [embedded(values.to(dtype), offset=3, device=leg.device) for dtype in dtypes]
     originals = [twin(tensor) for tensor in tensors]
@@ -480,12 +480,12 @@ def test_clamping(leg: Leg, minimum: float, maximum: float, rng: np.random.Gener
 
 
 PAIRS = [(-0.5, 0.25), (-INF, 0.5), (-0.25, INF), (-INF, INF), (0.0, 0.0), (0.25, 1.0), (-2.0, -1.0)]
-"""Bounds that every dtype holds exactly."""
+"""Bounds that every dtype represents exactly."""
 
 
 @pytest.mark.parametrize("programs", [1, 3, 40])
 def test_clamping_to_bounds_of_each_tensor(leg: Leg, programs: int, rng: np.random.Generator) -> None:
-    """What all share is ignored; a tensor's bounds are its own in each of its chunks."""
+    """The common bounds are ignored; each tensor's own bounds apply in all of its chunks."""
     originals = [
         embedded(random_values(rng, (size,), dtype), offset=offset % 4, device=leg.device)
         for offset, dtype in enumerate(DTYPES * 2)
@@ -503,14 +503,14 @@ def test_clamping_to_bounds_of_each_tensor(leg: Leg, programs: int, rng: np.rand
             assert_untouched_around(tensor, original)
         assert flags is None or set(flags) <= {0, 1}
     again = Launcher(tensors, programs).clamp(9.0, -9.0, bounds, watch=True)
-    assert again == [0] * programs  # whatever was outside is not any more
+    assert again == [0] * programs  # no value is outside any more
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_flags_tell_whose_chunk_was_clamped(leg: Leg, shared: bool) -> None:
-    """One element outside, anywhere, sets the flag of the program that has its chunk, and no other; NaN sets none."""
+    """One element outside sets the flag of the program that has its chunk, and no other flag; NaN sets none."""
     programs = 5
-    dtypes = DTYPES if leg.name != "interpreter" else DTYPES[2:]  # which is slow
+    dtypes = DTYPES if leg.name != "interpreter" else DTYPES[2:]  # the interpreter is slow
     tensors = [
         embedded(torch.full((size,), 0.75, dtype=dtype), offset=1, device=leg.device)
         for dtype in dtypes
@@ -518,13 +518,13 @@ def test_flags_tell_whose_chunk_was_clamped(leg: Leg, shared: bool) -> None:
     ]
     tensors[1][3] = tensors[4][-5] = math.nan
     launcher = Launcher(tensors, programs)
-    pairs = [(0.5, 1.0)] * len(tensors)  # 0, which a masked lane holds, is outside of these
+    pairs = [(0.5, 1.0)] * len(tensors)  # masked lanes have 0, which is outside these bounds
     bounds = None if shared else torch.tensor(pairs, dtype=torch.float64, device=leg.device)
     assert launcher.clamp(0.5, 1.0, bounds, watch=True) == [0] * programs
     for i, tensor in enumerate(tensors):
         first, count = launcher.slices[i].tolist()
         begin = launcher.ends[2 * DTYPES.index(tensor.dtype)]
-        if first >= begin:  # a small one, dealt out with its group
+        if first >= begin:  # a small tensor belongs to the program of its group
             first = begin + (first - begin) // 8
         # Head, body and tail belong to the first chunk, and elements next to the tail to the last.
         places = [(0, 0), (-1, 0)] if len(tensor) < 50 else [(0, 0), (100, 0), (-1, 0), (-20, count - 1)]
@@ -569,7 +569,7 @@ MODELS = {
 @pytest.mark.parametrize("sizes", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("processors", [108, 132, 148, 304])
 def test_the_load_is_balanced(sizes: list[int], processors: int) -> None:
-    """Program i takes each chunk whose index in the map is i modulo their number (see the test of flags)."""
+    """With n programs, program i takes the chunks whose index modulo n is i (see the test of flags)."""
     from fastclip.kernels import table
 
     from fastclip.backends.triton import prime_below
@@ -581,7 +581,7 @@ def test_the_load_is_balanced(sizes: list[int], processors: int) -> None:
     load = np.bincount(np.arange(len(layout.chunks)) % programs, weights=np.minimum(left, table.CHUNK_BYTES))
     assert load.sum() == sum(sizes) * 2
     assert load.max() - load.min() <= 2 * table.CHUNK_BYTES
-    # By one processor, which has every so many programs.
+    # The load of each processor, if programs are dealt out to them in turn.
     total = np.bincount(np.arange(programs) % processors, weights=load)
     assert total.max() < total.mean() + 4 * table.CHUNK_BYTES
 

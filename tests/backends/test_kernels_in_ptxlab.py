@@ -37,7 +37,7 @@ def _without_gpu() -> Iterator[None]:
 
 
 class Kernels:
-    """The kernels of a package of that layout, launched on tensors of all dtypes."""
+    """Launches the kernels of `fastclip.kernels`, or of a package like it, on tensors of all dtypes."""
 
     def __init__(self, package: str, tensors: list[Tensor]) -> None:
         self.modules = {name: importlib.import_module(f"{package}.{name}") for name in ("reduce", "apply", "clamp")}
@@ -60,7 +60,7 @@ class Kernels:
         self.memory = (*self.table, self.partials, ticket, state, self.norm)
 
     def choose(self, chunks: list[int]) -> None:
-        """Work on some chunks only, of the one tensor that there is."""
+        """Use only some chunks, of the only tensor."""
         self.table = (torch.tensor(chunks), self.table[1])
         self.partials = torch.full((len(chunks),), math.nan, dtype=torch.float64)
         self.memory = (*self.table, self.partials, *self.memory[3:])
@@ -68,7 +68,7 @@ class Kernels:
         self.slices = torch.tensor([[0, len(chunks)]])
 
     def norms(self, p: float) -> tuple[float, list[float]]:
-        """The norm of all, and, which is right for p = 2 only, that of each tensor."""
+        """The norm of all tensors, and the norm of each, which is right for p = 2 only."""
         kernels, kind = self.modules["reduce"], KINDS[p]
         memory = (*self.table, self.counts if p == 0 else self.partials, *self.memory[3:])
         kernels.reduce_kernel[(3,)](
@@ -80,7 +80,7 @@ class Kernels:
         return self.norm.item(), each.tolist()
 
     def reduction_as_ptx(self, p: float) -> str:
-        """What is launched for the p-norm."""
+        """The PTX of the kernel for the p-norm."""
         kernel = self.modules["reduce"].reduce_kernel
         options = self.options | {"KIND": KINDS[p], "NORM": self.norm_type}
         compiled = kernel.warmup(*addresses(*self.memory), *self.ends, p, 1.0, grid=(1,), **options)
@@ -97,7 +97,7 @@ class Kernels:
 
 
 def gradients(rng: np.random.Generator) -> list[Tensor]:
-    """Of every dtype, off the 16-byte boundary: shorter than a vector, a few tiles, and more than a chunk."""
+    """For every dtype, off the 16-byte boundary: less than a vector, a few tiles, and more than a chunk."""
     return [
         embedded(random_values(rng, (size,), dtype, zeros=False), offset=1)
         for dtype in DTYPES
@@ -149,12 +149,12 @@ FAR = {
     torch.float16: 2**33 + 1007,
     torch.float64: 2**32 + 1001,
 }
-"""Elements: more than 2**32 of each, and more than 2**34 bytes, of which memory backs only what is written."""
+"""Numbers of elements: more than 2**32, and more than 2**34 bytes. Only written pages take memory."""
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tensor_of_more_than_2_to_the_32_elements(dtype: torch.dtype) -> None:
-    """Of its chunks those are worked on in which an index, an offset or a number of vectors passes a power of two."""
+    """It uses the chunks in which an index, an offset or a number of vectors passes a power of two."""
     ptxlab.activate(90)
     chunk = 2**17 // dtype.itemsize
     memory = mmap.mmap(-1, FAR[dtype] * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
@@ -164,13 +164,13 @@ def test_tensor_of_more_than_2_to_the_32_elements(dtype: torch.dtype) -> None:
     for number in wanted:
         tensor[number * chunk] = 3
         tensor[min((number + 1) * chunk, tensor.numel()) - 1] = 4
-    tensor[-1] = 12  # in the tail, which is chunk 0's
+    tensor[-1] = 12  # in the tail, which chunk 0 has
     kernels = Kernels("fastclip.kernels", [tensor])
     kernels.choose(wanted)
     with ptxlab.recording():
         norm, _ = kernels.norms(2.0)
         kernels.scale(torch.tensor([2.0], dtype=torch.float64))
-    last = 3.0  # whose end is the tail
+    last = 3.0  # its end is the tail
     assert kernels.partials.tolist() == [13.0, *[5.0] * (len(wanted) - 2), last]
     assert norm == pytest.approx(math.hypot(13, *[5] * (len(wanted) - 2), last))
     assert {float(tensor[number * chunk]) for number in wanted} == {6}
@@ -182,7 +182,7 @@ def test_tensor_of_more_than_2_to_the_32_elements(dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def mutant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str, str], ModuleType]]:
-    """Make a copy of the kernels in which one piece of code is another."""
+    """Make a copy of the kernels in which one piece of code is replaced."""
 
     def make(file: str, old: str, new: str) -> ModuleType:
         package = tmp_path / "mutated_kernels"
@@ -217,13 +217,13 @@ BREAKS = {
 def test_a_wrong_mask_is_found(
     name: str, mutant: Callable[[str, str, str], ModuleType], rng: np.random.Generator
 ) -> None:
-    """By the bounds, by the alignment, or by an element that is scaled twice or not at all."""
+    """The checks of bounds or alignment find it, or an element is scaled twice or not at all."""
     package = mutant(*BREAKS[name]).__name__
     tensor = random_values(rng, (5004,), torch.float32)[1:]
     expected = tensor * 0.5
     kernels = Kernels(package, [tensor])
     coefficients = torch.tensor([0.5], dtype=torch.float64)
-    # Named one by one: of all tensors that are alive, another test's may lie about this one's memory.
+    # Only these ranges: of all live tensors, one of another test could lie around this one's memory.
     memory = (*kernels.memory, tensor, coefficients)
     ptxlab.activate(90, bounds=[(part.data_ptr(), part.nbytes) for part in memory])
     try:
@@ -261,7 +261,7 @@ print("right")
 
 
 def status_of_races(package: str, capability: int, folder: Path, p: float = 2.0) -> int:
-    """The exit status of a reduction by several programs under the sanitizer. All values come out right."""
+    """The exit status of a reduction by several programs under the sanitizer; checks that all values are right."""
     ptxlab.activate(capability)
     ptx = folder / "reduce.ptx"
     ptx.write_text(Kernels(package, [torch.ones(8)]).reduction_as_ptx(p))

@@ -1,4 +1,4 @@
-"""What is special to the native kernels: exact bits, their table, life with Python. See also native/drive.c."""
+"""What only the native kernels have: exact bits, their table, what they do with Python's objects. See also drive.c."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ native: Any = pytest.importorskip("fastclip.kernels.native", reason="they were n
 
 NAN, INF = math.nan, math.inf
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LONG_NAN = struct.unpack("<d", b"\xff" * 7 + b"\x7f")[0]  # which one unit more would make a zero
+LONG_NAN = struct.unpack("<d", b"\xff" * 7 + b"\x7f")[0]  # one more unit would make it a zero
 COEFFICIENTS = (0.5, 0.3, -1.7, 1 + 2**-20, 3e-5, 1e-30, 2.0**-127, 1.7e-45, 0.0, -0.0, INF, NAN, 1e30, LONG_NAN)
 
 
@@ -50,7 +50,7 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def patterns(dtype: torch.dtype) -> Tensor:
-    """Every value of a 16-bit type, or a wide choice of another one's, subnormal and special ones among them."""
+    """Every value of a 16-bit type, or a wide choice of values of another type, with subnormal and special ones."""
     if dtype.itemsize == 2:
         return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     info = torch.finfo(dtype)
@@ -63,12 +63,12 @@ def patterns(dtype: torch.dtype) -> Tensor:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What products of a dtype are taken in."""
+    """The type in which products are computed for a dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def assert_same(result: Tensor, expected: Tensor) -> None:
-    """The same bits, but for those of a NaN."""
+    """The same bits, except for those of a NaN."""
     is_nan = expected.isnan()
     assert torch.equal(result.isnan(), is_nan)
     oracle.assert_same_bits(result[~is_nan], expected[~is_nan])
@@ -85,7 +85,7 @@ def test_a_product_is_rounded_once(dtype: torch.dtype, coefficient: float) -> No
     tensor = embedded(original)
     backend.plan([tensor]).scale_(coefficient)
     small = 2.0**-900 if dtype == torch.float64 else 2.0**-100
-    power = small if abs(coefficient) < small else 1.0  # 1e-45, say, has but one bit in fp32
+    power = small if abs(coefficient) < small else 1.0  # 1e-45, for example, has only one bit in fp32
     factor = torch.tensor(coefficient / power, dtype=wide(dtype))
     assert_same(tensor, (original.to(wide(dtype)) * factor * power).to(dtype))
 
@@ -125,7 +125,7 @@ def test_a_clamp_is_torch_s(dtype: torch.dtype, low: float, high: float) -> None
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("p", [2.0, 1.0, 3.0, INF, -INF, 0.5, 4.0, 20.0, -1.0])
 def test_norms_over_every_decade(dtype: torch.dtype, p: float, rng: np.random.Generator) -> None:
-    """Of one decade alone, whose powers may leave the range of fp32 or fp64, and of two decades next to one another."""
+    """One decade alone, where powers may leave the range of fp32 or fp64, and two neighbouring decades."""
     info = torch.finfo(dtype)
     decades = range(
         math.ceil(math.log10(info.tiny * info.eps)), math.floor(math.log10(info.max)), 7 if p in {2, 1} else 31
@@ -162,7 +162,7 @@ def test_what_is_not_finite_counts_wherever_it_is(dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("p", [0.01, 0.3, 0.5, 1.5, 2.5, 7.0, 100.0, -0.01, -0.5, -3.0, NAN])
 def test_general_powers(p: float, rng: np.random.Generator) -> None:
-    """Of fp32 they are vectors of fp64, right to far below what fp32 has."""
+    """For fp32 they are computed in vectors of fp64, far more exactly than fp32 needs."""
     x = torch.from_numpy(10.0 ** rng.uniform(-38, 38, 5000)).float()
     x[7] = 0.0 if p > 0 else INF
     far_from_powers_of_two = torch.cat([torch.full((2000,), 1.4144), torch.tensor([2.0, 1.0])])
@@ -170,7 +170,7 @@ def test_general_powers(p: float, rng: np.random.Generator) -> None:
     for tensor in (x, x[:1], x[3:9], x[:100].clamp(1e-3, 1e3), *others):
         total = backend.plan([embedded(tensor)]).reduce(p, 1.0, torch.float64).total
         exact = oracle.norm([tensor], p)
-        # The root of a sum that is off by 2**-44 is off by that over p.
+        # If the sum has an error of 2**-44, the root has an error of 2**-44 / p.
         assert total == pytest.approx(exact, rel=2.0**-43 * max(1, 1 / abs(p)), abs=0, nan_ok=True)
 
 
@@ -215,7 +215,7 @@ def test_the_norm_is_rounded_as_by_torch(dtype: torch.dtype) -> None:
 
 
 def header(name: str) -> int:
-    """A constant of kernels/cpu.h, from the sources that stand beside these tests."""
+    """A constant of kernels/cpu.h, from the sources in the repository."""
     text = (paths.KERNELS / "cpu.h").read_text()
     constants: dict[str, int] = {}
     for constant, value in re.findall(r"^    (\w+) = ([\w* ]+?),? +/\*", text, re.MULTILINE):
@@ -223,7 +223,7 @@ def header(name: str) -> int:
     return constants[name]
 
 
-@pytest.mark.skipif(not paths.KERNELS.exists(), reason="the tests stand without the sources here")
+@pytest.mark.skipif(not paths.KERNELS.exists(), reason="there are no sources beside the tests here")
 def test_python_and_c_cut_alike() -> None:
     assert header("CHUNK") == backend.CHUNK
 
@@ -289,14 +289,14 @@ def test_the_gil_is_free_while_it_works() -> None:
     def work() -> None:
         for _ in range(3):
             stages["inside"] = True
-            plan.reduce(0.7, 1.0, torch.float64)  # powers take long
+            plan.reduce(0.7, 1.0, torch.float64)  # powers are slow
             stages["inside"] = False
         stages["done"] = True
 
     thread = threading.Thread(target=work)
     thread.start()
     while not stages["done"]:
-        time.sleep(1e-3)  # a thread that got the GIL back only between the calls would see none from inside
+        time.sleep(1e-3)  # if this thread got the GIL only between calls, it would never see "inside"
         progress.append(stages["inside"])
     thread.join()
     assert sum(progress) >= 3
@@ -312,20 +312,20 @@ exact = (3_000_000 / 4) ** 0.5
 assert abs(fastclip.clip_grad_norm_([parameter], 1e9).item() / exact - 1) < 1e-6
 child = os.fork()
 if not child:
-    torch.set_num_threads(3)  # which torch itself does not survive
+    torch.set_num_threads(3)  # torch itself does not survive this
     right = abs(fastclip.clip_grad_norm_([parameter], 1.0).item() / exact - 1) < 1e-6
     fastclip.clip_grad_value_([parameter], 1e-9)
     os._exit(0 if right and parameter.grad.numpy().max() == torch.tensor(1e-9).item() else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    # Python 3.12 warns of a fork beside threads.
+    # Python 3.12 warns of a fork in a process with threads.
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout.strip(), done.stderr) == ("0", "")
 
 
 def test_nothing_is_written_where_nothing_changes(tmp_path: Path) -> None:
-    """Gradients lie in pages that nobody may write."""
+    """The gradients are in read-only pages."""
     (tmp_path / "ones").write_bytes(np.ones(300_000, np.float32).tobytes())
     script = f"""
 import mmap, warnings, torch, fastclip
@@ -343,7 +343,7 @@ fastclip.clip_grad_norm_([parameter], 1.0)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.strip() == "read"
-    assert done.returncode < 0  # so a write does crash
+    assert done.returncode < 0  # so a write crashes
 
 
 def test_what_gather_leaves_to_python() -> None:
@@ -368,7 +368,7 @@ def test_gathering_keeps_no_reference() -> None:
     grad = made[0].grad
     before = sys.getrefcount(grad), sys.getrefcount(made[0])
     for found in native.gather(made, PLAIN_TYPES):
-        assert sys.getrefcount(found) == 3  # `found`, the tuple that is gone through, the argument
+        assert sys.getrefcount(found) == 3  # `found`, the tuple of the loop, the argument
     del found
     for _ in range(100):
         native.gather(made, PLAIN_TYPES)
@@ -436,7 +436,7 @@ def test_without_the_extension_there_is_an_obstacle(monkeypatch: pytest.MonkeyPa
 
 
 def test_models_that_are_alike_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one sketch, but other shapes, and of one shape in other places: all of it is kept."""
+    """Models of one sketch but other shapes, and one with shapes of an earlier model: plans of all are cached."""
     monkeypatch.setattr(plans, "_kept", plans._Kept())
     shapes: list[list[tuple[int, ...]]] = [[(4, 4), (8,), (2,)], [(4, 4), (9,), (2,)], [(16,), (8,), (2,)]]
     models = [
@@ -492,7 +492,7 @@ def test_training_is_torch_s(frees: bool, kind: str) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what is loaded so")
 def test_one_openmp_is_loaded() -> None:
-    """In a process of its own: others' packages bring theirs."""
+    """In a new process, as other packages bring their own OpenMP."""
     script = """
 import torch, fastclip
 parameter = torch.nn.Parameter(torch.zeros(1_000_000))

@@ -1,4 +1,4 @@
-"""What the kernels are compiled to, for every target; and that the command which reads it sees what is wrong."""
+"""The machine code of the kernels for every target is good, and the command that reads it finds faults."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -12,8 +12,8 @@ import pytest
 triton: Any = pytest.importorskip("triton")
 tl: Any = pytest.importorskip("triton.language")
 
-H100_KB = 25  # bytes that must be under way on an SM to use all of the bandwidth, by Little's law: 15 to 25 KB
-INSTRUCTIONS = 70  # for each 16 bytes loaded; 141 are all that an H100 can issue while they come (docs/performance.md)
+H100_KB = 25  # that must be in flight on an SM to use the whole bandwidth, by Little's law: 15 to 25 KB
+INSTRUCTIONS = 70  # for each 16 bytes loaded; an H100 can issue only 141 in the time of that load (docs/performance.md)
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_no_kernel_spills_and_every_access_is_wide(compiled: ModuleType, capsys:
 
 @pytest.mark.parametrize("name", ["reduce, two", "reduce, max", "tensor norms", "apply", "clamp"])
 def test_memory_is_the_bottleneck(compiled: ModuleType, name: str) -> None:
-    """Enough bytes are under way on an H100, and the instructions fit in beside them."""
+    """On an H100, enough bytes are in flight, and the instructions take less time than the loads."""
     built = compiled.compile_variant(compiled.VARIANTS[name], compiled.TARGETS["sm_90"])
     for loop in built.loops:
         assert loop.instructions / len(loop.loads) < INSTRUCTIONS, loop
@@ -42,7 +42,7 @@ def test_memory_is_the_bottleneck(compiled: ModuleType, name: str) -> None:
 
 @triton.jit
 def scale_with_a_mask_for_each_element(rows, fp32_end: tl.int64):
-    """Wrong in one point: a mask that is not constant along a vector makes every access scalar."""
+    """Wrong in one point: its mask is not constant along a vector, which makes every access scalar."""
     rows = rows.to(tl.pointer_type(tl.int64))
     lanes = tl.arange(0, 1024)
     for index in range(tl.program_id(0), fp32_end, tl.num_programs(0)):
@@ -70,7 +70,7 @@ def test_spills_are_found(compiled: ModuleType, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_code_of_another_form_is_an_error(compiled: ModuleType) -> None:
-    """A loop that cannot be told to be some dtype's is not passed over."""
+    """A loop that belongs to no known dtype is an error; it is not ignored."""
     variant = compiled.Variant(compiled.apply_kernel, {}, ("fp32", "bf16"))
     with pytest.raises(RuntimeError, match="8 outermost loops in the machine code, 2 in the source"):
         compiled.compile_variant(variant, compiled.TARGETS["sm_90"])

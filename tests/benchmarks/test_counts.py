@@ -1,4 +1,4 @@
-"""The command that counts what a call asks of the host and the driver."""
+"""The command that counts the host's operations and the driver's launches and copies in a call."""
 
 import importlib
 import os
@@ -38,7 +38,7 @@ def test_two_launches_and_one_copy_whatever_the_gradients(
         assert ours.allocations == 1 + int(moved)
         assert theirs.syncs == 0
         assert ours.microseconds > 0
-    assert rows[-1][1].allocations > 50  # so allocations are seen
+    assert rows[-1][1].allocations > 50  # so allocations are counted
 
 
 def test_a_sync_is_counted(counts: ModuleType) -> None:
@@ -52,7 +52,7 @@ def test_a_sync_is_counted(counts: ModuleType) -> None:
 
 @pytest.mark.parametrize("part", ["reduce", "moved"])
 def test_what_a_plan_does_beside_is_counted(counts: ModuleType, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the call itself, and where it finds that gradients have moved."""
+    """In the call itself, and in its work for gradients that have moved."""
     if torch.cuda.is_available():
         pytest.skip("this is how they are counted without a GPU")
     triton = importlib.import_module("fastclip.backends.triton")
@@ -67,7 +67,7 @@ def test_what_a_plan_does_beside_is_counted(counts: ModuleType, part: str, monke
     plans = importlib.import_module("fastclip.core.plans")
 
     def measured() -> Any:
-        """With nothing kept of gradients that lay where these do."""
+        """The counts with empty caches, as earlier gradients may have had the same addresses."""
         monkeypatch.setattr(plans, "_kept", plans._Kept())
         monkeypatch.setattr(triton, "_kept", triton._KeptTables())
         counted, _ = counts.main([3])[row]
@@ -83,7 +83,7 @@ def test_what_a_plan_does_beside_is_counted(counts: ModuleType, part: str, monke
     ("numels", "cuda12", "cuda13"), [([1 << 20] * 2000, 100, 15), ([4] * 1000, 10, 2), ([6_000_261 * 256], 74, 11)]
 )
 def test_launches_of_torch(counts: ModuleType, numels: list[int], cuda12: int, cuda13: int) -> None:
-    """For the workloads of which torch's launches for a norm are known; the scaling takes as many."""
+    """For workloads where the number of torch's launches for a norm is known; scaling takes the same number."""
     grads = [(numel, torch.float32) for numel in numels]
     rest = -(-len(numels) // 128) + 7
     assert counts.foreach_launches(grads, 110, 320) == 2 * cuda12 + rest

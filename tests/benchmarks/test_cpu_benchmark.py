@@ -1,4 +1,4 @@
-"""The CPU's benchmark, on one small row of it."""
+"""The CPU's benchmark, on one small row."""
 
 from __future__ import annotations
 

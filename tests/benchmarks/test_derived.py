@@ -1,4 +1,4 @@
-"""The derived tables of the documentation are what their derivation gives."""
+"""The derived tables in the documentation are up to date."""
 
 import importlib
 from types import ModuleType
@@ -14,13 +14,13 @@ def derived(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_document_is_up_to_date(derived: ModuleType) -> None:
-    """If not: `python -m benchmarks.derived`."""
+    """If this fails: `python -m benchmarks.derived`."""
     document = derived.DOCUMENT.read_text()
     assert derived.renewed(document) == document
 
 
 def test_floors(derived: ModuleType) -> None:
-    """Against arithmetic done by hand: 3.07 GB at 3.35 TB/s, read once, and read twice and written."""
+    """Compared with arithmetic by hand: 3.07 GB at 3.35 TB/s, read once, and read twice and written once."""
     one = next(workload for workload in derived.published() if workload.name == "6000261x256 bf16")
     times = {peer.name: peer.gpu_ms(one, "H100") for peer in derived.PEERS}
     assert times["fastclip, nothing to clip"] == pytest.approx(0.917, rel=0.01)

@@ -1,4 +1,4 @@
-"""The benchmark for GPUs runs to its end without one, and reports no speed of what is wrong."""
+"""The benchmark for GPUs also runs without one, and reports no speed of wrong results."""
 
 import csv
 import importlib

@@ -1,4 +1,4 @@
-"""The command that asks a GPU everything: its dry run goes through all parts, and it reports what befalls each."""
+"""The command that does all checks on a GPU: its dry run does every part, and it reports what happened to each."""
 
 import importlib
 import subprocess
@@ -70,7 +70,7 @@ def part(on_gpu: ModuleType, name: str, code: str, **fields: object) -> object:
 
 
 def test_no_part_stops_the_others(on_gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One fails, one takes too long along with what it has started; what they said stays."""
+    """One part fails, one takes too long with a child process; the output of both is kept."""
     slow = "import os, time; print('begun', flush=True); os.system('sleep 60')"
     session = on_gpu.Session(tmp_path, 60.0, dry=True)
     session.run(

@@ -1,4 +1,4 @@
-"""The command that measures clipping with the optimizer's step."""
+"""The command that measures clipping together with the optimizer's step."""
 
 import importlib
 from types import ModuleType

@@ -1,4 +1,4 @@
-"""The benchmark inside of training steps, on one small model."""
+"""The benchmark inside training steps, on one small model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_rows(steps: ModuleType, capsys: pytest.CaptureFixture[str], markdown: b
 
 @pytest.mark.parametrize("name", ["actor 64x64", "300 small tensors", "encoder 6x256, bf16"])
 def test_what_a_step_clips(steps: ModuleType, name: str) -> None:
-    """A hundredth of the norm that the step before found is the bound, or one that nothing reaches."""
+    """The bound is a hundredth of the previous step's norm, or so high that nothing is clipped."""
     training = steps.Training(steps.MODELS[name])
     training.step(fastclip.clip_grad_norm_, clips=False, frees=True)
     found = training.norm

@@ -1,4 +1,4 @@
-"""The sweep's copies of the kernels, launched as on a GPU: under ptxlab, with other tiles, chunks and warps."""
+"""The sweep's copies of the kernels, with other tiles, chunks and warps, launched under ptxlab."""
 
 from __future__ import annotations
 
@@ -35,9 +35,8 @@ def test_other_constants_are_right(sweep: ModuleType) -> None:
     grads = [torch.randn(numel) for numel in (40_000, 7, 100)] + [torch.randn(70_000).bfloat16()]
     exact = float(torch.linalg.vector_norm(torch.cat([grad.double() for grad in grads])))
     expected = [grad * 0.5 for grad in grads]
-    launches = sweep.Launches(
-        sweep.Configuration(tile=256, chunk=2048, warps=4), grads
-    )  # which launches each once, idle
+    # The constructor launches each kernel once, without clipping.
+    launches = sweep.Launches(sweep.Configuration(tile=256, chunk=2048, warps=4), grads)
     reduce, scale = launches.by(3)
     launches.norm.fill_(torch.nan)
     reduce()

@@ -1,4 +1,4 @@
-"""What is kept of earlier calls, and when it may be used again: never where a result could differ."""
+"""What the caches keep of earlier calls, and when a call reuses it: never where a result could differ."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from fastclip.core import clipping, plans
 
 
 def some_gradients(rng: np.random.Generator, leg: Leg, offset: int = 0) -> list[Tensor]:
-    """Gradients of the same sizes and types, each time elsewhere."""
+    """Gradients of the same sizes and types, at other addresses in each call."""
     kinds = ((torch.float32, 7), (torch.float64, 3), (torch.float32, 0), (torch.float16, 40), (torch.float32, 1500))
     values = [random_values(rng, (size,), dtype) for dtype, size in kinds]
     return [embedded(value, offset, device=leg.device) for value in values]
 
 
 def assert_clipped(grads: list[Tensor]) -> None:
-    """Clip them, and compare with fp64."""
+    """Clip the gradients, and compare with fp64."""
     exact = oracle.norm(grads, 2)
     originals = [twin(grad) for grad in grads]
     norm = fastclip.clip_grad_norm_(parameters(grads), exact / 2)
@@ -45,11 +45,11 @@ def test_gradients_that_moved_are_not_grouped_again(
 ) -> None:
     kept_alive = [some_gradients(rng, leg) for _ in range(4)]
     assert_clipped(kept_alive[0])
-    if leg.keeps_plans:  # which keeps nothing, for it would have to keep the gradients
-        monkeypatch.setattr(backends.Backend, "plan", None)  # a plan made from scratch would fail
+    if leg.keeps_plans:  # the other legs cache nothing: their plans would keep the gradients alive
+        monkeypatch.setattr(backends.Backend, "plan", None)  # to make a new plan would fail
     for grads in kept_alive[1:]:
         assert_clipped(grads)
-    assert_clipped(kept_alive[1])  # and back
+    assert_clipped(kept_alive[1])  # and at earlier addresses again
 
 
 def test_gradients_that_moved_by_less_than_a_vector(leg: Leg, rng: np.random.Generator) -> None:
@@ -58,7 +58,7 @@ def test_gradients_that_moved_by_less_than_a_vector(leg: Leg, rng: np.random.Gen
 
 
 def test_gradients_that_moved_off_their_element_s_boundary(leg: Leg) -> None:
-    """Where no kernel could read them."""
+    """No kernel can read a gradient at such an address."""
     if leg.device.type == "cuda":
         pytest.skip("a GPU has no such gradients: torch cannot copy them there")
     for offset in (4, 1, 8):
@@ -103,7 +103,7 @@ def test_lists_that_begin_alike_are_kept_both(leg: Leg, monkeypatch: pytest.Monk
 def test_gradients_that_moved_next_to_one_another_or_into_one_another(
     leg: Leg, sizes: tuple[int, ...], starts: tuple[int, ...], overlap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was prepared serves the former; the latter are scaled one after another, as torch does."""
+    """A cached plan is used for adjacent gradients. Those that overlap are scaled one after another, as torch does."""
     monkeypatch.setattr(plans, "_kept", plans._Kept())
     anew = []
     prepare_anew = plans._prepared_anew
@@ -128,7 +128,7 @@ def test_gradients_that_moved_next_to_one_another_or_into_one_another(
 
 
 def test_gradients_that_moved_and_are_negated_views_now(leg: Leg) -> None:
-    """Their memory holds the opposite of their values, which matters to bounds that are not symmetric."""
+    """Their memory holds the negated values, so bounds that are not symmetric would act on the wrong side."""
     values = torch.tensor([-5.0, -1.0, 1.0, 5.0], device=leg.device)
     fastclip.clip_by_value_(parameters([values.clone()]), -2.0, 3.0)
     negated = torch._neg_view(-values)
@@ -180,7 +180,7 @@ LIKE: dict[str, Callable[[], Tensor]] = {
 
 @pytest.mark.parametrize("change", LIKE)
 def test_other_gradients_at_the_same_address(leg: Leg, change: str) -> None:
-    """What another tensor over the same memory is like is seen, whatever it differs in."""
+    """A tensor over the same memory that differs in dtype, size, strides, shape or order is no cache hit."""
     memory = torch.zeros(64, dtype=torch.uint8, device=leg.device)
     memory.view(torch.float32).fill_(1.0)
     pattern = LIKE[change]()
@@ -193,7 +193,7 @@ def test_other_gradients_at_the_same_address(leg: Leg, change: str) -> None:
 
 
 def test_what_is_kept_knows_its_settings(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backend that is forced in between is used."""
+    """A backend that is forced between two calls is used in the second."""
     grads = [torch.ones(8, device=leg.device), torch.ones(3, device=leg.device)]
     fastclip.get_total_norm(grads)
     monkeypatch.setenv("FASTCLIP_BACKEND", "none of them")
@@ -205,7 +205,7 @@ def test_what_is_kept_knows_its_settings(leg: Leg, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.legs("interpreter")
 def test_a_launch_that_was_interrupted_leaves_nothing_behind(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Among others the ticket, by whose count the last program is known."""
+    """In particular the ticket, whose count tells a program that it is the last one."""
     grads = [torch.full((9,), 2.0, device=leg.device), torch.ones(13, device=leg.device)]
     assert fastclip.get_total_norm(grads).item() == 7
     assert fastclip.get_total_norm(grads, 0.0).item() == 2
@@ -224,11 +224,11 @@ def test_a_launch_that_was_interrupted_leaves_nothing_behind(leg: Leg, monkeypat
         assert fastclip.get_total_norm(grads, p).item() == expected
 
 
-# ---- CUDA graphs, whose capture and replay are imitated: what is launched is launched again
+# ---- CUDA graphs. Capture and replay are imitated: a replay launches again what was launched in the capture
 
 
 class Graph:
-    """Remembers the launches made inside of the block; `replay` makes them again."""
+    """Records the launches inside the block; `replay` repeats them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.monkeypatch = monkeypatch
@@ -267,14 +267,14 @@ def test_a_captured_call_replays_on_what_the_gradients_hold_by_then(leg: Leg, rn
         with Graph(monkeypatch) as graph:
             norm = fastclip.clip_grad_norm_(made, 1.0)
             assert len(graph.launches) == 2
-    plans._kept.__init__()  # type: ignore[misc]  # the graph outlives what is kept
+    plans._kept.__init__()  # type: ignore[misc]  # the graph outlives the cache
     for _ in range(3):
         for grad in grads:
             grad.copy_(random_values(rng, grad.shape, grad.dtype) * 3)
         exact = oracle.norm(grads, 2)
         originals = [twin(grad) for grad in grads]
         graph.replay(slice(0, 1))
-        fastclip.clip_grad_norm_(parameters(others), 1e-3)  # on another stream, it could run just now
+        fastclip.clip_grad_norm_(parameters(others), 1e-3)  # on another stream, this could run now
         graph.replay(slice(1, 2))
         assert norm.item() == pytest.approx(exact, rel=1e-6)
         for grad, original in zip(grads, originals, strict=True):
@@ -284,7 +284,7 @@ def test_a_captured_call_replays_on_what_the_gradients_hold_by_then(leg: Leg, rn
 
 @pytest.mark.legs("interpreter", "ptx")
 def test_what_a_graph_reads_lives_on(leg: Leg, rng: np.random.Generator) -> None:
-    """Tables and bounds, whatever else is clipped before the replay; and the graph's own stream is used."""
+    """Tables and bounds stay alive, whatever is clipped before the replay; the plan is on the stream of the capture."""
     grads = some_gradients(rng, leg)
     groups = [{"params": parameters(grads[:2])}, {"params": parameters(grads[2:])}]
 

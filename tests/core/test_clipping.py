@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fastclip
 
-CHUNK_BYTES = 131_072  # of the kernels' table
+CHUNK_BYTES = 131_072  # of a chunk in the kernels' table
 INF = math.inf
 
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
@@ -38,13 +38,13 @@ def one_element(values: Values) -> Iterator[Tensor]:
 
 
 def odd_sizes(values: Values) -> Iterator[Tensor]:
-    """Sizes about those of a 16-byte vector and of a warp's share, each four at another address."""
+    """Sizes near that of a 16-byte vector and that of a warp's share, each at another offset."""
     for i, size in enumerate((1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 127, 129, 513, 1000)):
         yield embedded(values(i // 4, (size,)), offset=i)
 
 
 def several_chunks(values: Values) -> Iterator[Tensor]:
-    """More elements than two chunks hold, and than one piece of the NumPy backend's."""
+    """More elements than two chunks hold, and more than one piece of the NumPy backend holds."""
     for i in range(4):
         first = values(i, (3,))
         yield embedded(first)
@@ -58,7 +58,7 @@ def many_tiny(values: Values) -> Iterator[Tensor]:
 
 
 def layouts(values: Values) -> Iterator[Tensor]:
-    """Dense in another order (the kernels take these as they are), and with gaps (which are torch's)."""
+    """Dense in another order (the kernels take these as they are), and with gaps (torch's operations do these)."""
     for i in range(4):
         yield embedded(values(i, (12, 7)), strides=(1, 12), offset=i)  # transposed
         yield embedded(values(i, (2, 3, 5, 4)), strides=(60, 1, 12, 3))  # channels last
@@ -89,8 +89,8 @@ def _matrix() -> Iterator[Any]:
 def _tells_more(dtype: str, p: float | str, shapes: str, clips: bool) -> bool:
     """Whether a slow leg runs the case.
 
-    How memory is walked does not depend on the order of the norm, nor on what is done once it is known. And every
-    element type takes part in "mixed", on its own segment of the kernel.
+    The order of the norm does not change how a kernel goes through memory, and neither does clipping. And "mixed" has
+    every element type, each on its own segment of the kernel.
     """
     if p == 2:
         return clips or shapes in ("odd_sizes", "layouts")
@@ -105,7 +105,7 @@ def test_clip_grad_norm(
     dtypes = DTYPES[dtype]
 
     def values(i: int, shape: Sequence[int]) -> Tensor:
-        # A zero anywhere makes the norms of negative order 0, of which there is nothing to be seen.
+        # One zero makes a norm of negative order 0, and such a result would show nothing.
         return random_values(rng, shape, dtypes[i % len(dtypes)], zeros=order >= 0)
 
     grads = [_onto(leg.device, grad) for grad in SHAPES[shapes](values)]
@@ -128,7 +128,7 @@ def test_clip_grad_norm(
             oracle.assert_same_bits(result, original)
         assert_untouched_around(result, original)
 
-    # torch has no inf norm of nothing; a norm out of the range of the gradients' 16 bits zeroes them.
+    # torch has no inf norm of an empty tensor; it zeroes 16-bit gradients whose norm is beyond their range.
     with_elements = [grad for grad in theirs if grad.numel()]
     expected = torch.nn.utils.clip_grad_norm_(parameters(with_elements), max_norm, p)  # type: ignore[arg-type]
     if not (expected == 0 or torch.finfo(expected.dtype).smallest_normal <= expected < INF):
@@ -146,7 +146,7 @@ def test_clip_grad_norm(
 
 
 def _norm_dtype(leg: Leg, order: float) -> torch.dtype | None:
-    """Orders but 2 take one type of result: ptxlab needs 5 s and more to compile the reduction for another."""
+    """On ptx, all orders except 2 have one type of result: ptxlab compiles the reduction for another in 5 s or more."""
     return torch.float32 if leg.name == "ptx" and order != 2 else None
 
 
@@ -158,12 +158,12 @@ def _onto(device: torch.device, tensor: Tensor) -> Tensor:
 
 
 def _width(dtype: torch.dtype) -> torch.dtype:
-    """The type of the multiplication, by a coefficient that was rounded to it."""
+    """The type of the multiplication; the coefficient is rounded to it."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 VALUES = (0.5, 1e-3, 0.0, -0.25, 3, INF, math.nan)
-FEW_VALUES = (0.5, -0.25, math.nan)  # for legs that need long for each
+FEW_VALUES = (0.5, -0.25, math.nan)  # for legs that are slow
 
 
 def _value_matrix() -> Iterator[Any]:
@@ -190,7 +190,7 @@ def test_clip_grad_value(leg: Leg, dtype: str, shapes: str, rng: np.random.Gener
         for result, expected, original in zip(ours, theirs, grads, strict=True):
             result_values, expected_values = oracle.as_numpy(result), oracle.as_numpy(expected)
             np.testing.assert_array_equal(result_values, expected_values)
-            if clip_value > 0:  # else torch itself is free to take the one zero or the other
+            if clip_value > 0:  # otherwise torch itself may return either zero
                 numbers = ~np.isnan(expected_values)
                 np.testing.assert_array_equal(np.signbit(result_values)[numbers], np.signbit(expected_values)[numbers])
             assert_untouched_around(result, original)
@@ -201,13 +201,13 @@ EDGES_OF_FP32 = (1e-45, 1e-40, 3e-23, 1e-22, 2e-21, 1e-20, 1e-17, 1e17, 1e18, 1e
 
 @pytest.mark.parametrize("size", [40, 9000])
 def test_norm_over_the_whole_range(leg: Leg, size: int) -> None:
-    """Also where fp32 sums of squares are merely not 0, or not yet infinite, but have lost a part."""
+    """Also where a sum of squares in fp32 is neither 0 nor infinite, but has lost a part of its terms."""
     for value in EDGES_OF_FP32:
         tensor = embedded(torch.full((size,), value, dtype=torch.float32), offset=1, device=leg.device)
         exact = oracle.norm([tensor], 2)
         norm = fastclip.get_total_norm([tensor], norm_dtype=torch.float64)
         assert norm.item() == pytest.approx(exact, rel=1e-6, abs=0)
-        # Two thirds of it as the limit; the 1e-6 that torch adds to the norm counts where the norm is small.
+        # The limit is two thirds of the norm; the 1e-6 that torch adds to the norm matters where the norm is small.
         fastclip.clip_grad_norm_(parameters([tensor]), exact / 1.5, norm_dtype=torch.float64)
         step = torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps
         assert tensor.max().item() == pytest.approx(value * exact / 1.5 / (exact + 1e-6), rel=2e-6, abs=step)

@@ -1,4 +1,4 @@
-"""A training step that clips, under `torch.compile`: the same numbers, and nothing is compiled anew step by step."""
+"""A training step that clips, under `torch.compile`: the same numbers, and no recompilation in later steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fastclip
 from fastclip.foundation.tracing import untraced
 
-pytestmark = [  # of torch's compiler itself
+pytestmark = [  # from torch's compiler itself
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
@@ -51,7 +51,7 @@ def test_a_step_compiled_by_torch_s_default_backend(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     plain = losses("clip_grad_norm_", lambda step: step)
-    assert losses("clip_grad_norm_", torch.compile()) == pytest.approx(plain, rel=1e-5)  # sums in another order
+    assert losses("clip_grad_norm_", torch.compile()) == pytest.approx(plain, rel=1e-5)  # it sums in another order
 
 
 def test_a_compiled_step_that_calls_its_base_class_s_with_a_closure() -> None:
@@ -62,7 +62,7 @@ def test_a_compiled_step_that_calls_its_base_class_s_with_a_closure() -> None:
             return super().step(closure)
 
     torch._dynamo.reset()
-    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)  # from now on torch calls the hooks of this class, too
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)  # from now on torch calls the hooks of SGD, too
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = Derived([parameter], lr=1.0)
     fastclip.attach(optimizer, fastclip.Rule(lambda norms: torch.full_like(norms, 0.5), by="global"))
@@ -80,7 +80,7 @@ def test_a_compiled_step_that_calls_its_base_class_s_with_a_closure() -> None:
 
 
 def test_functions_that_are_met_one_after_another() -> None:
-    """Each is left as it is, however often others were called before."""
+    """Neither is compiled, whichever other function was called before."""
     import torch._dynamo
 
     torch._dynamo.reset()
@@ -98,7 +98,7 @@ def test_functions_that_are_met_one_after_another() -> None:
 
 
 def losses(call: str, compiled: Any) -> list[float]:
-    """The losses of a few steps; from the third on, nothing may be compiled any more."""
+    """The losses of a few steps; from the third step on, a recompilation raises."""
     generator = torch.Generator().manual_seed(1)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))

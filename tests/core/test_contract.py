@@ -1,6 +1,6 @@
-"""Each row of torch's behaviour that a drop-in replacement must have, by name, and each in which fastclip is better.
+"""The behaviours of torch that a drop-in replacement must have, and those in which fastclip is better: a test each.
 
-Where it differs on purpose, the test asserts torch's behaviour as well, so that it is seen when torch changes.
+Where fastclip differs on purpose, the test asserts torch's behaviour as well, so that it fails when torch changes.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ CONTAINERS: dict[str, Callable[[list[nn.Parameter]], Any]] = {
 
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_containers(leg: Leg, container: str) -> None:
-    """A generator in particular is not used up before the gradients are scaled."""
+    """In particular, a generator is not exhausted before the gradients are scaled."""
     made = [one([3.0], leg), nn.Parameter(torch.zeros(1, device=leg.device)), one([4.0], leg)]
     norm = fastclip.clip_grad_norm_(CONTAINERS[container](made), 2.5)
     assert norm.item() == 5
@@ -246,12 +246,12 @@ def test_whatever_is_called_with_what_can_have_no_gradients_says_so(call: str, m
 @pytest.mark.parametrize("call", CALLING)
 def test_some_that_are_frozen_and_some_without_gradients_are_nothing_to_warn_of(leg: Leg, call: str) -> None:
     CALLING[call]([nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2), requires_grad=False)])
-    frozen = one([3.0, 4.0], leg).requires_grad_(False)  # whose gradient is assigned by hand
+    frozen = one([3.0, 4.0], leg).requires_grad_(False)  # its gradient is assigned by hand
     CALLING[call]([frozen])
 
 
-class Has:
-    """What has a gradient, and is no tensor: torch asks for nothing else."""
+class GradHolder:
+    """An object that has a gradient, but is no tensor: torch requires nothing else."""
 
     def __init__(self, grad: Tensor | None) -> None:
         self.grad = grad
@@ -260,7 +260,8 @@ class Has:
 @pytest.mark.parametrize("call", CALLING)
 def test_holders_of_gradients_need_not_be_tensors(leg: Leg, call: str) -> None:
     values = [[3.0, 4.0], [12.0]]
-    holders = [Has(torch.tensor(values[0], device=leg.device)), Has(None), Has(torch.tensor(values[1]))]
+    grads = (torch.tensor(values[0], device=leg.device), None, torch.tensor(values[1]))
+    holders = [GradHolder(grad) for grad in grads]
     assert holders[2].grad is not None
     holders[2].grad = holders[2].grad.to(leg.device)
     made = [one(values[0], leg), nn.Parameter(torch.zeros(5, device=leg.device)), one(values[1], leg)]
@@ -269,11 +270,11 @@ def test_holders_of_gradients_need_not_be_tensors(leg: Leg, call: str) -> None:
     for holder, parameter in zip(holders, made, strict=True):
         if parameter.grad is not None:
             oracle.assert_same_bits(grad_of(holder), parameter.grad)  # type: ignore[arg-type]  # it is no tensor
-    CALLING[call]([Has(None)])
+    CALLING[call]([GradHolder(None)])
 
 
 def test_a_nan_in_a_holder_that_is_no_tensor_is_named(leg: Leg) -> None:
-    holders: Any = [Has(None), Has(torch.tensor([[1.0, NAN]], device=leg.device))]
+    holders: Any = [GradHolder(None), GradHolder(torch.tensor([[1.0, NAN]], device=leg.device))]
     with pytest.raises(RuntimeError, match=r"parameters\[1\] of shape \(1, 2\) \(1 NaN, 0 inf\)"):
         fastclip.clip_grad_norm_(holders, 1.0, error_if_nonfinite=True)
 
@@ -321,7 +322,7 @@ def test_norm_dtype(leg: Leg, norm_dtype: torch.dtype) -> None:
 
 
 def test_norm_is_the_one_before_clipping_and_stays(leg: Leg) -> None:
-    """A result is not overwritten by the next call."""
+    """The next call does not overwrite a result."""
     parameter = one([3.0, 4.0], leg)
     first = fastclip.clip_grad_norm_([parameter], 1.0)
     second = fastclip.clip_grad_norm_([parameter], 0.5)
@@ -329,7 +330,7 @@ def test_norm_is_the_one_before_clipping_and_stays(leg: Leg) -> None:
     assert second.item() == pytest.approx(1.0, rel=1e-6)
 
 
-# ---- The coefficient, and the arguments that steer it
+# ---- The coefficient, and the arguments that change it
 
 
 @pytest.mark.parametrize("max_norm", [1.0, 5.0, 5 + 2e-6, 7, 0, -2.0, "1.0", True, INF, -INF, NAN])
@@ -376,7 +377,7 @@ UNDER_INF: dict[str, Callable[[list[nn.Parameter], Tensor], object]] = {
 @pytest.mark.parametrize("values", [[3.0, -0.0, 4.0], [3.0, INF], [-INF, 0.0], [1.0, NAN]], ids=str)
 @pytest.mark.parametrize("call", UNDER_INF)
 def test_under_an_infinite_max_norm_nothing_is_written(leg: Leg, call: str, values: list[float]) -> None:
-    """People pass it to log the norm. Torch makes NaN of everything where the norm is not finite: inf / inf."""
+    """People pass it to log the norm. Where the norm is not finite, torch makes every value NaN: inf / inf."""
     made = [one(values, leg), one([1.0, 2.0], leg, torch.bfloat16), one([[0.0]], leg)]
     before = [(grad_of(parameter).clone(), grad_of(parameter)._version) for parameter in made]
     norm = torch.linalg.vector_norm(torch.tensor(values))
@@ -397,12 +398,12 @@ def test_under_an_infinite_max_norm_the_norm_is_returned(leg: Leg) -> None:
     with pytest.raises(RuntimeError, match="1 NaN"):
         fastclip.clip_grad_norm_([one([3.0, NAN], leg)], INF, error_if_nonfinite=True)
     expanded = parameters([torch.tensor([2.0], device=leg.device).expand(3, 3)])
-    assert fastclip.clip_grad_norm_(expanded, INF).item() == 6  # it can be read
+    assert fastclip.clip_grad_norm_(expanded, INF).item() == 6  # reading it is possible
 
 
 @pytest.mark.parametrize("special", [INF, -INF, NAN])
 def test_nonfinite_gradients_act_as_in_torch(leg: Leg, special: float) -> None:
-    """One infinity makes the coefficient 0: NaN where it is, 0 elsewhere. One NaN makes everything NaN."""
+    """One infinity makes the coefficient 0: it becomes NaN itself, other values 0. One NaN makes all values NaN."""
     ours, theirs = ([one([1.0, special, 2.0], leg), one([3.0], leg)] for _ in range(2))
     norm, expected = fastclip.clip_grad_norm_(ours, 1.0), torch.nn.utils.clip_grad_norm_(theirs, 1.0)
     assert norm.item() == pytest.approx(expected.item(), nan_ok=True)
@@ -521,7 +522,7 @@ def test_gradients_whose_squares_underflow_have_a_norm(leg: Leg) -> None:
 
 
 def test_coefficient_of_16_bit_gradients_is_not_rounded_to_16_bits(leg: Leg) -> None:
-    """1/3 in bfloat16 is 0.2 % off; the product alone is rounded, to within 2**-8 (half of the last place)."""
+    """1/3 in bfloat16 is 0.2 % off; only the product is rounded, to within 2**-8 (half a unit in the last place)."""
     for dtype in (torch.bfloat16, torch.float16):
         ours = one([1.0] * 9, leg, dtype)
         coefficient = 0.7 / (3 + EPS)
@@ -533,7 +534,7 @@ def test_coefficient_of_16_bit_gradients_is_not_rounded_to_16_bits(leg: Leg) -> 
 
 
 def test_fp16_norm_beyond_fp16(leg: Leg) -> None:
-    """As in torch the returned norm is infinite; but it is the true one that is judged, and clipped by."""
+    """As in torch, the returned norm is infinite; but the true one decides about the error and the coefficient."""
     ours, theirs = one([60000.0, 60000.0], leg, torch.float16), one([60000.0, 60000.0], leg, torch.float16)
     norm = fastclip.clip_grad_norm_([ours], 1.0, error_if_nonfinite=True)
     assert (norm.item(), norm.dtype) == (INF, torch.float16)
@@ -582,7 +583,7 @@ def test_the_same_parameter_twice_is_counted_and_scaled_twice(leg: Leg) -> None:
 
 
 def test_overlapping_views(leg: Leg) -> None:
-    """Views into one flat buffer, of which some overlap: all as if each were scaled after the other."""
+    """Views into one flat buffer, some of which overlap: the result is as if they were scaled one after another."""
 
     def views() -> tuple[Tensor, list[nn.Parameter]]:
         flat = torch.arange(1.0, 41.0, device=leg.device)
@@ -610,7 +611,7 @@ def test_complex_gradients_have_a_norm_but_no_value_clip(leg: Leg, dtype: torch.
 
 
 def test_integer_gradients_are_refused(leg: Leg) -> None:
-    """As torch does; only floating-point tensors can be parameters that require grad."""
+    """Torch raises, too: only floating-point tensors can be parameters that require grad."""
     tensors = [torch.tensor([1.0], device=leg.device), torch.tensor([3, 4], device=leg.device)]
     with pytest.raises(RuntimeError, match=r"tensors\[1\] of shape \(2,\) is of torch.int64"):
         fastclip.get_total_norm(tensors)
@@ -619,7 +620,7 @@ def test_integer_gradients_are_refused(leg: Leg) -> None:
 
 
 def sparse(leg: Leg, *, coalesced: bool, hybrid: bool) -> Tensor:
-    """Entries 1, 2 (in two parts unless coalesced) and -3, or rows of two such."""
+    """Entries 1, 2 (in two parts unless coalesced) and -3; if `hybrid`, rows of an entry and its negative."""
     indices, values = ([[0, 3, 5]], [1.0, 2.0, -3.0]) if coalesced else ([[0, 3, 3, 5]], [1.0, 1.5, 0.5, -3.0])
     data = torch.tensor(values)
     if hybrid:
@@ -663,7 +664,7 @@ def test_sparse_gradient_of_an_embedding(leg: Leg) -> None:
         norm = fastclip.clip_grad_norm_(embedding.parameters(), 1.0)
         assert norm.item() == pytest.approx(math.sqrt(3 * 4 + 3), rel=1e-6)
         assert fastclip.get_total_norm([grad_of(embedding.weight)]).item() == pytest.approx(1.0, rel=1e-5)
-    torch.optim.SGD(embedding.parameters(), lr=1.0).step()  # what was clipped is of use
+    torch.optim.SGD(embedding.parameters(), lr=1.0).step()  # the optimizer can use the clipped gradient
 
 
 def test_nonfinite_sparse_gradient_is_named(leg: Leg) -> None:
@@ -690,7 +691,7 @@ def test_expanded_gradient_is_refused_and_nothing_written(leg: Leg) -> None:
             call()
         for parameter, values in zip((first, expanded), before, strict=True):
             oracle.assert_same_bits(grad_of(parameter), values)
-    # Nothing is written to measure it.
+    # Taking the norm writes nothing.
     assert fastclip.get_total_norm([grad_of(expanded)]).item() == pytest.approx(math.sqrt(12 * 4), rel=1e-6)
     with pytest.raises(RuntimeError, match="more than one element of the written-to tensor refers to a single memory"):
         torch.nn.utils.clip_grad_norm_([expanded], 1.0)
@@ -711,7 +712,7 @@ UNWRITABLE: dict[str, tuple[Callable[[], Tensor], str]] = {
 @pytest.mark.parametrize("kind", UNWRITABLE)
 @pytest.mark.parametrize("strides", [(4, 2), (2, 1)], ids=["with gaps", "without"])
 def test_all_or_nothing_whatever_the_gradients_are(kind: str, strides: tuple[int, int]) -> None:
-    """What cannot be written is found before a gradient ahead of it is, also where torch's operations do the work."""
+    """A gradient that cannot be written raises before another is written, also where torch's operations do the work."""
     make, message = UNWRITABLE[kind]
     calls: list[Callable[[list[Any]], Any]] = [lambda made: fastclip.clip_grad_value_(made, 0.5)]
     if kind in ("without memory", "sparse, of one value"):
@@ -724,7 +725,7 @@ def test_all_or_nothing_whatever_the_gradients_are(kind: str, strides: tuple[int
         gradient = torch.arange(1.0, 17.0).as_strided((4, 2), strides)
         before = gradient.clone()
         with pytest.raises(RuntimeError, match=message) as error:
-            call([Has(gradient), Has(make())])
+            call([GradHolder(gradient), GradHolder(make())])
         assert "parameters[1]" in str(error.value)
         oracle.assert_same_bits(gradient, before)
 
@@ -735,7 +736,7 @@ def test_meta_gradients(leg: Leg) -> None:
     norm = fastclip.clip_grad_norm_([parameter], 1.0)
     assert (norm.device.type, norm.shape, norm.dtype) == ("meta", (), torch.float32)
     fastclip.clip_grad_value_([parameter], 1.0)
-    assert leg  # meta tensors are torch's, whatever backend is forced
+    assert leg  # torch's operations take meta tensors, whatever backend is forced
 
 
 @pytest.mark.parametrize("as_torch_does", [True, False])
@@ -748,12 +749,12 @@ def test_inference_tensors_are_refused_outside_of_inference_mode(leg: Leg, as_to
     clip = torch.nn.utils.clip_grad_norm_ if as_torch_does else fastclip.clip_grad_norm_
     with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside InferenceMode is not allowed"):
         clip([parameter], 1.0)
-    if not as_torch_does:  # torch raises when it has written
+    if not as_torch_does:  # torch writes first, and raises then
         assert values_of(parameter) == pytest.approx([1.5, 2.0], rel=1e-6)
 
 
 class Named(Tensor):
-    """A subclass without behaviour of its own."""
+    """A subclass that changes nothing."""
 
 
 def test_tensor_subclasses(leg: Leg) -> None:
@@ -799,7 +800,7 @@ def test_a_list_of_all_kinds_clips_as_one_set(leg: Leg) -> None:
         tensors_with_values = fastclip.clip_grad_norm_(make(), 1.0, 0)
     assert norm.dtype == torch.float64
     assert norm.item() == pytest.approx(exact, rel=1e-6)
-    assert tensors_with_values.item() == 9  # all but the one without elements
+    assert tensors_with_values.item() == 9  # all except the one without elements
     for parameter, original in zip(made, dense, strict=True):
         grad = grad_of(parameter).to_dense()
         tolerance = 1e-6 + (oracle.rounding(leg, grad.dtype) if not grad.is_complex() else 0)
@@ -811,7 +812,7 @@ def test_a_list_of_all_kinds_clips_as_one_set(leg: Leg) -> None:
 
 @pytest.mark.parametrize("clip_value", [1.0, 0.0, -0.5, INF, "0.5", True])
 def test_value_clip_is_torchs(leg: Leg, clip_value: Any) -> None:
-    """NaN stays NaN, an infinity becomes the bound, and a negative one makes everything itself."""
+    """NaN stays NaN, an infinity becomes the bound, and a negative bound replaces every value."""
     values = [0.5, -2.0, NAN, INF, -INF, 0.0]
     ours, theirs = one(values, leg), one(values, leg)
     fastclip.clip_grad_value_([ours], clip_value)
@@ -829,7 +830,7 @@ def test_bound_beyond_the_gradients_dtype(leg: Leg) -> None:
     fastclip.clip_grad_value_([first, second], 65504.0)
 
 
-# ---- The two halves called apart
+# ---- The two halves, called separately
 
 
 def test_the_two_halves_called_apart(leg: Leg) -> None:
@@ -909,7 +910,7 @@ CALLS: dict[str, Callable[[list[nn.Parameter]], Any]] = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_backward_through_clipped_gradients_raises(leg: Leg, call: str) -> None:
-    """A write that autograd does not know of would make the second backward silently wrong."""
+    """If autograd did not know of the write, the second backward would be wrong without an error."""
     weight = nn.Parameter(torch.tensor([1.0, 2.0], device=leg.device))
     (weight.grad,) = torch.autograd.grad((weight**3).sum(), weight, create_graph=True)
     loss = (grad_of(weight) ** 2).sum()  # keeps the gradient for its own backward
@@ -942,7 +943,7 @@ def test_version_counters(leg: Leg, call: str) -> None:
     ids=str,
 )
 def test_the_norm_s_dtype_by_either_name(leg: Leg, ours: Any, expected: torch.dtype) -> None:
-    """`dtype` is what a coming version of torch calls it."""
+    """A future version of torch calls the argument `dtype`."""
     tensors = [torch.full((3,), 1.01, dtype=torch.bfloat16, device=leg.device)]
     norm = fastclip.get_total_norm(tensors, **ours)
     assert norm.dtype == expected
@@ -973,7 +974,7 @@ def test_grad_mode_is_left_as_it_was(leg: Leg) -> None:
 
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A mesh of this one process."""
+    """A mesh of one process, this one."""
     distributed = pytest.importorskip("torch.distributed")
     store = distributed.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -985,7 +986,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.mark.legs("numpy", "torch", "interpreter", "ptx")  # a mesh of the CPU
 def test_distributed_tensors(leg: Leg, mesh: Any) -> None:
-    """Callers test for a DTensor, and call `full_tensor()`."""
+    """Callers check whether the norm is a DTensor, and call `full_tensor()`."""
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
     def make() -> list[nn.Parameter]:
@@ -1019,7 +1020,7 @@ def test_distributed_tensors(leg: Leg, mesh: Any) -> None:
 
 @pytest.mark.legs("gpu")
 def test_mixed_devices(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FASTCLIP_BACKEND")  # each device has its own
+    monkeypatch.delenv("FASTCLIP_BACKEND")  # each device has its own backend
     for first, second in ((leg.device, torch.device("cpu")), (torch.device("cpu"), leg.device)):
         made = parameters([torch.tensor([3.0], device=first), torch.tensor([4.0], device=second)])
         norm = fastclip.clip_grad_norm_(made, 1.0)

@@ -1,6 +1,6 @@
-"""What only a device can show: sizes, streams, threads, graphs, memory that is reused while the GPU lags behind.
+"""What only a GPU can show: large sizes, streams, threads, graphs, memory that is reused before the GPU has read it.
 
-On the CPU the same tests run with tiny sizes and without the device's part, so that it is known that they run.
+On the CPU the same tests run with tiny sizes and without the GPU's part, which shows that they run.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ FP64 = torch.float64
 
 
 class Device:
-    """What a test asks of the leg's device; on the CPU each is as little as possible."""
+    """The operations of the leg's device that tests need; on the CPU they do as little as possible."""
 
     def __init__(self, leg: Leg) -> None:
         self.device = leg.device
         self.is_gpu = leg.device.type == "cuda"
 
     def size(self, on_gpu: int, on_cpu: int) -> int:
-        """A number that the CPU has less time for."""
+        """A size: the GPU's, or a smaller one for the CPU."""
         return on_gpu if self.is_gpu else on_cpu
 
     def lag(self) -> None:
@@ -56,7 +56,7 @@ class Device:
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Have torch raise where the host waits for the device."""
+        """Make torch raise if the host waits for the device."""
         if self.is_gpu:
             torch.cuda.set_sync_debug_mode("error")
         try:
@@ -66,7 +66,7 @@ class Device:
                 torch.cuda.set_sync_debug_mode("default")
 
     def captured(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
-        """What the work returns in a CUDA graph, and what replays it; on the CPU it is done anew each time."""
+        """The result of work captured in a CUDA graph, and a function that replays it; the CPU repeats the work."""
         if not self.is_gpu:
             result = work()
             return result, lambda: result.copy_(work())
@@ -76,7 +76,7 @@ class Device:
         return result, graph.replay
 
     def parameters(self, *numels: int, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-        """Parameters without memory of their own, with normal gradients."""
+        """Parameters that need almost no memory, with gradients from a normal distribution."""
         made = []
         for numel in numels:
             parameter = nn.Parameter(torch.empty(1, dtype=dtype, device=self.device).expand(numel))
@@ -92,7 +92,7 @@ def device(leg: Leg) -> Device:
 
 
 def exact_norm(parameters: list[nn.Parameter]) -> float:
-    """In fp64, in pieces, so that no large temporary is made."""
+    """The norm in fp64, in pieces, so that no temporary is large."""
     pieces = [piece for parameter in parameters for piece in torch.split(grad_of(parameter), 1 << 27)]
     return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p, dtype=FP64) for p in pieces])))
 
@@ -106,7 +106,7 @@ def test_more_than_2_31_elements(device: Device) -> None:
     grad = grad_of(made[0])
     exact = exact_norm(made)
     assert fastclip.clip_grad_norm_(made, exact / 2, norm_dtype=FP64).item() == near(exact)
-    assert exact_norm(made) == pytest.approx(exact / 2, rel=2.0**-8)  # of bfloat16
+    assert exact_norm(made) == pytest.approx(exact / 2, rel=2.0**-8)  # the rounding of bfloat16
     grad[-1] = 9.0
     fastclip.clip_grad_value_(made, 0.125)
     assert grad[-1].item() == 0.125
@@ -115,7 +115,7 @@ def test_more_than_2_31_elements(device: Device) -> None:
 
 
 def test_pinned_memory_is_not_reused_while_the_gpu_lags(device: Device) -> None:
-    """Gradients that are elsewhere at every call: a table that is overwritten before it is copied makes norms wrong."""
+    """Each call has gradients at new addresses. A table that is overwritten before it is copied makes norms wrong."""
     held, norms, exact = [], [], []
     device.lag()
     for i in range(60):
@@ -129,7 +129,7 @@ def test_pinned_memory_is_not_reused_while_the_gpu_lags(device: Device) -> None:
 
 
 def test_nothing_waits(device: Device) -> None:
-    """For gradients that stay, that are elsewhere, and that are new in kind."""
+    """For gradients at the same addresses, at new addresses, and of new sizes."""
 
     def call(*numels: int) -> None:
         made = device.parameters(*numels)
@@ -177,7 +177,7 @@ def test_a_capture_of_what_was_not_prepared_is_refused(device: Device) -> None:
 
 
 def test_two_streams_at_once(device: Device) -> None:
-    """Each has tables and scratch memory of its own."""
+    """Each stream has its own tables and scratch memory."""
     lists = [device.parameters(*[device.size(1 << 20, 999)] * 40) for _ in range(2)]
     exact = [exact_norm(made) for made in lists]
     streams = [device.new_stream() if device.is_gpu else None for _ in lists]
@@ -204,7 +204,7 @@ def test_threads_with_streams_of_their_own(device: Device) -> None:
                     grad_of(made[0]).fill_(factor)
                     norm = fastclip.clip_grad_norm_(made, 1.0, norm_dtype=FP64).item()
                     assert norm == near(factor * math.sqrt(50_000 + i))
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the test tells
+        except BaseException as error:  # noqa: BLE001 - the test reports every kind
             failures.append(repr(error))
 
     threads = [threading.Thread(target=work, args=(1.0 + i,)) for i in range(4)]
@@ -264,7 +264,7 @@ def test_attached_and_folded_into_a_fused_optimizer(device: Device) -> None:
             optimizer.step()
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     for other in results[1:]:
-        # Adam divides by the root of squares: where a gradient is next to 0, rounding decides on its direction.
+        # Adam divides by the root of squares: where a gradient is close to 0, rounding decides its direction.
         torch.testing.assert_close(other, results[0], rtol=1e-3, atol=1e-4)
 
 

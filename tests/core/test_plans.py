@@ -1,4 +1,4 @@
-"""Plans: a norm, a coefficient and bounds for each gradient, whatever serves it and however it is cut."""
+"""Plans: a norm, a coefficient and bounds for each gradient, on every backend and in however many parts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastclip.core.plans import Prepared, prepare
 INF = math.inf
 NAN = math.nan
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-CHUNK_BYTES = 131_072  # of the kernels' table
+CHUNK_BYTES = 131_072  # of a chunk in the kernels' table
 
 
 def prepared(tensors: Sequence[Tensor]) -> tuple[Prepared, Gradients]:
@@ -32,7 +32,7 @@ def prepared(tensors: Sequence[Tensor]) -> tuple[Prepared, Gradients]:
 
 
 def assert_norms(tensors: Sequence[Tensor]) -> None:
-    """The norm of each, right to rounding, and in memory that the next call leaves alone; and that of all."""
+    """The norms of each and of all are right to rounding, and the next call does not overwrite those of each."""
     plans, _ = prepared(tensors)
     norms = plans.norms()
     assert (norms.dtype, norms.shape) == (torch.float64, (len(tensors),))
@@ -48,7 +48,7 @@ def assert_norms(tensors: Sequence[Tensor]) -> None:
 
 
 def cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the NumPy backend cut gradients into rows and blocks of a few elements each."""
+    """Make the NumPy backend cut gradients into rows and blocks of a few elements each."""
     numpy_backend = importlib.import_module("fastclip.backends.numpy")
     monkeypatch.setattr(numpy_backend, "ROW", 10)
     monkeypatch.setattr(numpy_backend, "BLOCK", 35)
@@ -76,11 +76,11 @@ def test_norms_over_the_whole_range(leg: Leg, dtype: torch.dtype) -> None:
 def test_norms_of_gradients_in_several_parts(
     leg: Leg, dtype: torch.dtype, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chunks of the kernels and pieces of NumPy's; no part's squares may overflow, and none is left out."""
+    """Parts are chunks of the kernels or blocks of NumPy's. The squares of none overflow, and none is left out."""
     cut(monkeypatch)
     part = CHUNK_BYTES // dtype.itemsize if leg.backend == "triton" else 100
     tensors = [random_values(rng, (size,), dtype) for size in (3, 2 * part + 5, 1, part + 1, part, 16, 17)]
-    # One value only, in the last part, in the first, and in between.
+    # One nonzero value: in the first part, in between, and in the last part.
     for position in (0, part + part // 2, -1) if leg.name != "interpreter" else ():
         tensors.append(torch.zeros(2 * part + 5, dtype=dtype))
         tensors[-1][position] = -3.0
@@ -103,7 +103,7 @@ def test_what_is_not_finite_is_in_its_own_norm_only(leg: Leg, special: float, mo
 
 
 def mixture(leg: Leg, rng: np.random.Generator) -> list[Tensor]:
-    """Gradients that several backends share: dense ones, ones with gaps, without elements, and overlapping ones."""
+    """Gradients that need several backends: dense ones, ones with gaps, without elements, and overlapping ones."""
     flat = embedded(random_values(rng, (60,), torch.float32), device=leg.device)
     made = [
         embedded(random_values(rng, (9, 6), torch.float32), strides=(13, 2), device=leg.device),
@@ -129,7 +129,7 @@ def test_each_of_a_mixture_has_its_own_coefficient(leg: Leg, rng: np.random.Gene
     coefficients = [0.5, 7.0, 0.25, 2.0, 1.0, 0.125, 4.0, -1.0]  # powers of two: exact
     plans, grads = prepared(tensors)
     plans.scale_(grads, torch.tensor(coefficients, dtype=torch.float64, device=leg.device))
-    coefficients[3] = coefficients[6] = 8.0  # the same memory, scaled by both
+    coefficients[3] = coefficients[6] = 8.0  # both scale the same memory
     for tensor, original, coefficient in zip(tensors, originals, coefficients, strict=True):
         oracle.assert_same_bits(tensor, original * coefficient)
     for position in (0, 2, 4, 5, 7):
@@ -146,7 +146,7 @@ def test_each_of_a_mixture_has_its_own_bounds(leg: Leg, rng: np.random.Generator
         flags = plans.clamp_(grads, low, high, watch=True)
         assert any(flag.any() for flag in flags)
         for i, (tensor, original) in enumerate(zip(tensors, originals, strict=True)):
-            both = (3, 6) if i in {3, 6} else (i,)  # the same memory, clamped by both
+            both = (3, 6) if i in {3, 6} else (i,)  # both clamp the same memory
             expected = original
             for j in both:
                 mine = [bound[j] if isinstance(bound, list) else bound for bound in (low, high)]
@@ -159,7 +159,7 @@ def test_each_of_a_mixture_has_its_own_bounds(leg: Leg, rng: np.random.Generator
 def test_parts_of_every_size(
     leg: Leg, dtype: torch.dtype, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each part finds its own gradient's coefficient and bounds; one value outside is noticed wherever it is."""
+    """Each part uses its own gradient's coefficient and bounds; one value outside is found wherever it is."""
     cut(monkeypatch)
     sizes = [350, 5, 16, 17, 210, 1, *[7] * 30, 50, 500, 45, 33]
     originals = [random_values(rng, (size,), dtype).clamp(-2, 2) for size in sizes]
@@ -200,7 +200,7 @@ def test_whether_anything_was_outside_is_remembered_past_a_part_of_nan(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_coefficients_far_below_the_smallest_normal_number(leg: Leg, dtype: torch.dtype) -> None:
-    """Norms reach beyond the largest value; what such a coefficient leaves is right to rounding all the same."""
+    """A norm can be larger than the largest value. The results of so small a coefficient are right to rounding, too."""
     largest = math.ldexp(1.0, math.frexp(torch.finfo(dtype).max)[1] - 1)
     small = 2.0 ** (-1070 if dtype == torch.float64 else -140) * 0.7
     for sizes in ((3, 40), (5,) * 6):
@@ -216,11 +216,11 @@ def test_coefficients_far_below_the_smallest_normal_number(leg: Leg, dtype: torc
         assert tensors[-1].tolist() == pytest.approx(expected, rel=tolerance, abs=1e-45)
 
 
-# ---- Several devices and streams, of which there is but one here
+# ---- Several devices and streams, imitated on one
 
 
 class Launches:
-    """The kernels that plans launched inside of the block, and what they were launched on."""
+    """Records which kernels were launched inside the block, and by which plans."""
 
     def __enter__(self) -> Launches:
         from fastclip.backends.triton import TritonPlan
@@ -246,7 +246,7 @@ class Launches:
 
 @pytest.fixture
 def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every other gradient is taken to be on a device of its own, and nothing is kept from before or for later."""
+    """Every other gradient counts as on a second device; the cache is empty before, and dropped afterwards."""
     group = plans_module._group
 
     def halves(values: Sequence[Tensor]) -> dict[Any, list[int]]:
@@ -266,7 +266,7 @@ def test_two_launches_a_device_and_one_combination(leg: Leg, p: float, rng: np.r
     tensors[2].zero_()
     originals = [twin(tensor) for tensor in tensors]
     exact = 4.0 if p == 0 else oracle.norm(tensors, p)
-    for _ in range(2):  # the second time from what was kept
+    for _ in range(2):  # the second time from the cache
         for tensor, original in zip(tensors, originals, strict=True):
             tensor.copy_(original)
         with Launches() as launches:
@@ -288,7 +288,7 @@ def test_two_launches_a_device_and_one_combination(leg: Leg, p: float, rng: np.r
 def test_two_streams_share_no_memory_that_is_written(
     leg: Leg, p: float, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither for one list of gradients that both clip, nor for lists that are alike."""
+    """Neither for one list that both clip, nor for lists of the same sizes and types."""
     lists = [[random_values(rng, (size,), torch.float32).to(leg.device) for size in (70, 3)] for _ in range(2)]
     current = 0
     for module in (plans_module, importlib.import_module("fastclip.backends.triton")):
@@ -300,7 +300,7 @@ def test_two_streams_share_no_memory_that_is_written(
         made.arrangement.streams = {leg.device: current}
         return made
 
-    monkeypatch.setattr(plans_module, "_prepared_anew", on_a_stream)  # as of a GPU, which this may not be
+    monkeypatch.setattr(plans_module, "_prepared_anew", on_a_stream)  # as on a GPU, which this may not be
     monkeypatch.setattr(plans_module, "_kept", plans_module._Kept())
     seen: dict[int, set[int]] = {1: set(), 2: set()}
     for stream in (1, 2, 1, 2):
@@ -335,7 +335,7 @@ CALLS: dict[str, Callable[[Prepared, Gradients], object]] = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_version_counters_are_bumped_also_where_nothing_changes(leg: Leg, call: str) -> None:
-    """As by torch, whose graphs then know that what they saved may have changed."""
+    """As torch does: its graphs then know that a tensor that they saved may have changed."""
     tensors = [torch.ones(3, device=leg.device) for _ in range(3)]
     plans, grads = prepared(tensors)
     CALLS[call](plans, grads)
@@ -344,7 +344,7 @@ def test_version_counters_are_bumped_also_where_nothing_changes(leg: Leg, call: 
 
 @pytest.mark.parametrize("value", [1.0, INF, NAN])
 def test_under_an_infinite_bound_a_plan_writes_nothing_either(leg: Leg, value: float) -> None:
-    """The public functions do not ask it to clip then, but the coefficient is 1 all the same, not inf / inf."""
+    """The public functions do not call its `clip_` then; in any case the coefficient is 1, not inf / inf."""
     tensors = [torch.tensor([value, 2.0], device=leg.device), torch.full((100,), 3.0, device=leg.device)]
     plans, grads = prepared(tensors)
     before = [tensor.clone() for tensor in tensors]

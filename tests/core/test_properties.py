@@ -31,7 +31,7 @@ def special_values(dtype: torch.dtype) -> list[float]:
 
 @st.composite
 def values_of(draw: st.DrawFn, dtype: torch.dtype, size: int, *, finite: bool) -> Tensor:
-    """Values of one scale, some of them replaced by special ones."""
+    """Values of one scale, a few of them replaced by special values."""
     numbers = torch.finfo(dtype)
     scale = 2.0 ** draw(st.integers(-40, 40) if dtype == torch.float64 else st.integers(-12, 12))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -44,7 +44,7 @@ def values_of(draw: st.DrawFn, dtype: torch.dtype, size: int, *, finite: bool) -
 
 @st.composite
 def gradients(draw: st.DrawFn, *, finite: bool = False) -> list[Tensor]:
-    """One to six tensors: sliced with steps, transposed, permuted, at any offset; scalars and empty ones among them."""
+    """One to six tensors: sliced with steps, transposed, permuted, at any offset; some are scalars or empty."""
     tensors = []
     for _ in range(draw(st.integers(1, 6))):
         dtype = draw(st.sampled_from(DTYPES))
@@ -67,8 +67,8 @@ def examples(leg: Leg) -> int:
 
 
 def run(leg: Leg, test: Any, **strategies: Any) -> None:
-    """Run a property as often as the leg's speed allows; the same examples every time, so that CI is not a lottery."""
-    # Shrinking a failure takes thousands of examples more: minutes on a slow leg.
+    """Test a property on as many examples as the leg has time for; they are the same in every run."""
+    # To shrink a failure takes thousands of further examples: minutes on a slow leg.
     phases = tuple(Phase) if leg.environment is None else (Phase.generate,)
     settled = settings(
         phases=phases,
@@ -86,7 +86,7 @@ def tolerance_of(tensors: list[Tensor]) -> float:
 
 
 def as_the_leg_sees(leg: Leg, tensors: list[Tensor]) -> list[Tensor]:
-    """On the leg's device; for the interpreter without bfloat16's subnormals, which it takes for 0."""
+    """The tensors; on the interpreter with 0 for bfloat16's subnormals, as it reads them."""
     if leg.truncates_bfloat16:
         for tensor in tensors:
             if tensor.dtype == torch.bfloat16:
@@ -115,7 +115,7 @@ def test_norms(leg: Leg) -> None:
 
 @PROPERTY_LEGS
 def test_clipping_finite_gradients(leg: Leg) -> None:
-    """Whatever the finite values, the result is `g * min(max_norm / (norm + 1e-6), 1)`, or `g` itself to the bit."""
+    """For all finite values, the result is `g * min(max_norm / (norm + 1e-6), 1)`, or `g` itself to the bit."""
 
     def test(tensors: list[Tensor], ratio: float) -> None:
         tensors = as_the_leg_sees(leg, tensors)

@@ -1,4 +1,4 @@
-"""Defects that were found by trying to break the library, each as the smallest case that showed it."""
+"""Defects that were found by trying to break the library: for each, the smallest case that showed it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_coefficient_below_the_normal_numbers_keeps_its_precision_under_torch(
     parameter = torch.zeros_like(gradient)
     parameter.grad = gradient
     fastclip.clip_grad_norm_([parameter], 1e-8)
-    # Half an ulp of bfloat16 for the stored gradient and half for the product; fp32 is far within.
+    # Half an ulp of bfloat16 for the stored gradient and half for the product; the error of fp32 is far smaller.
     assert gradient.abs().double().tolist() == pytest.approx([5e-9] * 4, rel=2**-8)
 
 
@@ -139,7 +139,7 @@ def test_an_inference_tensor_over_the_memory_of_a_clipped_gradient_is_refused() 
 
 def test_the_fallbacks_warning_names_the_callers_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_warned", set())
-    monkeypatch.setattr(plans, "_kept", plans._Kept())  # no plan for gradients of this size
+    monkeypatch.setattr(plans, "_kept", plans._Kept())  # no cached plan for gradients of this size
     monkeypatch.setattr(backends.Backend, "obstacle", lambda self, device: f"{self.name} is away from {device}")
     (parameter,) = parameters([torch.ones(4)])
     with warnings.catch_warnings(record=True) as caught:
@@ -191,6 +191,6 @@ def test_each_parameter_clipped_by_itself_is_prepared_once(monkeypatch: pytest.M
     every = parameters([torch.ones(4) for _ in range(50)])
     for parameter in every:
         fastclip.clip_grad_norm_(parameter, 1e9)
-    monkeypatch.setattr(backends.Backend, "plan", None)  # a plan made anew would fail
+    monkeypatch.setattr(backends.Backend, "plan", None)  # to make a new plan would fail
     for parameter in every:
         assert fastclip.clip_grad_norm_(parameter, 1e9).item() == 2

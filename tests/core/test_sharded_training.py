@@ -1,4 +1,4 @@
-"""Real training steps on several processes: losses are those that torch's clipping leads to, where torch can clip."""
+"""Real training steps on several processes: the losses are the same as with torch's clipping, where torch can clip."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ import sharded_trainings as trainings
 from processes import Pool
 from sharded_trainings import Run
 
-# fp32 against fp32: torch's norms are a few 1e-7 from ours, and steps amplify what is different.
+# fp32 against fp32: torch's norms are a few 1e-7 from ours, and steps amplify the difference.
 LIKE_TORCH = 1e-5
 # fp32 against fp64.
 LIKE_FP64 = 1e-4
 
 
 def check(runs: list[Run], expected: Run, tolerance: float, *, norms: bool = True) -> None:
-    """All ranks have the losses and norms that are expected, and the same norms to the bit."""
+    """All ranks have the expected losses and norms, and the same norms to the bit."""
     for run in runs:
         assert run.losses == pytest.approx(expected.losses, rel=tolerance)
         assert run.norms == runs[0].norms
@@ -56,7 +56,7 @@ def test_losses_on_three_dimensions(eight: Pool) -> None:
 
 @pytest.mark.parametrize("kind", ["fsdp", "hsdp", "fsdp + tensor"])
 def test_losses_under_the_infinity_norm(four: Pool, kind: str) -> None:
-    """The head's one bias is on one rank, and empty on the others: with this norm, torch 2.13 hangs."""
+    """The head's only bias is on one rank, and empty on the others: torch 2.13 hangs with this norm."""
     check(four.run(trainings.train, kind, "fastclip", math.inf), trainings.single("torch", math.inf), LIKE_FP64)
 
 
@@ -70,7 +70,7 @@ def test_losses_clipped_by_value(four: Pool, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["fsdp1", "fsdp1, originals"])
 def test_fsdp1_clips_itself(four: Pool, kind: str) -> None:
-    """Its method is left alone by `patch()`, and works."""
+    """`patch()` does not change its method, which works."""
     for replaced, plain in four.run(trainings.patched, kind):
         assert replaced == plain
         assert replaced.losses == pytest.approx(trainings.single("torch").losses, rel=LIKE_FP64)
@@ -79,7 +79,7 @@ def test_fsdp1_clips_itself(four: Pool, kind: str) -> None:
 @pytest.mark.parametrize("originals", [False, True])
 @pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP"])
 def test_parts_of_fsdp1_are_refused_with_the_remedy(four: Pool, strategy: str, originals: bool) -> None:
-    """Each process would take the norm of its own, without a word."""
+    """Without the error, each process would clip by the norm of its own part."""
     for found in four.run(trainings.refused, strategy, originals):
         assert found.pop("changed") == "False"
         assert set(found) == set(trainings.PASSED)

@@ -1,6 +1,6 @@
-"""Sharded gradients: the local part's plans, the all-reduces, and who takes part in them.
+"""Sharded gradients: the plans of the local parts, the all-reduces, and which ranks take part in them.
 
-The processes are real, and so is their process group: see `processes` and `ranks`.
+The processes and their process group are real: see `support/processes.py` and `support/ranks.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import fastclip
 INF = math.inf
 ORDERS = (2.0, INF, -INF, 1.0, 0.0, 3.0, 0.5, -1.0)
 
-# Even, uneven, and empty shards; on a rank whose part of everything is empty, too.
+# Even, uneven, and empty shards; on some rank all shards are empty.
 ROWS: list[Item] = [((8, 4), ("S0",)), ((5, 3), ("S0",)), ((3, 7), ("S1",)), ((2,), ("S0",)), ((4, 3), ("R",))]
 GRID: list[Item] = [
     ((8, 6), ("S0", "S1")),
@@ -48,13 +48,13 @@ PENDING: list[Item] = [
 
 
 def same(results: list[list[int]]) -> bool:
-    """Whether the ranks have the same bits."""
+    """Whether all ranks have the same bits."""
     return all(result == results[0] for result in results)
 
 
 @pytest.mark.parametrize("p", [2.0, INF, 3.0])
 def test_those_who_count_collectives_see_those_of_dtensors(four: Pool, p: float) -> None:
-    """Functional ones, where torch's own clip has them, while somebody counts."""
+    """While they are counted, they are functional ones; torch's own clip has no other kinds."""
     for ours, torchs, same_results in four.run(ranks.kinds_of_collectives, p):
         assert ours <= {"c10d_functional.all_reduce"}
         assert torchs <= ours
@@ -122,7 +122,7 @@ def test_powers_neither_overflow_nor_underflow(four: Pool, scale: float, p: floa
 
 @pytest.mark.parametrize("p", ORDERS)
 def test_several_meshes(four: Pool, p: float) -> None:
-    """Where torch raises, pytorch#180346. Three meshes, but three process groups: the world's, and the rows' one."""
+    """Torch raises here (pytorch#180346). Three meshes, but two all-reduces: over the world, and over the rows."""
     results = four.run(ranks.mixed, p)
     assert same([norm for norm, *_ in results])
     for _, grads, kind, count in results:
@@ -251,7 +251,7 @@ def test_nothing_is_written_where_nothing_is_clipped(four: Pool) -> None:
 
 @pytest.mark.parametrize("p", [2.0, INF])
 def test_part_of_a_mesh(eight: Pool, p: float) -> None:
-    """As with pipelines: one all-reduce for each dimension, or one for both where there is a group; one for the sum."""
+    """As in pipelines: an all-reduce for each dimension, or one for both if they have a group; and one for the sum."""
     results = eight.run(ranks.flattened, p)
     assert {(before, after) for before, after, _ in results} == {(3, 2)}
     assert same([norm for *_, norm in results[:4]])
@@ -322,7 +322,7 @@ def test_rules_with_sums_that_are_pending(four: Pool) -> None:
 
 
 def test_value_rules_tell_all_ranks_of_a_change_on_one(four: Pool) -> None:
-    items: list[Item] = [((4,), ("S0", "S0"))]  # of the values, one is above 1, on one rank
+    items: list[Item] = [((4,), ("S0", "S0"))]  # only one value is above 1, on one rank
     assert same(four.run(ranks.by_rule, (2, 2), items, fastclip.ClipByValue(-3.0, 1.0)))
 
 

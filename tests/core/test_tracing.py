@@ -1,4 +1,4 @@
-"""Whatever records torch's operations sees all of a clip, and nothing of it is kept for the calls that follow."""
+"""A tracer records every operation of a clip, and nothing from a traced call is cached for later calls."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Step = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 Owners = list[tuple[str, Tensor]]
 
 
-def given(first: Tensor, second: Tensor, *, gaps: bool = False) -> Owners:
-    """Owners whose gradients follow from tensors: one of 16 bits, one missing, and, maybe, one with gaps."""
+def owners_of(first: Tensor, second: Tensor, *, gaps: bool = False) -> Owners:
+    """Owners of gradients computed from two tensors: one of 16 bits, one missing and, if `gaps`, one with gaps."""
     grads = {
         "a.weight": first * 2,
         "a.bias": second[:, 0] if gaps else second * 3,
@@ -42,10 +42,10 @@ def gradients(owners: Owners) -> tuple[Tensor, ...]:
 
 
 def stepping(clip: Callable[[Owners], object], *, gaps: bool = False) -> Step:
-    """What a call returns, if anything, and the gradients it leaves, as a function of tensors."""
+    """A function from two tensors to the clipped gradients, and to the result of the call if that is a tensor."""
 
     def step(first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
-        owners = given(first, second, gaps=gaps)
+        owners = owners_of(first, second, gaps=gaps)
         found = clip(owners)
         return (*gradients(owners), *([found] if isinstance(found, Tensor) else []))
 
@@ -80,7 +80,7 @@ RECORDERS: dict[str, Callable[[Step, Tensor, Tensor], Step]] = {
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.trace"),
-    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),  # of sizes, which a trace takes for constants
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),  # about sizes: a trace makes them constants
 ]
 
 
@@ -108,7 +108,7 @@ def test_a_recorded_step_is_right_for_other_inputs(
 
 
 class Names(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so
-    """Remembers which operations torch was asked for."""
+    """Records which operations were called."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -120,7 +120,7 @@ class Names(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
 
 
 def test_a_mode_that_only_looks_does_not_change_what_is_done() -> None:
-    """Or whoever measures would measure something else."""
+    """Otherwise a profiler would measure something else."""
     owner = torch.zeros(3)
     for _ in range(2):
         owner.grad = torch.tensor([3.0, 0.0, 4.0])
@@ -141,7 +141,7 @@ def test_fake_gradients_outside_of_their_mode() -> None:
 
 @pytest.mark.parametrize("call", CALLS)
 def test_no_fake_tensor_is_kept(call: str) -> None:
-    """Nor is a kept one that is real met by a fake one."""
+    """And a fake tensor is never combined with a cached real one."""
     step = CALLS[call]
     for _ in range(2):
         with FakeTensorMode():

@@ -1,4 +1,4 @@
-"""The demo, cut short."""
+"""The demo, with few steps."""
 
 import importlib
 import struct
@@ -20,7 +20,7 @@ STEPS = 4
 
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The demo as a module, on one thread, since threads that wait for a busy core make it slow; all is set back."""
+    """The demo as a module, on one thread: threads that wait for a busy core make it slow. Restores all settings."""
     monkeypatch.syspath_prepend(paths.EXAMPLES)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()

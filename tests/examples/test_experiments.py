@@ -1,4 +1,4 @@
-"""The experiments, cut short: each still shows what it is there to show."""
+"""The experiments, with few steps: each still shows what it is about."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Load = Callable[[str], ModuleType]
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
-    """Imports an example by its name; they choose their number of threads, which is set back."""
+    """Import an example by its name. Examples set the number of threads, which is restored."""
     monkeypatch.syspath_prepend(paths.EXAMPLES)
     threads = torch.get_num_threads()
     yield importlib.import_module
@@ -34,7 +34,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
 def check_picture(path: Path) -> None:
     picture = imread(path)
     assert min(picture.shape[:2]) > 500
-    assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 50  # one colour, if it were blank
+    assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 50  # a blank one has one colour
 
 
 def test_regression(load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +90,7 @@ def test_recurrent(load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert lost[-1] == "-"
     final = next(line.split() for line in printed.splitlines() if line.startswith("loss at the end"))
     assert final[-2] == "nan"
-    assert float(final[-1]) < 3.5  # a network that guesses loses log(256) = 5.5
+    assert float(final[-1]) < 3.5  # a network that guesses has log(256) = 5.5
     check_picture(out)
 
 

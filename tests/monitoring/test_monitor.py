@@ -1,4 +1,4 @@
-"""What a monitor records, how it averages, and that it waits for the device only when it looks."""
+"""What a monitor records, how it averages, and that it waits for the device only when it reads."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ RULE = fastclip.ClipByGlobalNorm(1.0)
 
 
 class Transfers(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as torch has it
-    """Counts what is fetched from the meta device, whose tensors have no values: zeros come of it.
+    """Counts the copies from the meta device to the CPU; its tensors have no values, so a copy is zeros.
 
-    So what runs there without being fetched from needs no value, and would not wait for a GPU either: torch itself
-    refuses to make a number or a condition of a meta tensor.
+    Code that runs there without a copy needs no value, so it would not wait for a GPU either: torch raises where a meta
+    tensor is made a number or a condition.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ def named(*sizes: int) -> list[tuple[str, Tensor]]:
 
 
 def result_of(norms: Sequence[float], *, present: Sequence[int] | None = None) -> ClipResult:
-    """A result of clipping as it is, were these the gradients' norms."""
+    """The result of clipping gradients with these norms."""
     vector = torch.tensor(norms, dtype=torch.float64)
     norm = vector.norm()
     groups = Groups(("all",), (0,) * len(norms))
@@ -60,13 +60,13 @@ def result_of(norms: Sequence[float], *, present: Sequence[int] | None = None) -
 
 
 def series(monitor: fastclip.Monitor, norms: Sequence[float], losses: Sequence[float | None] | None = None) -> None:
-    """Steps of a monitor of one parameter."""
+    """Do steps of a monitor of one parameter."""
     for norm, loss in zip(norms, losses or [None] * len(norms), strict=True):
         monitor.update(result_of([norm]), loss)
 
 
 def reference(values: Sequence[float], decay: float, warmup: int) -> list[tuple[float, float, float]]:
-    """Mean, s and z before each value, as the formulas have it."""
+    """Mean, s and z before each value, by the formulas."""
     mean = variance = 0.0
     count = 0
     rows = []
@@ -124,7 +124,7 @@ def test_an_outlier_is_forgotten_soon() -> None:
 
 @pytest.mark.parametrize("start", [1.0, 0.0])
 def test_a_new_level_is_followed(start: float) -> None:
-    """Neither a series without any spread nor one of zeros keeps its average for ever."""
+    """The average of a constant series, even one of zeros, follows a new level."""
     monitor = fastclip.Monitor(named(1))
     series(monitor, [start] * 50 + [1000.0] * 150)
     history = monitor.read()
@@ -213,7 +213,7 @@ def test_share_clipped_and_the_smallest_coefficient() -> None:
     history = monitor.read()
     assert history.clipped.tolist() == [True, False, True, False]
     assert history.share_clipped == 0.5
-    assert history.coefficient.tolist() == pytest.approx([1 / 20, 1, 1 / 8, 1])  # the weight's norm is 2 x scale
+    assert history.coefficient.tolist() == pytest.approx([1 / 20, 1, 1 / 8, 1])  # the weight's norm is 2 * scale
 
 
 AFTERWARDS: dict[str, Any] = {
@@ -229,7 +229,7 @@ AFTERWARDS: dict[str, Any] = {
 @pytest.mark.parametrize("rule", AFTERWARDS)
 @pytest.mark.parametrize("scale", [3.0, 1e200], ids=str)
 def test_the_norm_after_clipping(rule: str, scale: float) -> None:
-    """As it is, were the gradients read again."""
+    """The same as if the gradients were read again."""
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).double()
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -261,13 +261,13 @@ def test_the_norm_after_clipping_where_there_is_none() -> None:
 
 @pytest.mark.parametrize("skips", [False, True], ids=["at the look", "in the step"])
 def test_the_clip_rate_is_of_the_last_steps(skips: bool) -> None:
-    """However many are looked at together, and behind a checkpoint."""
+    """However many steps are read at once, and also after a checkpoint."""
     triggers = [fastclip.NonFinite("loss", action="skip")] if skips else []
     norms = [0.5, 2.0, 3.0, 0.1, 0.2, 4.0, 0.3]
     expected = [0, 1 / 2, 2 / 3, 2 / 4, 2 / 4, 2 / 4, 1 / 4]
 
     def rates(*spans: int) -> list[float]:
-        """With a monitor that is saved and restored after so many steps, looked at in the middle of each span."""
+        """The clip rates of a monitor that is saved and restored after each span, and read in the middle of it."""
         found, state, left = [], None, list(norms)
         for span in spans:
             monitor = fastclip.Monitor(named(1), triggers=triggers, window=4)
@@ -362,15 +362,15 @@ def test_a_step_never_waits_and_a_reading_transfers_once(triggers: list[Any], ru
         assert transfers.shapes == []
         assert len(monitor.read().steps) == 40
         assert [shape[0] for shape in transfers.shapes] == [40]
-        monitor.read()  # there is nothing new
+        monitor.read()  # nothing is new
         assert len(transfers.shapes) == 1
     monitor.update(fastclip.clip_grads_(model, rule))
-    with pytest.raises(NotImplementedError, match="meta"):  # so a wait would be seen
+    with pytest.raises(NotImplementedError, match="meta"):  # so this test would notice a wait
         monitor.read()
 
 
 def test_steps_on_several_devices() -> None:
-    """A step without any gradient is on the CPU, and a model may move."""
+    """A step without any gradient is on the CPU, and a model may move to another device."""
     model = nn.Linear(2, 1).to("meta")
     monitor = fastclip.Monitor(model)
     with Transfers():
@@ -420,7 +420,7 @@ def test_a_resumed_run_goes_on_without_a_false_alarm(rng: np.random.Generator) -
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
     file.seek(0)
-    series(second, [100.0] * 3)  # what it saw before is forgotten
+    series(second, [100.0] * 3)  # loading drops these steps
     second.load_state_dict(torch.load(file, weights_only=True))
     series(second, norms[50:], losses[50:])
     np.testing.assert_array_equal(second.read().z, whole.read().z[50:])
@@ -513,11 +513,11 @@ def test_a_summary() -> None:
     assert last == "largest norms at the last step: layer0 nan, layer1 0.1"
 
 
-# ---- What a review broke
+# ---- Defects that a review found
 
 
 def steps(monitor: fastclip.Monitor, model: nn.Module, *norms: float) -> None:
-    """A step for each global norm."""
+    """Do a step for each global norm."""
     for norm in norms:
         for i, parameter in enumerate(model.parameters()):
             parameter.grad = torch.zeros_like(parameter)
@@ -638,7 +638,7 @@ def test_trigger_errors_can_be_pickled() -> None:
     monitor = fastclip.Monitor(model, triggers=[fastclip.NonFinite("gradients", action="raise")])
     with pytest.raises(fastclip.TriggerError) as raised:
         steps(monitor, model, math.nan)
-    copy = pickle.loads(pickle.dumps(raised.value))  # noqa: S301 - our own
+    copy = pickle.loads(pickle.dumps(raised.value))  # noqa: S301 - our own pickle
     assert str(copy) == str(raised.value)
     assert copy.report.step == 1
 
@@ -680,11 +680,11 @@ def test_a_sink_that_fails_is_called_once_a_look() -> None:
     with pytest.raises(OSError, match="disk full"):
         steps(monitor, model, math.nan)
     assert calls == [1]
-    assert others == [1]  # an error ends the run: nothing is kept back
+    assert others == [1]  # an error ends the run: each sink gets all rows
 
 
 def test_a_warning_that_is_an_error_keeps_no_other_trigger_from_acting() -> None:
-    """Warnings are errors in these tests, as they are in some programs."""
+    """Warnings are errors in these tests, as in some programs."""
     model = nn.Linear(2, 1)
     reports: list[fastclip.Report] = []
     both = [fastclip.NonFinite("gradients"), fastclip.NonFinite("gradients", action=reports.append)]

@@ -1,4 +1,4 @@
-"""The picture of the norms over time: what its cells and marks are, for few layers and for many."""
+"""The picture of the norms over time: what its cells and marks show, for few layers and for many."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GREY = to_rgba("0.85")
 
 
 def monitor_of(norms: Sequence[Sequence[float]], losses: Sequence[float | None] | None = None) -> fastclip.Monitor:
-    """A monitor that saw these norms; -1 is a gradient that is missing."""
+    """A monitor that recorded these norms; -1 is a missing gradient."""
     count = len(norms[0])
     names: list[tuple[str, Tensor]] = [(f"layer{i}.weight", torch.zeros(1)) for i in range(count)]
     monitor = fastclip.Monitor(names, triggers=[fastclip.NonFinite("loss", action="skip")], max_skipped=100)
@@ -65,7 +65,7 @@ def test_cells_of_few_layers(tmp_path: Path) -> None:
     assert np.argwhere(is_red).tolist() == [[3, 5], [4, 7]]
     assert is_grey[9].all()
     assert not is_grey[:9].any()
-    assert len(np.unique(cells[0], axis=0)) == 2  # the spike, and all else
+    assert len(np.unique(cells[0], axis=0)) == 2  # the spike, and all other cells
     assert not np.array_equal(cells[0, 9], cells[0, 8])
     assert labels_of(figure) == [f"layer{i}" for i in range(10)]
     assert explained(figure) == ["running mean", "not finite", "no gradient"]
@@ -100,7 +100,7 @@ def test_panels() -> None:
 
 
 def test_panels_of_what_was_clipped() -> None:
-    """The norm after clipping beside the one before, and the clip rate below."""
+    """The norms before and after clipping in one panel, the clip rate in the one below."""
     model = nn.Linear(2, 1, bias=False)
     monitor = fastclip.Monitor(model, window=2)
     for value in (3.0, 0.1, 0.2, 3.0):
@@ -124,7 +124,7 @@ def test_nothing_to_scale_colours_by(row: list[float], tmp_path: Path) -> None:
 
 def test_one_step(tmp_path: Path) -> None:
     figure = monitor_of([[1.0]], [2.0]).plot(tmp_path / "norms.svg")
-    assert figure.axes[-1].get_ylim() == pytest.approx((1.0, 10.0))  # a scale of colours that has some length
+    assert figure.axes[-1].get_ylim() == pytest.approx((1.0, 10.0))  # a scale of colours of some length
     assert (tmp_path / "norms.svg").read_text().startswith("<?xml")
 
 

@@ -1,4 +1,4 @@
-"""What sinks write is what the monitor saw: each step once, whenever it is handed on."""
+"""Sinks write what the monitor recorded: each step once, whenever they get it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KEYS = [
 
 
 class Run:
-    """A model of two layers, and steps of it in which each gradient is full of one number."""
+    """A model of two layers, with steps in which all elements of a gradient are the same number."""
 
     def __init__(self, **options: Any) -> None:
         self.model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
@@ -93,9 +93,9 @@ def test_rows_with_weights() -> None:
 
 
 def test_each_sink_gets_each_step_once() -> None:
-    """Whatever else makes the host look: other sinks, triggers, reading."""
+    """Also if other sinks, triggers or `read` fetch the steps."""
     run = Run(triggers=[fastclip.NonFinite("loss")])
-    run.step(1.0)  # ahead of the sinks
+    run.step(1.0)  # before there are sinks
     seen: dict[int, list[Any]] = {3: [], 5: []}
 
     def note(every: int, row: Row) -> None:
@@ -167,7 +167,7 @@ def test_csv(tmp_path: Path) -> None:
         run.monitor.log_to(fastclip.CSVFile(path), every=2)
         run.step(1.0, math.nan)
         run.step(1.0, None, second=False)
-        with path.open(newline="") as file:  # is there as soon as it was handed on
+        with path.open(newline="") as file:  # rows are in the file as soon as the sink got them
             assert len(file.readlines()) == 1 + start + 1
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -225,7 +225,7 @@ def test_tensorboard(tmp_path: Path) -> None:
         run.step(1.0, 3.0)
         run.step(1.0, math.nan)
         run.step(0.125, None, second=False)
-        written = accumulator.EventAccumulator(str(tmp_path)).Reload()  # is there before the writer is closed
+        written = accumulator.EventAccumulator(str(tmp_path)).Reload()  # the file has them before the writer is closed
     assert set(written.Tags()["scalars"]) == set(KEYS) - {"step", "loss_z", "grad_norm_z"}
 
     def scalars(tag: str) -> list[tuple[int, float]]:

@@ -1,4 +1,4 @@
-"""Each trigger in a real training loop: when it fires, what it names, and what is done then."""
+"""Each trigger in a real training loop: when it fires, which parameter it names, and what its action does."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = 60
 AT = 45  # the step in which something is wrong
 
 Sabotage = Callable[[nn.Module, Tensor], Tensor]
-"""Spoils a step: given model and loss, the loss to train by."""
+"""Spoils a step: takes the model and its loss, returns the loss to train with."""
 
 
 def train(
@@ -34,7 +34,7 @@ def train(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> tuple[fastclip.Monitor, nn.Module, list[bool]]:
-    """Train a small model; tell which steps were left out."""
+    """Train a small model; return the monitor, the model, and which steps were skipped."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -78,7 +78,7 @@ def vanish(_: nn.Module, loss: Tensor) -> Tensor:
     return loss * 1e-12
 
 
-# ---- What each watches for
+# ---- What each trigger watches
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def vanish(_: nn.Module, loss: Tensor) -> Tensor:
 )
 @pytest.mark.parametrize("skips", [False, True], ids=["host", "device"])
 def test_a_trigger_fires_in_its_step(make: Any, sabotage: Sabotage, worst: str, skips: bool) -> None:
-    """On the host and on the device alike, and in no step before; and the report names the culprit."""
+    """On the host and on the device, and in no earlier step; the report names the parameter that caused it."""
     reports: list[Report] = []
     triggers = [make(reports.append), *([make("skip")] if skips else [])]
     with warnings.catch_warnings():
@@ -138,7 +138,7 @@ def test_nothing_jumps_in_the_warm_up() -> None:
 
 
 def fed(trigger: Trigger, losses: Sequence[float | None], **options: Any) -> list[bool]:
-    """In which steps a trigger fires, given these losses (and norms of 1)."""
+    """The steps in which a trigger fires, for these losses (and norms of 1)."""
     model = nn.Linear(1, 1, bias=False)
     model.weight.grad = torch.ones(1, 1)
     monitor = fastclip.Monitor(model, triggers=[trigger], **options)
@@ -149,7 +149,7 @@ def fed(trigger: Trigger, losses: Sequence[float | None], **options: Any) -> lis
 
 
 def ignore(_: Report) -> None:
-    """An action."""
+    """An action that does nothing."""
 
 
 def test_a_jump_is_one_upwards_of_finite_values() -> None:
@@ -194,10 +194,10 @@ def test_vanishing_takes_several_steps_in_a_row() -> None:
     assert [report.step for report in reports] == [22, 23]
     assert reports[0].limit == 1e-6
     assert reports[0].value < 1e-6
-    assert not any(fed(Vanishing(0.1, steps=1, action=ignore), [1e-9] * 3))  # of the loss
+    assert not any(fed(Vanishing(0.1, steps=1, action=ignore), [1e-9] * 3))  # these are losses
 
 
-# ---- What is done
+# ---- What an action does
 
 
 def test_skipping_leaves_the_weights_alone() -> None:
@@ -221,7 +221,7 @@ def test_warning_once_a_run(every: int) -> None:
 
 
 def spoil_loss_only(_: nn.Module, loss: Tensor) -> Tensor:
-    """A loss that is infinite, with gradients that are not."""
+    """An infinite loss, with finite gradients."""
     return loss + (loss.detach() * 0 + math.inf)
 
 
@@ -236,7 +236,7 @@ def test_raising_before_the_weights_are_touched() -> None:
 
 
 def test_a_late_look_loses_nothing() -> None:
-    """With `every` of 8 the reports come late, but all of them, with their own steps; and errors come last."""
+    """With `every=8` the reports come late, but all come, with their own steps; and errors come last."""
     reports: list[Report] = []
     triggers = [NonFinite("loss", action=reports.append), NonFinite("loss", action="raise")]
     with pytest.raises(fastclip.TriggerError, match="step 5,"):
@@ -271,7 +271,7 @@ def test_a_trigger_that_does_something_else_skips_nothing() -> None:
 
 
 def test_skipping_in_an_optimizer() -> None:
-    """`attach` asks the monitor, and leaves the step out."""
+    """`attach` asks the monitor, and skips the step."""
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
     optimizer = torch.optim.Adam(model.parameters())

@@ -1,4 +1,4 @@
-"""Every PTX instruction that ptxlab knows, against results computed from the instruction's definition."""
+"""Every PTX instruction that ptxlab knows, compared with results computed from its definition."""
 
 import functools
 import subprocess
@@ -12,7 +12,7 @@ from ptxlab.parse import Instruction
 
 @functools.cache
 def _results(batch: str) -> list[list[int]]:
-    """What a batch's instructions give: compiled together, since each compilation costs about a second."""
+    """The results of a batch's instructions, compiled together, as each compilation takes about a second."""
     return modules.run_values(batch, values.BATCHES[batch])
 
 
@@ -65,7 +65,7 @@ _MODULES = {
 
 @pytest.mark.parametrize("name", _MODULES)
 def test_nvidias_assembler_takes_the_cases(name: str, tmp_path: Path) -> None:
-    """What the cases are written in is PTX, not only what ptxlab takes for it."""
+    """The cases are written in real PTX, not only in what ptxlab accepts."""
     tools = Path(pytest.importorskip("triton").__file__).parent / "backends" / "nvidia" / "bin"
     assembler = tools / "ptxas-blackwell"
     if not assembler.exists():
@@ -78,7 +78,7 @@ def test_nvidias_assembler_takes_the_cases(name: str, tmp_path: Path) -> None:
 
 
 def _tested() -> list[Decoded]:
-    """The instructions that some case is for, taken apart."""
+    """The instructions that have a case, decoded."""
     value = (case.ptx for cases in values.BATCHES.values() for case in cases)
     effect = (ptx for cases in effects.BATCHES.values() for case in cases for ptx in case.under_test)
     opcodes = {ptx.split()[1 if ptx.startswith("@") else 0].rstrip(";") for ptx in (*value, *effect)}

@@ -1,4 +1,4 @@
-"""The machine under the instructions: faults, barriers of several warps, device functions, the compile cache."""
+"""The machine that runs the instructions: faults, barriers of several warps, device functions, the compile cache."""
 
 import os
 import re
@@ -18,7 +18,7 @@ LOCATION = '.file 1 "kernels" "clip.py"\n'
 
 
 def _run(body: str, *, threads: int = 32, programs: int = 1, words: int = 1, **options: int) -> NDArray[np.uint64]:
-    """Runs PTX on zeros; gives the outputs, `words` for each thread, that it stored from `%out` on."""
+    """Run PTX on zeros; return the outputs that it stored from `%out` on, `words` for each thread."""
     kernel = Kernel(
         module("machine", body, input_bytes=8, output_bytes=8 * words, threads=threads), 1024, optimize="-O0"
     )
@@ -80,7 +80,7 @@ def test_fault_releases_the_warps_that_wait_and_leaves_no_thread() -> None:
 
 
 def test_fault_ends_warps_that_spin() -> None:
-    """A loop that waits for a flag which never comes, since the warp that should set it has faulted."""
+    """They wait in a loop for a flag that the faulted warp will never set."""
     body = """.reg .pred p; .reg .b32 a;
         setp.eq.u32 p, %index, 0;
         @p ld.global.b32 a, [%in+1048576];
@@ -122,7 +122,7 @@ def test_grid_has_three_dimensions() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"resident": 1}, {"resident": 3, "jitter": 50, "seed": 7}])
 def test_barrier_orders_the_warps_of_a_program(options: dict[str, int]) -> None:
-    """Each thread stores its index in shared memory and reads the one of the thread opposite, in another warp."""
+    """Each thread stores its index in shared memory and reads that of the opposite thread, in another warp."""
     body = """.reg .b32 a, b; .reg .b64 c;
         mov.u32 a, %tid.x; shl.b32 b, a, 2; add.s32 a, a, %cta;
         st.shared.b32 [b], a;
@@ -161,7 +161,7 @@ def test_shared_memory_is_not_kept_between_programs() -> None:
 
 @pytest.mark.parametrize("meeting", ["bar.sync 0", "shfl.sync.idx.b32 b, a, 0, 31, -1", "vote.sync.any.pred p, p, -1"])
 def test_lanes_wait_where_they_must_meet(meeting: str) -> None:
-    """The compiler may put a slow path that few lanes take behind the place where they join the others."""
+    """The compiler may place a slow path of few lanes after the point where they rejoin the others."""
     body = f""".reg .pred p; .reg .b32 a, b; .reg .b64 c;
         mov.u32 a, 10;
         and.b32 b, %index, 7;
@@ -180,7 +180,7 @@ def test_lanes_wait_where_they_must_meet(meeting: str) -> None:
 
 
 def test_device_function_is_inlined() -> None:
-    """Called twice, so that registers, labels and results of one call must not be those of the other."""
+    """It is called twice, and each call needs its own registers, labels and results."""
     function = """.func (.param .b64 result) power(.param .b64 base, .param .b32 exponent)
     {
         .reg .b64 %rd<3>; .reg .b32 %r<2>; .reg .pred %p<2>;

@@ -1,4 +1,4 @@
-"""Lost ordering between programs is found in the compiled kernel, even where every value comes out right."""
+"""Missing memory ordering between programs is found in the compiled kernel, even if every value is right."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -50,7 +50,7 @@ def sum_of_squares(
     ORDER: tl.constexpr,
     BARRIER: tl.constexpr,
 ):
-    """The last program to take a ticket adds up what all have stored."""
+    """The last program to take a ticket adds the partial sums of all."""
     program = tl.program_id(0)
     offsets = program * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(x + offsets, mask=offsets < size, other=0.0)

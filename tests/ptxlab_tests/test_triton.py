@@ -1,4 +1,4 @@
-"""Triton kernels of the kind that the package has, compiled for NVIDIA GPUs and executed by ptxlab."""
+"""Triton kernels similar to the package's, compiled for NVIDIA GPUs and executed by ptxlab."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -32,9 +32,9 @@ def _without_gpu() -> Iterator[None]:
 
 @triton.jit
 def sum_of_squares(rows, chunks, partials, total, ticket, count, ELEMENT: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums chunks of many tensors; a chunk whose fp32 sum is out of range is summed again, scaled.
+    """Sum chunks of many tensors; a chunk whose fp32 sum is out of range is summed again, scaled.
 
-    `rows` has an address and a size for each tensor, `chunks` a tensor and a chunk of it for each step of the grid.
+    `rows` has an address and a size for each tensor, `chunks` a tensor and one of its chunks for each step of the grid.
     """
     program = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
@@ -70,7 +70,7 @@ def sum_of_squares(rows, chunks, partials, total, ticket, count, ELEMENT: tl.con
 
 @triton.jit
 def clamp(x, bound, size, BLOCK: tl.constexpr):
-    """Bounds values; writes a vector only where something changes."""
+    """Clamp values; write a vector only if one of its values changes."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(x + offsets, mask=offsets < size, other=0.0)
     wide = values.to(tl.float32)
@@ -119,7 +119,7 @@ def copy_aligned(address, target, BLOCK: tl.constexpr):
 
 
 def _norm(tensors: list[torch.Tensor], programs: int) -> float:
-    """The norm of all tensors, by the kernel."""
+    """The norm of all tensors, computed by the kernel."""
     rows = torch.tensor([(t.data_ptr(), t.numel()) for t in tensors], dtype=torch.int64)
     steps = [(number << 32) + i for number, t in enumerate(tensors) for i in range(-(-t.numel() // BLOCK))]
     chunks = torch.tensor(steps, dtype=torch.int64)
@@ -171,7 +171,7 @@ def test_clamp_bounds_values_and_keeps_nan(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_largest_value_propagates_nan(capability: int, dtype: torch.dtype) -> None:
-    """On sm_100 the reduction is `redux.sync.max.NaN.f32`; on older ones it is shuffles."""
+    """On sm_100 the reduction is `redux.sync.max.NaN.f32`; on older GPUs it is shuffles."""
     ptxlab.activate(capability)
     torch.manual_seed(0)
     x, out = torch.randn(1000).to(dtype), torch.zeros(1, dtype=torch.float32)
@@ -187,7 +187,7 @@ def test_largest_value_propagates_nan(capability: int, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-7), (torch.float64, 3e-16)])
 def test_exponentials_and_logarithms(dtype: torch.dtype, tolerance: float) -> None:
-    """In fp64 they are libdevice's code: polynomials, and exponents taken apart and put together."""
+    """In fp64 they are libdevice's code: polynomials, and operations on the bits of exponents."""
     torch.manual_seed(0)
     special = torch.tensor([0.0, -0.0, 1.0, -1.0, 0.5, 100.25, -100.25, math.inf, -math.inf, math.nan, 2.0**-126])
     x = torch.cat([special.to(dtype), 20 * torch.randn(500, dtype=dtype)])
@@ -201,7 +201,7 @@ def test_exponentials_and_logarithms(dtype: torch.dtype, tolerance: float) -> No
 
 
 def test_slow_paths_of_few_lanes_before_a_reduction() -> None:
-    """Zeros, subnormals and large values take libdevice's slow paths, and the shuffles behind need every lane."""
+    """Zeros, subnormals and large values take libdevice's slow paths, and the later shuffles need every lane."""
     torch.manual_seed(0)
     x, out = torch.randn(256, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     x[::7] = torch.tensor([0.0, 1e-310, 1e100, -1e-200], dtype=torch.float64).repeat(10)[:37]
@@ -248,7 +248,7 @@ def test_access_outside_live_tensors_is_reported() -> None:
         ptxlab.recording(),
     ):
         copy[(1,)](x, out, 1000, BLOCK=BLOCK)
-    with ptxlab.recording():  # and the next launch is sound
+    with ptxlab.recording():  # and the next launch is right
         copy[(1,)](x, out, 100, BLOCK=BLOCK)
     assert torch.equal(out, x)
 
@@ -263,10 +263,10 @@ def test_fault_outside_recording_raises_at_the_launch_and_waits_for_check() -> N
 
 
 def test_looking_for_live_tensors_disturbs_no_other_thread() -> None:
-    """A tuple that another thread is just making from an iterator must have no other owner when it is resized."""
+    """While another thread makes a tuple from an iterator, that tuple must have no second reference."""
     ptxlab.activate(90)
     done = threading.Event()
-    others = [[i] for i in range(100_000)]  # so that the search takes longer than a thread's turn
+    others = [[i] for i in range(100_000)]  # so the search takes longer than a thread's time slice
 
     def make() -> int:
         made = 0
@@ -289,7 +289,7 @@ def test_looking_for_live_tensors_disturbs_no_other_thread() -> None:
 
 
 def test_fake_tensors_are_not_looked_for() -> None:
-    """They have no memory; to be asked for it they answer with a warning, which is an error here."""
+    """They have no memory. To ask for it causes a warning, which is an error here."""
     with FakeTensorMode():
         fakes = [torch.ones(64), torch.nn.Parameter(torch.ones(64))]
     x = torch.randn(64)

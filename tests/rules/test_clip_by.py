@@ -1,4 +1,4 @@
-"""Clipping by rules, on every leg: every grouping, layout and dtype against fp64, and what must not be touched."""
+"""Clipping by rules, on every leg: every grouping, layout and dtype against fp64, and what must not change."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def draw(leg: Leg, rng: np.random.Generator, dtypes: Sequence[torch.dtype]) -> d
     return {
         "a.transposed": make(12, 7, strides=(1, 12), offset=1),
         "a.small": make(5, scale=30.0),
-        "b.with_gaps": make(9, 6, strides=(13, 2)),  # which are torch's own
+        "b.with_gaps": make(9, 6, strides=(13, 2)),  # torch's operations do these
         "b.missing": None,
         "b.channels_last": make(2, 3, 5, 4, strides=(60, 1, 12, 3), offset=3),
         "a.empty": make(0),
@@ -71,7 +71,7 @@ GROUPINGS: dict[str, Any] = {
 
 
 def members_of(names: Sequence[str], by: str) -> dict[Any, list[str]]:
-    """Who belongs together, told independently."""
+    """The names in each group, computed without fastclip."""
     labels: dict[str, Callable[[int, str], Any]] = {
         "global": lambda _, name: "all",  # noqa: ARG005
         "parameter": lambda _, name: name,
@@ -87,14 +87,14 @@ def members_of(names: Sequence[str], by: str) -> dict[Any, list[str]]:
 
 def _matrix() -> Iterator[Any]:
     for leg, kind, dtype, by in itertools.product(AVAILABLE, KINDS, DTYPES, GROUPINGS):
-        # How rules differ is a matter of torch's operations: a slow leg runs one of them by every grouping.
+        # Rules differ only in torch's operations, so a slow leg runs one rule by every grouping, the others by layer.
         if leg.environment is None or (kind == "ClipByNorm" and dtype == "mixed") or (by, dtype) == ("layer", "mixed"):
             yield pytest.param(leg, kind, dtype, by, id=f"{leg.name}-{kind}-{dtype}-{by}")
 
 
 @pytest.mark.parametrize(("leg", "kind", "dtype", "by"), list(_matrix()), indirect=["leg"])
 def test_rules_by_groups(leg: Leg, kind: str, dtype: str, by: str, rng: np.random.Generator) -> None:
-    """Every other group is clipped, the rest stays as it is to the bit."""
+    """Every other group is clipped; the rest does not change, to the bit."""
     grads = draw(leg, rng, DTYPES[dtype])
     originals = {name: None if grad is None else twin(grad) for name, grad in grads.items()}
     members = members_of(list(grads), by)
@@ -164,7 +164,7 @@ def test_what_is_not_finite_stays_within_its_group(leg: Leg, kind: str) -> None:
 
 
 def test_a_bound_that_is_not_a_power_of_two_leaves_fp64_below_it_alone(leg: Leg) -> None:
-    """The quotient of a bound and itself is 1, whatever the c."""
+    """A coefficient of bound / bound is 1, whatever the bound."""
     count = 9 if leg.environment is None else 2
     grads = {f"{i}": torch.tensor([0.1 * i, 0.7], dtype=torch.float64, device=leg.device) for i in range(count)}
     originals = [grad.clone() for grad in grads.values()]
@@ -276,7 +276,7 @@ def test_measuring_writes_nothing(leg: Leg, rng: np.random.Generator) -> None:
         assert result.coefficients is None
         assert result.clipped.item() is False
         again = fastclip.measure_grads(made, by=by)
-        oracle.assert_same_bits(again.group_norms, result.group_norms)  # what was returned stays as it was
+        oracle.assert_same_bits(again.group_norms, result.group_norms)  # the second call did not overwrite the first
     for grad, original in zip(grads.values(), originals.values(), strict=True):
         if grad is not None and original is not None:
             oracle.assert_same_bits(grad, original)
@@ -285,7 +285,7 @@ def test_measuring_writes_nothing(leg: Leg, rng: np.random.Generator) -> None:
 
 
 def test_results_outlive_the_next_call(leg: Leg) -> None:
-    """Nothing that was returned is memory that a later call works in."""
+    """A later call does not write to the memory of an earlier result."""
     made = parameters([torch.tensor([3.0, 4.0], device=leg.device), torch.tensor([1.0], device=leg.device)])
     first = fastclip.clip_grads_(made, ClipByValue(-2.0, 2.0))
     kept = fastclip.clip_by_global_norm_(made, 100.0)
@@ -302,13 +302,13 @@ def test_results_outlive_the_next_call(leg: Leg) -> None:
 
 
 LOW, HIGH = (-0.5, -INF, -2.0, 0.25, 0.0), (0.25, 0.5, INF, 1.0, 0.0)
-"""Bounds that every dtype holds exactly: Triton's interpreter rounds others wrongly to bfloat16."""
+"""Bounds that every dtype represents exactly: Triton's interpreter rounds others wrongly to bfloat16."""
 
 
 @pytest.mark.parametrize("way", ["each", "one", "result"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_clip_by_value(leg: Leg, way: str, dtype: str, rng: np.random.Generator) -> None:
-    """As torch's clamp of each gradient, between bounds of its own."""
+    """The same as torch's clamp of each gradient between its own bounds."""
     grads = draw(leg, rng, DTYPES[dtype])
     for grad in grads.values():
         if grad is not None and grad.numel() > 4:
@@ -349,7 +349,7 @@ FLAGS: list[tuple[list[float], float, float, bool]] = [
     ([INF, -INF, 1e4], -INF, INF, False),
     ([-0.0, 0.0], 0.0, 0.0, False),
     ([2.0], 0.5, 1.0, True),
-    ([0.5, 1.0], 0.5, 1.0, False),  # bounds that do not include 0, which is what a masked lane holds
+    ([0.5, 1.0], 0.5, 1.0, False),  # masked lanes have 0, which is outside these bounds
     ([], -0.5, 0.25, False),
 ]
 
@@ -359,7 +359,7 @@ FLAGS: list[tuple[list[float], float, float, bool]] = [
 def test_whether_anything_was_clipped(
     leg: Leg, values: list[float], low: float, high: float, expected: bool, shared: bool
 ) -> None:
-    """In every dtype by itself, in a vector of 16 bytes and in what is left of one."""
+    """For each dtype alone, in a vector of 16 bytes and in the rest that fills no vector."""
     for dtype in DTYPES["mixed"]:
         inside = torch.full((40,), low if math.isfinite(low) else 0.0, dtype=dtype)
         at = [0, 16, 40 - len(values)] if len(values) <= 4 else [0]
@@ -378,7 +378,7 @@ def test_whether_anything_was_clipped(
 @pytest.mark.parametrize("each", [True, False])
 @pytest.mark.parametrize("outside", [(), (0,), (59,), (31,), (3, 30, 59)], ids=str)
 def test_one_gradient_of_many_is_outside(leg: Leg, outside: tuple[int, ...], each: bool) -> None:
-    """It is told that one is, and yet all of them are clamped."""
+    """The result says that one is outside, and all of them are clamped."""
     for dtypes in DTYPES.values() if leg.environment is None else (DTYPES["mixed"],):
         grads = [
             torch.full((3 + 40 * (i % 2),), 0.5, dtype=dtypes[i % len(dtypes)], device=leg.device) for i in range(60)
@@ -397,7 +397,7 @@ def test_one_gradient_of_many_is_outside(leg: Leg, outside: tuple[int, ...], eac
 @pytest.mark.legs("gpu", "numpy", "torch", "ptx")  # Triton's interpreter rounds wrongly to bfloat16
 @pytest.mark.parametrize("each", [True, False])
 def test_a_value_at_the_bound_as_its_dtype_has_it_is_not_clipped(leg: Leg, each: bool) -> None:
-    """Bounds are rounded to the gradient's dtype; what is equal to that is not outside."""
+    """Bounds are rounded to the gradient's dtype; a value equal to the rounded bound is not outside."""
     bounds = (0.1, 0.3, 0.7, 1e-3) if leg.environment is None else (0.3,)
     for dtype, bound in itertools.product(DTYPES["mixed"], bounds):
         at = torch.tensor(bound, dtype=torch.float64).to(dtype)
@@ -413,7 +413,7 @@ def test_a_value_at_the_bound_as_its_dtype_has_it_is_not_clipped(leg: Leg, each:
 
 
 def test_bounds_beyond_a_dtype(leg: Leg) -> None:
-    """Refused before anything is changed; but in another group such a bound is no matter."""
+    """Such a bound raises before anything is changed. It is allowed in a group without gradients of the dtype."""
 
     def make() -> list[nn.Parameter]:
         return parameters(
@@ -435,7 +435,7 @@ def test_bounds_beyond_a_dtype(leg: Leg) -> None:
     assert [grad_of(p).tolist() for p in made] == [[8e5], [60000.0, -1.0]]
 
 
-# ---- Gradients that are torch's own business
+# ---- Gradients for torch's operations
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
@@ -474,7 +474,7 @@ def test_sparse_gradients(leg: Leg) -> None:
         parameter.grad, other.grad = sparse(leg), torch.tensor([0.0, 12.0], device=leg.device)
         measured = fastclip.measure_grads([parameter, other])
         assert measured.group_norms.tolist() == [5.0, 12.0]
-        assert not grad_of(parameter).is_coalesced()  # for that would be a write
+        assert not grad_of(parameter).is_coalesced()  # to coalesce would be a write
         result = fastclip.clip_grads_([parameter, other], ClipByNorm(2.5))
         assert (result.norm.item(), result.group_norms.tolist()) == (13.0, [5.0, 12.0])
         assert grad_of(parameter).layout == torch.sparse_coo
@@ -487,7 +487,7 @@ def test_sparse_gradients(leg: Leg) -> None:
 
 
 def test_gradients_that_share_memory(leg: Leg) -> None:
-    """Each is counted, and scaled, by itself: what two of them share is scaled twice, as by torch."""
+    """Each is counted and scaled separately: memory that two of them share is scaled twice, as by torch."""
     shared = torch.tensor([3.0, 4.0], device=leg.device)
     result = fastclip.clip_grads_(parameters([shared, shared]), ClipByNorm([2.5, 10.0]))
     assert result.group_norms.tolist() == [5.0, 5.0]
@@ -502,7 +502,7 @@ def test_gradients_that_share_memory(leg: Leg) -> None:
 
 
 def test_clipping_is_seen_by_autograd(leg: Leg) -> None:
-    """A gradient that a graph has saved may not be changed unnoticed."""
+    """Autograd must notice when a gradient that a graph has saved is changed."""
     for clip in (
         lambda made: fastclip.clip_by_norm_(made, 1.0),
         lambda made: fastclip.clip_by_global_norm_(made, 1.0, 5.0),
@@ -561,7 +561,7 @@ def test_a_result_is_telling() -> None:
 
 
 def test_norms_of_scaled_gradients_are_those_without_the_scale(leg: Leg) -> None:
-    """A loss scale: norms and bounds are those of the gradients as they will be, which stay scaled by it."""
+    """With a loss scale, norms and bounds are those of the unscaled gradients; the gradients themselves stay scaled."""
     for rule in (ClipByNorm(2.5), ClipByGlobalNorm(2.5)):
         made = parameters([torch.tensor([3.0, -4.0], device=leg.device) * 1024])
         grads = collect(made)

@@ -1,4 +1,4 @@
-"""Rules and groups by themselves: their formulas, their bounds, and who belongs together."""
+"""Rules and groups without gradients: their formulas, their bounds, and which parameters form a group."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def grads_of(made: Sequence[Tensor]) -> list[Tensor]:
 
 
 def threes(count: int) -> list[nn.Parameter]:
-    """Gradients whose norms are 3, 6, 9, ..."""
+    """Parameters with gradients of norms 3, 6, 9, ..."""
     return parameters([torch.tensor([1.0, -2.0, 2.0]) * (i + 1) for i in range(count)])
 
 
 class Unchanged:
-    """Holds that gradients are not changed, nor their version counters."""
+    """Checks that neither gradients nor their version counters change inside the block."""
 
     def __init__(self, made: Sequence[Tensor]) -> None:
         self.grads = grads_of(made)
@@ -75,7 +75,7 @@ def test_coefficients(kind: type[Any], bound: float) -> None:
         # A quotient of two fp64 numbers, and one sum: three roundings at most.
         assert coefficient == pytest.approx(expected, rel=2.0**-51, abs=5e-324, nan_ok=True), norm
         if expected == 1:
-            assert coefficient == 1, norm  # to the bit, or the gradient is written for nothing
+            assert coefficient == 1, norm  # to the bit; otherwise the gradient would be written needlessly
 
 
 def test_what_tells_the_rules_apart() -> None:
@@ -114,7 +114,7 @@ def test_torchs_rule_is_torchs(rng: np.random.Generator) -> None:
             oracle.assert_close(mine, oracle.as_numpy(expected), oracle.NORM_TOLERANCE[torch.float64])
 
 
-# ---- Bounds, and what a rule is as an object
+# ---- Bounds, and rules as objects
 
 
 @pytest.mark.parametrize("kind", NORM_RULES)
@@ -173,7 +173,7 @@ def test_bounds_that_do_not_fit_the_groups() -> None:
 
 
 def test_a_defaultdict_gives_the_rest_its_default_and_is_left_as_it_is() -> None:
-    """So that one rule serves two models."""
+    """So one rule can be used for two models."""
     bounds = collections.defaultdict(lambda: 0.5, head=2.0)
     rule = ClipByNorm(bounds)
     assert rule.for_groups(("head", "encoder")).clip_norm == (2.0, 0.5)
@@ -200,7 +200,7 @@ RULES = [
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 def test_repr_equality_and_immutability(rule: Any) -> None:
     """A rule's repr is the call that makes it."""
-    again = eval(repr(rule), {kind.__name__: kind for kind in (*NORM_RULES, ClipByValue)})  # noqa: S307 - our own
+    again = eval(repr(rule), {kind.__name__: kind for kind in (*NORM_RULES, ClipByValue)})  # noqa: S307 - our own repr
     assert again == rule
     assert again is not rule
     assert sum(other == rule for other in RULES) == 1
@@ -241,7 +241,7 @@ def test_what_is_no_rule(no_rule: Any) -> None:
         fastclip.clip_grads_(made, no_rule)
 
 
-# ---- Functions of one's own
+# ---- The user's own functions
 
 
 def halve_the_largest(norms: Tensor) -> Tensor:
@@ -379,7 +379,7 @@ def grouped(*sizes: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("sizes", [(2, 1), (1, 0, 2), (0, 3), (3, 0), (2, 0, 0), (0, 0), (0,)], ids=str)
 def test_parameter_groups(sizes: tuple[int, ...]) -> None:
-    """Each has its bound, also those without parameters."""
+    """Each group has its own bound, also a group without parameters."""
     of = tuple(position for position, size in enumerate(sizes) for _ in range(size))
     given = grouped(*sizes)
     groups = group(collect(given).owners, "group")
@@ -460,7 +460,7 @@ def sizes_of_groups() -> Iterator[list[int]]:
 
 
 def combined(norms: np.ndarray[Any, Any], of: np.ndarray[Any, Any], count: int) -> list[float]:
-    """The norm of each group, in 80 bits, scaled so that nothing leaves the range."""
+    """The norm of each group in 80 bits, scaled so that no square overflows or underflows."""
     answer = []
     for position in range(count):
         mine = norms[of == position].astype(np.longdouble)
@@ -473,15 +473,15 @@ def combined(norms: np.ndarray[Any, Any], of: np.ndarray[Any, Any], count: int) 
 @pytest.mark.parametrize("sizes", list(sizes_of_groups()), ids=lambda sizes: "-".join(map(str, sizes))[:30])
 @pytest.mark.parametrize("exponents", [(0, 0), (-1, 1), (-300, 300), (-320, -300)], ids=str)
 def test_norms_of_groups(sizes: list[int], exponents: tuple[int, int], rng: np.random.Generator) -> None:
-    """Right to rounding over all of fp64's range, and the same to the bit every time."""
+    """Right to rounding over the whole range of fp64, and the same to the bit every time."""
     of = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
     norms = rng.uniform(1, 9, len(of)) * 10.0 ** rng.uniform(*exponents, len(of))
     groups = Groups(tuple(range(len(sizes))), tuple(of.tolist()))
     result = groups.combine(torch.from_numpy(norms))
     assert result.shape == (len(sizes),)
     expected = combined(norms, of, len(sizes))
-    # Up to three levels, of 64 terms each: half of 64 roundings, and those of scaling and root. A single group is one
-    # sum of up to 10,000 terms instead, in lanes of at most 4: pairwise, or its roundings grow as their square root.
+    # Up to three levels of 64 terms each: half of 64 roundings, and those of scaling and root. A single group is one
+    # sum of up to 10,000 terms, in lanes of at most 4: pairwise, or with an error that grows as their square root.
     tolerance = (3 * (64 / 2 + 4)) * 2.0**-53
     assert result.tolist() == pytest.approx(expected, rel=tolerance, abs=5e-324)
     threads = torch.get_num_threads()

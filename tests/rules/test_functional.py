@@ -1,4 +1,4 @@
-"""Clipping out of place: its values, its derivatives, and what it may be called with."""
+"""Clipping out of place: its values, its derivatives, and its arguments."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_derivatives(clip_norm: float) -> None:
 
 @pytest.mark.parametrize("all_zero", [False, True])
 def test_gradients_of_zeros_have_derivatives(all_zero: bool) -> None:
-    """A parameter that a loss does not use is common."""
+    """Gradients of zeros are common: a loss may not use a parameter."""
     grads = [torch.zeros(3, requires_grad=True), torch.full((2,), 0.0 if all_zero else 5.0, requires_grad=True)]
     clipped, norm = fastclip.clip_by_global_norm(grads, 1.0)
     loss = sum((own * (i + 1)).sum() for i, own in enumerate(clipped)) + norm
@@ -100,7 +100,7 @@ def test_a_norm_that_is_known() -> None:
 
 
 def test_an_inner_step_that_is_clipped_is_learned_through() -> None:
-    """The derivative of the loss after an inner step, by autograd and by differences."""
+    """The derivative of the loss after an inner step: autograd against finite differences."""
     weight = torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64, requires_grad=True)
     x = torch.tensor([[1.0, 2.0], [-1.0, 0.3]], dtype=torch.float64)
 

@@ -1,12 +1,12 @@
-"""The rules against their originals: TensorFlow's functions, and the clipping that Keras' optimizers do.
+"""The rules against their originals: TensorFlow's functions, and the clipping of Keras' optimizers.
 
-TensorFlow and Triton crash when one process loads both. So the originals are imported when the first test here asks for
-them, from when on the process has no Triton; and the tests are skipped where it is loaded already. Run this file by
-itself, with the extra `originals`.
+TensorFlow and Triton crash when one process loads both. So the first test here that needs the originals imports them,
+and makes it impossible to import Triton from then on. If Triton is loaded already, the tests are skipped. Run this file
+alone, with the extra `originals`.
 
-Each result is compared twice. With the original in fp64, where it does not overflow and hardly rounds: that holds ours
-to the formula, within the error of our own norm and of storing the product. And with the original in the gradients' own
-dtype, within the error that the original may make there.
+Each result is compared twice. First with the original in fp64, which does not overflow and hardly rounds: this checks
+the formula, within the error of our own norm and of storing the product. Then with the original in the gradients' own
+dtype, within the error that the original may have there.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def tf() -> Any:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what their own imports warn of is not ours to mend
+        warnings.simplefilter("ignore")  # warnings from their own imports
         importlib.import_module("keras")
         return importlib.import_module("tensorflow")
 
 
 @pytest.fixture
 def sgd(tf: Any) -> Callable[..., Any]:  # noqa: ARG001 - imports Keras
-    """Keras' SGD, whose clipping is that of all its optimizers."""
+    """Keras' SGD; all its optimizers clip in the same way."""
     return importlib.import_module("keras").optimizers.SGD  # type: ignore[no-any-return]
 
 
@@ -68,7 +68,7 @@ def _numpy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def to_tf(tf: Any, tensor: Tensor, dtype: torch.dtype | None = None) -> Any:
-    """The values as TensorFlow's tensor; exactly, for every dtype is converted by way of fp64."""
+    """The values as TensorFlow's tensor; exactly, as they are converted through fp64."""
     return tf.cast(tf.constant(oracle.as_numpy(tensor)), str(dtype or tensor.dtype).removeprefix("torch."))
 
 
@@ -78,7 +78,7 @@ def to_numpy(tf: Any, tensor: Any) -> Array:
 
 
 def draw(rng: np.random.Generator, dtype: torch.dtype) -> list[Tensor]:
-    """Gradients of several shapes and scales; few and small ones of 16 bits, whose squares must not overflow."""
+    """Gradients of several shapes and scales; in 16 bits only few and small ones, so that no square overflows."""
     shapes: list[tuple[int, ...]] = [(3, 4), (5,), (), (1,), (2, 3, 2)]
     scales = [1.0, 4.0, 0.25, 2.0, 0.5]
     if dtype.itemsize > 2:
@@ -88,10 +88,10 @@ def draw(rng: np.random.Generator, dtype: torch.dtype) -> list[Tensor]:
 
 
 def own_tolerance(tensors: Sequence[Tensor]) -> float:
-    """How far the original may be off in the gradients' own dtype.
+    """The error that the original may have in the gradients' own dtype.
 
-    A sum of n squares is off by at most n roundings, and its root by half as many. On the way to the result there are
-    the root, the bound, a quotient, two products and the result itself.
+    A sum of n squares has an error of at most n roundings, and its root half of that. To it come the roundings of the
+    root, the bound, a quotient, two products and the result.
     """
     elements = sum(tensor.numel() for tensor in tensors)
     return (elements / 2 + 6) * oracle.half_ulp(tensors[0].dtype) + our_tolerance(tensors[0].dtype)
@@ -104,7 +104,7 @@ def our_tolerance(dtype: torch.dtype) -> float:
 
 
 def clipped(grads: Sequence[Tensor | None], rule: fastclip.ClipByNorm | ClipByGlobalNorm | ClipByValue) -> list[Tensor]:
-    """The gradients that are there, clipped by a rule."""
+    """The gradients that are not None, clipped by a rule."""
     made = [nn.Parameter(torch.empty_like(grad)) if grad is not None else nn.Parameter(torch.ones(2)) for grad in grads]
     for parameter, grad in zip(made, grads, strict=True):
         parameter.grad = None if grad is None else grad.clone()
@@ -113,7 +113,7 @@ def clipped(grads: Sequence[Tensor | None], rule: fastclip.ClipByNorm | ClipByGl
 
 
 def assert_as_original(tf: Any, results: Sequence[Tensor], original: Original, grads: Sequence[Tensor | None]) -> None:
-    """`results` are what the original makes of `grads`, of which those that are None stay so."""
+    """`results` are what the original returns for `grads`; those that are None stay None."""
     present = [grad for grad in grads if grad is not None]
     for wide in (True, False):
         given = [None if g is None else to_tf(tf, g, torch.float64 if wide else None) for g in grads]
@@ -136,9 +136,9 @@ SPECIAL = (0.0, -0.0, 0.3, -0.3, 1.5, -3.0, INF, -INF, NAN)
 def test_tensorflows_clip_by_value(
     tf: Any, low: float, high: float, dtype: torch.dtype, rng: np.random.Generator
 ) -> None:
-    """Every element is the original's, to the last bit but for the sign of a zero; NaN stays NaN."""
+    """Every element is the same as the original's, to the bit except for the sign of a zero; NaN stays NaN."""
     grads = [*draw(rng, dtype), torch.tensor(SPECIAL, dtype=dtype), torch.full((3,), NAN, dtype=dtype)]
-    # The bounds themselves, as the dtype has them, and the values next to them.
+    # The bounds themselves, rounded to the dtype, and the values next to them.
     ends = torch.tensor([low, high], dtype=torch.float64).to(dtype)
     grads.append(torch.cat([ends, ends.nextafter(torch.tensor(9, dtype=dtype)), ends.nextafter(-ends.new_tensor(9))]))
     made = parameters([grad.clone() for grad in grads])
@@ -184,9 +184,9 @@ def test_tensorflows_clip_by_global_norm(tf: Any, clip_norm: float, dtype: torch
 @pytest.mark.parametrize("use_norm", [0.5, 2.0, 7.0, 1e-30, 0.0, -3.0, NAN, INF, -INF])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tensorflows_use_norm(tf: Any, use_norm: float, dtype: torch.dtype, rng: np.random.Generator) -> None:
-    """Whatever the norm is said to be, the original believes it; a non-finite one makes NaN of everything."""
+    """The original uses any given norm unchecked; one that is not finite makes every value NaN."""
     if dtype == torch.float16 and use_norm == 1e-30:
-        use_norm = 1e-3  # the least that fp16 has room for here
+        use_norm = 1e-3  # 1e-30 underflows in fp16
     grads = draw(rng, dtype)
     for given_norm in (use_norm, torch.tensor(use_norm), torch.tensor([use_norm], dtype=torch.float64)):
         made = parameters([grad.clone() for grad in grads])
@@ -205,7 +205,7 @@ def test_tensorflows_use_norm(tf: Any, use_norm: float, dtype: torch.dtype, rng:
 
 
 EDGES = [
-    [[0.0, -0.0, 0.0], [0.0]],  # nothing but zeros: 0 / 0 lurks
+    [[0.0, -0.0, 0.0], [0.0]],  # only zeros: 0 / 0 is possible
     [[3.0, -4.0], [0.0]],  # a norm of exactly the bound
     [[NAN, 1.0, 0.0], [2.0, 30.0]],
     [[INF, 1.0, -2.0], [2.0, 30.0]],
@@ -218,7 +218,7 @@ EDGES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("values", EDGES, ids=str)
 def test_special_values(tf: Any, sgd: Callable[..., Any], values: list[list[float]], dtype: torch.dtype) -> None:
-    """Also which elements are NaN and which are 0 is the original's."""
+    """NaN and 0 are in the same elements as in the original's result."""
     grads = [torch.tensor(each, dtype=dtype) for each in values]
     each, everything = clipped(grads, ClipByNorm(5.0)), clipped(grads, ClipByGlobalNorm(5.0))
     assert_as_original(tf, each, lambda given: [tf.clip_by_norm(grad, 5.0) for grad in given], grads)
@@ -232,9 +232,9 @@ def test_special_values(tf: Any, sgd: Callable[..., Any], values: list[list[floa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_squares_that_overflow_are_clipped_where_the_original_zeroes(tf: Any, dtype: torch.dtype) -> None:
-    """Finite gradients, whose squares the original's dtype cannot hold: an improvement on purpose.
+    """Finite gradients whose squares overflow in the original's dtype: fastclip is better on purpose.
 
-    Each by itself becomes 0 in the original, and all together NaN.
+    Clipped each alone, they become 0 in the original; clipped all together, NaN.
     """
     large = 2.0 ** (80 if dtype == torch.float32 else 10)
     grads = [torch.tensor([3 * large, -4 * large], dtype=dtype), torch.tensor([1.0], dtype=dtype)]
@@ -251,9 +251,10 @@ def test_squares_that_overflow_are_clipped_where_the_original_zeroes(tf: Any, dt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_squares_that_underflow_are_clipped_where_the_original_sees_a_norm_of_0(tf: Any, dtype: torch.dtype) -> None:
-    """Tiny gradients above a bound that is tinier still, on purpose too.
+    """Tiny gradients above an even smaller bound: on purpose, too.
 
-    Each by itself becomes 0 in the original, whose product with the bound underflows; all together stay as they are.
+    Clipped each alone, they become 0 in the original, as the product with the bound underflows; all together, they do
+    not change.
     """
     tiny = 2.0 ** (-600 if dtype == torch.float64 else -90)
     grad = torch.tensor([3 * tiny, -4 * tiny], dtype=dtype)
@@ -296,7 +297,7 @@ KERAS_RULES: list[tuple[str, Callable[[float], ClipByNorm | ClipByGlobalNorm | C
 def test_steps_of_sgd(
     tf: Any, sgd: Callable[..., Any], name: str, rule: Callable[[float], Any], rng: np.random.Generator
 ) -> None:
-    """Three steps of Keras' optimizer and of torch's, with the same gradients, come to the same weights."""
+    """Three steps of Keras' optimizer and of torch's, with the same gradients, lead to the same weights."""
     keras = importlib.import_module("keras")
     start = [rng.standard_normal(shape).astype(np.float32) for shape in ((4, 3), (3,), (50,))]
     theirs = [keras.Variable(values) for values in start]
@@ -310,7 +311,7 @@ def test_steps_of_sgd(
             parameter.grad = torch.from_numpy(grad.copy())
         fastclip.clip_grads_(optimizer.param_groups, rule(0.7))
         optimizer.step()
-    # Three steps of a handful of roundings each, of values below 8, beside the error of the norms of 65 elements.
+    # Three steps of six roundings each, of values below 8, and the error of the norms of 65 elements.
     tolerance = 8 * (3 * 6 + 65 / 2) * 2.0**-24
     for parameter, variable in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(oracle.as_numpy(parameter), variable.numpy(), rtol=0, atol=tolerance)

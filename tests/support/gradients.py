@@ -1,6 +1,6 @@
-"""Gradients for the tests: every layout and address, in memory that is NaN wherever it is not theirs.
+"""Gradients for the tests: any layout and address, surrounded by NaN, also in the gaps between elements.
 
-So a read beyond a gradient makes the norm NaN, and a write beyond it, or between its elements, is seen.
+So a read outside a gradient makes the norm NaN, and tests can detect a write outside it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from oracle import assert_same_bits
 from torch import Tensor, nn
 
-GUARD = 64  # elements of NaN ahead of a gradient and behind it
+GUARD = 64  # elements of NaN before and after a gradient
 
 
 def embedded(
@@ -23,7 +23,7 @@ def embedded(
     strides: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """A copy of `values` that begins `offset` elements behind a 64-byte boundary, surrounded by NaN."""
+    """A copy of `values` that starts `offset` elements after a 64-byte boundary, surrounded by NaN."""
     strides = tuple(strides if strides is not None else values.contiguous().stride())
     extent = 1 + sum((size - 1) * stride for size, stride in zip(values.shape, strides, strict=True) if size)
     memory = torch.full((GUARD + offset + extent + GUARD,), math.nan, dtype=values.dtype, device=device)
@@ -32,25 +32,25 @@ def embedded(
 
 
 def twin(tensor: Tensor) -> Tensor:
-    """A copy of a strided tensor along with the memory around it."""
+    """A copy of a strided tensor together with the memory around it."""
     copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     storage = tensor.untyped_storage().clone()  # type: ignore[no-untyped-call]
     return copy.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
 def addresses(*memory: Tensor | None) -> list[int | None]:
-    """Where tensors lie, as the kernels take them."""
+    """The addresses of tensors, as arguments of a kernel."""
     return [None if tensor is None else tensor.data_ptr() for tensor in memory]
 
 
 def grad_of(parameter: Tensor) -> Tensor:
-    """The gradient, which is there."""
+    """The gradient, which is not None."""
     assert parameter.grad is not None
     return parameter.grad
 
 
 def parameters(gradients: Sequence[Tensor]) -> list[nn.Parameter]:
-    """A parameter for each gradient, which becomes its `.grad`."""
+    """Parameters that have these gradients as `.grad`."""
     made = []
     for gradient in gradients:
         parameter = nn.Parameter(torch.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device))
@@ -60,7 +60,7 @@ def parameters(gradients: Sequence[Tensor]) -> list[nn.Parameter]:
 
 
 def assert_untouched_around(tensor: Tensor, original: Tensor) -> None:
-    """The memory of a strided tensor is that of its `twin`, but for the tensor's own elements."""
+    """The memory of a strided tensor is the same as its `twin`'s, except for the tensor's own elements."""
     memory, before = (
         t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0) for t in (tensor, original)
     )

@@ -1,14 +1,14 @@
-"""The legs: every way in which the package's work can be done, each of which runs the same tests.
+"""The legs: all the ways to run fastclip, a backend on a device each. Every leg runs the same tests.
 
-A test that takes the fixture `leg` becomes one test a leg. Two legs need a process of their own:
+A test with the fixture `leg` becomes one test for each leg. Two legs need a separate process:
 
-- ``interpreter``: whether `triton.jit` interprets is decided when a module that uses it is imported, `triton.language`
-  included. (Older versions of Triton also leave `triton.language` patched once a kernel was interpreted.)
-- ``ptx``: `ptxlab` puts a stand-in driver in place of the GPU's, and a faulty kernel may take its process along.
+- ``interpreter``: `triton.jit` decides whether it interprets when a module that uses it is imported, also in
+  `triton.language`. (Older versions of Triton also leave `triton.language` patched after a kernel was interpreted.)
+- ``ptx``: `ptxlab` replaces the GPU's driver, and a faulty kernel may crash its process.
 
-So a plain ``pytest`` starts one worker for each of them: a pytest of its own, given the tests of its leg, which works
-while the main process runs the rest, and whose reports the main process hands on as if they were its own. Selection,
-``-x``, ``--lf``, counts and durations work as ever.
+So a plain ``pytest`` starts a worker for each of them: another pytest, which runs the tests of its leg while the main
+process runs the rest. The main process reports the worker's tests as if they were its own. Selection, ``-x``, ``--lf``,
+counts and durations work as usual.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ _LEG = "FASTCLIP_TEST_LEG"
 _ADDRESS = "FASTCLIP_TEST_ADDRESS"
 _KEY = "FASTCLIP_TEST_KEY"
 
-_START_LIMIT = 120  # seconds until a worker has to have connected
-_TEST_LIMIT = 300  # seconds until a worker has to have reported another test: compiling a kernel for ptx takes 10
+_START_LIMIT = 120  # seconds in which a worker must connect
+_TEST_LIMIT = 300  # seconds in which a worker must report the next test: to compile a kernel for ptx takes 10
 
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Leg:
-    """One way to do the work.
+    """One way to run fastclip.
 
     Attributes:
-        name: What it is called in the tests' ids.
-        backend: What `FASTCLIP_BACKEND` is set to.
-        device: Where the gradients are.
-        environment: The variables that its worker is started with; None where it runs in the main process.
+        name: Its name in the tests' ids.
+        backend: The value of `FASTCLIP_BACKEND`.
+        device: The device of the gradients.
+        environment: Environment variables of its worker; None if it runs in the main process.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Leg:
 
     @property
     def obstacle(self) -> str:
-        """Why it cannot run beside the packages that there are, though all that it needs is there."""
+        """Why it cannot run with the installed versions of packages, or an empty string."""
         if self.name == "interpreter" and _is_at_least("numpy", 2, 4) and not _is_at_least("triton", 3, 7):
             packages = " ".join(f"{name} {version(name)}" for name in ("triton", "numpy"))
             return f"{packages}: this interpreter makes numbers of arrays of one element, which this NumPy refuses"
@@ -67,16 +67,16 @@ class Leg:
 
     @property
     def truncates_bfloat16(self) -> bool:
-        """Whether fp32 is cut off, rather than rounded, to bfloat16: Triton's interpreter does so, a GPU does not."""
+        """Whether fp32 is truncated to bfloat16, not rounded: Triton's interpreter truncates, a GPU rounds."""
         return self.name == "interpreter"
 
     @property
     def keeps_plans(self) -> bool:
-        """Whether plans are kept for gradients like those of an earlier call, rather than hold the gradients."""
+        """Whether plans are cached for later gradients of the same kind; other plans hold their gradients."""
         return self.backend in {"triton", "native"}
 
     def check(self) -> None:
-        """Raise what the leg noticed by itself: under ptxlab, accesses out of bounds, misaligned or divergent."""
+        """Raise the faults that the leg itself found: under ptxlab, out-of-bounds, misaligned or divergent accesses."""
         if self.name == "ptx":
             import ptxlab
 
@@ -84,7 +84,7 @@ class Leg:
 
     @contextlib.contextmanager
     def unbounded(self) -> Iterator[None]:
-        """Let kernels touch memory that ptxlab cannot know to be a tensor's: the values of a sparse one."""
+        """Do not check bounds: ptxlab cannot know that memory belongs to a sparse tensor's values."""
         if self.name != "ptx":
             yield
             return
@@ -98,9 +98,9 @@ class Leg:
             ptxlab.activate(90)
 
     def prepare(self, config: pytest.Config) -> None:
-        """Make this process, the leg's worker, ready."""
+        """Prepare this process, the leg's worker."""
         if self.name == "interpreter":
-            # The interpreter computes with NumPy, which warns of what is in order on a GPU: of infinities and NaNs.
+            # The interpreter computes with NumPy, which warns of infinities and NaNs; on a GPU these are no fault.
             for message in (r"(divide by zero|overflow|invalid value) encountered", "All-NaN slice encountered"):
                 config.addinivalue_line("filterwarnings", f"ignore:{message}:RuntimeWarning")
         if self.name == "ptx":
@@ -130,23 +130,23 @@ AVAILABLE = tuple(
 
 
 def parameters(*names: str) -> list[Any]:
-    """What to parametrize `leg` by: the available legs of these names, or all."""
+    """The parameters for `leg`: the available legs of these names, or all available legs."""
     return [pytest.param(leg, id=leg.name) for leg in AVAILABLE if not names or leg.name in names]
 
 
 def names_of(parametrize: pytest.Mark) -> Sequence[str]:
-    """The arguments that a `parametrize` mark sets."""
+    """The names of the arguments that a `parametrize` mark sets."""
     names = parametrize.args[0]
     return [name.strip() for name in names.split(",")] if isinstance(names, str) else names
 
 
 def has_no_leg(item: pytest.Item) -> bool:
-    """Whether the test is what pytest makes of an empty list of legs: one that is skipped."""
+    """Whether no leg is available for the test: pytest makes one skipped test of an empty list of parameters."""
     return not isinstance(_parameters_of(item).get("leg", AVAILABLE[0]), Leg)
 
 
 def leg_of(item: pytest.Item) -> Leg | None:
-    """The leg that the test runs on, if it is one of a leg."""
+    """The leg that the test runs on; None if it has no fixture `leg`."""
     leg = _parameters_of(item).get("leg")
     return leg if isinstance(leg, Leg) else None
 
@@ -162,7 +162,7 @@ def _worker_leg_of(item: pytest.Item) -> Leg | None:
 
 
 class Relay:
-    """The main process's plugin: starts the workers, and reports their tests."""
+    """The plugin of the main process: starts the workers, and reports their tests."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
@@ -170,13 +170,13 @@ class Relay:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Put the workers' tests last, leg by leg: they run meanwhile."""
+        """Put the workers' tests last, sorted by leg: they run while the main process runs its own."""
         order = {leg: position for position, leg in enumerate(AVAILABLE, start=1)}
         items.sort(key=lambda item: order[leg] if (leg := _worker_leg_of(item)) else 0)
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
-        """Start a worker for each leg that has tests and needs one, and end them before coverage is summed up."""
+        """Start a worker for each leg that has tests and needs one; end the workers before coverage is combined."""
         options = self.config.option
         if not options.collectonly and (options.continue_on_collection_errors or not session.testsfailed):
             for leg in AVAILABLE:
@@ -203,7 +203,7 @@ class Relay:
 
 
 class _Worker:
-    """A pytest that runs the tests of one leg, in the order in which they will be asked for."""
+    """A pytest process that runs the tests of one leg, in the order in which the main process reports them."""
 
     def __init__(self, config: pytest.Config, leg: Leg, items: Sequence[pytest.Item]) -> None:
         self.config = config
@@ -211,7 +211,7 @@ class _Worker:
         self.connection: Connection | None = None
         self.death = ""
         self.unreported = len(items)
-        self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - as long as the worker
+        self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - open as long as the worker runs
         key = secrets.token_bytes(16)
         with Listener(authkey=key) as listener:
             address = (
@@ -244,7 +244,7 @@ class _Worker:
             self.connection = listener.accept()
 
     def reports_on(self, item: pytest.Item) -> list[pytest.TestReport]:
-        """Wait for what the worker has to say on a test; a worker that died fails all that it has not reported."""
+        """Wait for the worker's reports on a test; if the worker died, its remaining tests fail."""
         self.unreported -= 1
         reports: list[pytest.TestReport] = []
         while not (reports and reports[-1].when == "teardown"):
@@ -284,11 +284,11 @@ class _Worker:
         return f"{reason}. The end of its output:\n{self.log.read()[-4000:]}"
 
     def end(self) -> None:
-        """Wait for the process to end, or end it where tests were left out."""
+        """Wait for the process to end, or kill it if some of its tests were not reported."""
         if self.unreported:
             self.process.kill()
         try:
-            self.process.wait(_START_LIMIT)  # it may have data on coverage to write
+            self.process.wait(_START_LIMIT)  # it may still write its coverage data
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -302,13 +302,13 @@ def _failure(item: pytest.Item, reason: str) -> pytest.TestReport:
 
 
 def worker_plugin(config: pytest.Config) -> WorkerPlugin | None:
-    """The plugin of a worker, or None in the main process."""
+    """The plugin of a worker; None in the main process."""
     name = os.environ.get(_LEG)
     return WorkerPlugin(config, next(leg for leg in AVAILABLE if leg.name == name)) if name else None
 
 
 class WorkerPlugin:
-    """Run the tests that the main process asks for, and send it every report."""
+    """The plugin of a worker: runs the tests that the main process asks for, and sends it every report."""
 
     def __init__(self, config: pytest.Config, leg: Leg) -> None:
         self.config = config
@@ -326,15 +326,15 @@ class WorkerPlugin:
         items[:] = [found[node_id] for node_id in self.node_ids]
 
     def pytest_collection_finish(self) -> None:
-        """Take pytest's own objects out of sight: ptxlab looks through all others for tensors at every launch."""
+        """Hide pytest's own objects from the search: at every launch, ptxlab looks for tensors in all other objects."""
         gc.collect()
         gc.freeze()
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Pass a report on."""
+        """Send a report to the main process."""
         self.connection.send(self.config.hook.pytest_report_to_serializable(config=self.config, report=report))
 
     def pytest_sessionfinish(self) -> None:
-        """Tell that nothing more will come."""
+        """Close the connection: no more reports follow."""
         self.connection.close()

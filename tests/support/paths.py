@@ -1,4 +1,4 @@
-"""The folders that tests refer to. A copy of `tests/` alone has no repository around it: check that a folder exists."""
+"""The folders that tests use. Only TESTS exists for sure: CI also runs a copy of `tests/` without the repository."""
 
 from pathlib import Path
 

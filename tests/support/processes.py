@@ -16,20 +16,18 @@ from typing import Any
 import pytest
 import torch
 
-_START_LIMIT = 180  # seconds: each process imports torch, on however few cores
-_CALL_LIMIT = (
-    120  # seconds until a function has to have returned everywhere; a process that waits in vain raises sooner
-)
+_START_LIMIT = 180  # seconds: each process imports torch, perhaps on few cores
+_CALL_LIMIT = 120  # seconds in which a function must return on all ranks; a collective that hangs raises sooner
 _COLLECTIVE_LIMIT = timedelta(seconds=40)
 
 
 TORCH_CANNOT = {
     "2.11": (
-        "Attempted to flatten multiple dimensions",  # a linear layer, on what tensor parallelism has sharded
-        "is unable to be interpreted into a corresponding shard_order",  # whatever full_tensor() does to such a shard
+        "Attempted to flatten multiple dimensions",  # a linear layer under tensor parallelism
+        "is unable to be interpreted into a corresponding shard_order",  # full_tensor() of such a shard
     ),
 }
-"""By version of torch, what it says where it refuses a test's DTensors itself, though later versions take them."""
+"""By version of torch: its own error messages for a test's DTensors that later versions accept."""
 
 
 class Pool:
@@ -46,10 +44,10 @@ class Pool:
         self.connections: list[Connection] = []
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Call a function of an importable module on every rank, and return what it returned, by rank.
+        """Call a function of an importable module on every rank, and return the results by rank.
 
         Raises:
-            AssertionError: It raised on a rank, or did not return in time; the message has the tracebacks.
+            AssertionError: The function raised on a rank, or did not return in time; the message has the tracebacks.
         """
         if not self.processes:
             self._start()
@@ -58,7 +56,7 @@ class Pool:
         answers = self._answers(_CALL_LIMIT)
         failures = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(answers) if error]
         if failures:
-            self.end()  # the others may wait in a collective, or be ahead of it
+            self.end()  # the other ranks may wait in a collective, or be past it
             version = ".".join(torch.__version__.split(".")[:2])
             for refusal in TORCH_CANNOT.get(version, ()):
                 if all(refusal in failure for failure in failures):
@@ -94,7 +92,7 @@ class Pool:
         return [answers[rank] for rank in range(self.size)]
 
     def end(self) -> None:
-        """End the processes: those that do not wait in a collective in good order. The next `run` starts others."""
+        """End the processes; kill those that wait in a collective. The next `run` starts new ones."""
         for connection in self.connections:
             with contextlib.suppress(OSError):
                 connection.send(None)
@@ -114,7 +112,7 @@ class Pool:
 
 
 def join(store: str, rank: int, size: int) -> None:
-    """Form a process group with those that call this with the same file that is not there yet."""
+    """Form a process group with all processes that call this with the same file, which does not exist yet."""
     import torch.distributed as dist
 
     rendezvous = dist.FileStore(store, size)  # type: ignore[attr-defined]  # which torch does not list
@@ -122,7 +120,7 @@ def join(store: str, rank: int, size: int) -> None:
 
 
 def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
-    """Be a rank: call what is asked for, and send what it returns or raises."""
+    """Be a rank: call each function that arrives, and send its result or its traceback."""
     import torch.distributed as dist
 
     torch.set_num_threads(1)
@@ -139,7 +137,7 @@ def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
         answer: tuple[str | None, Any]
         try:
             answer = (None, function(*arguments))
-        except BaseException:  # noqa: BLE001 - whatever it is, it goes to the test
+        except BaseException:  # noqa: BLE001 - the test gets every kind
             answer = (traceback.format_exc(), None)
         connection.send(answer)
     with contextlib.suppress(RuntimeError):

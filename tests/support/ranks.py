@@ -1,7 +1,7 @@
-"""What each process does in the tests of sharded gradients: functions that `processes.Pool` runs on every rank.
+"""The work of each process in the tests of sharded gradients: functions that `processes.Pool` runs on every rank.
 
-Placements are written as in torch's own short form: R, S0, S1, P (a sum), A (an average), and S0/2 for a strided shard
-with a split factor of 2; one for each dimension of the mesh.
+Placements are written in a short form like torch's: R, S0, S1, P (a pending sum), A (a pending average), and S0/2 for a
+strided shard with a split factor of 2; one for each dimension of the mesh.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastclip.core.gradients import collect
 from fastclip.core.sharding import local_parts
 
 Item = tuple[tuple[int, ...], tuple[str, ...]]
-"""A gradient: its shape, and its placements on the mesh; without placements it is no DTensor."""
+"""A gradient: its shape, and its placements on the mesh; without placements it is a plain tensor."""
 
 Bits = list[int]
 
@@ -53,7 +53,7 @@ def placement(text: str) -> Placement:
 
 
 def distributed(full: Tensor, mesh: DeviceMesh, short: Sequence[str]) -> DTensor:
-    """A DTensor that stands for `full`, of which every rank has all; what is pending is spread unevenly."""
+    """A DTensor of `full`, which every rank has; pending sums and averages have unequal parts on the ranks."""
     placements = [placement(text) for text in short]
     settled = [Replicate() if p.is_partial() else p for p in placements]
     local = distribute_tensor(full, mesh, settled).to_local()
@@ -68,7 +68,7 @@ def distributed(full: Tensor, mesh: DeviceMesh, short: Sequence[str]) -> DTensor
 
 
 def parameter_of(full: Tensor, mesh: DeviceMesh, short: Sequence[str]) -> nn.Parameter:
-    """A parameter with this gradient; where a sum is pending, it is replicated, as tensor parallelism leaves it."""
+    """A parameter with this gradient; where a sum is pending, the parameter is replicated, as in tensor parallelism."""
     if not short:
         made = nn.Parameter(torch.zeros_like(full))
         made.grad = full.clone()
@@ -93,17 +93,17 @@ def made(
 
 
 def grads_of(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients that are there."""
+    """The gradients that are not None."""
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """What a tensor stands for, by torch's own functions."""
+    """A copy of the whole tensor, by torch's own functions."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def bits(tensor: Tensor) -> Bits:
-    """A tensor's bits, to be compared between ranks."""
+    """The bits of the whole tensor, to compare them between ranks."""
     result: Bits = oracle.bits(whole(tensor)).tolist()
     return result
 
@@ -126,7 +126,7 @@ def clip(
     assert isinstance(norm, DTensor)
     assert norm.placements == (Replicate(),) * mesh.ndim
     got = norm.full_tensor().item()
-    # A pending sum of narrow values is rounded on its way, in another order by torch than by us.
+    # A pending sum of 16-bit values is rounded during the addition, which torch does in another order.
     tolerance = oracle.NORM_TOLERANCE[dtype] + oracle.half_ulp(dtype) * 4 * any("P" in s or "A" in s for _, s in items)
     assert math.isclose(got, exact, rel_tol=tolerance), (got, exact)
     coefficient = oracle.coefficient(exact, bound)
@@ -137,7 +137,7 @@ def clip(
 
 
 def like_torch(shape: tuple[int, ...], items: Sequence[Item], p: float, dtype: torch.dtype) -> None:
-    """All four functions do what torch's do, where torch can; results have its types, dtypes and devices."""
+    """All four functions do the same as torch's, for inputs that torch accepts; also types, dtypes and devices."""
     mesh = mesh_of(*shape)
     ours, theirs = made(mesh, items, dtype), made(mesh, items, dtype)
     tolerance = oracle.TORCH_NORM_ERROR[dtype] * 4
@@ -166,14 +166,14 @@ def like_torch(shape: tuple[int, ...], items: Sequence[Item], p: float, dtype: t
 
 
 def collectives(function: Callable[[], Any]) -> int:
-    """How many collectives a call takes."""
+    """The number of collectives in a call."""
     with CommDebugMode() as counts:  # type: ignore[no-untyped-call]
         function()
     return int(counts.get_total_counts())
 
 
 def kinds_of_collectives(p: float) -> tuple[set[str], set[str], list[bool]]:
-    """What those who count collectives are told of fastclip's clip, and of torch's; and whether both did the same."""
+    """The kinds of collectives that are counted in fastclip's clip and in torch's, and whether the results agree."""
     items: list[Item] = [((8, 4), ("S0",)), ((4, 3), ("S0",)), ((6,), ("R",))]  # torch takes no empty shards
     seen, results = [], []
     for clip_ in (fastclip.clip_grad_norm_, torch.nn.utils.clip_grad_norm_):
@@ -186,13 +186,13 @@ def kinds_of_collectives(p: float) -> tuple[set[str], set[str], list[bool]]:
 
 
 def counted(shape: tuple[int, ...], items: Sequence[Item], p: float = 2.0, dtype: torch.dtype = torch.float32) -> int:
-    """How many collectives a norm takes; each is of one small buffer."""
+    """The number of collectives in a clip by norm."""
     parameters = made(mesh_of(*shape), items, dtype)
     return collectives(lambda: fastclip.clip_grad_norm_(parameters, 1.0, p))
 
 
 def mixed(p: float) -> tuple[Bits, list[Bits], str, int]:
-    """DTensors on three meshes and tensors that are none: one norm, a plain tensor, and one all-reduce a group."""
+    """DTensors on three meshes and a plain tensor: one norm, a plain tensor, and one all-reduce for each group."""
     grid = mesh_of(2, 2)
     meshes = [mesh_of(4), grid, grid["a"]]
     on_meshes: list[list[Item]] = [
@@ -216,7 +216,7 @@ def mixed(p: float) -> tuple[Bits, list[Bits], str, int]:
 
 
 def beside_plain(p: float) -> tuple[Bits, str]:
-    """A tensor that is no DTensor is counted once, and as the first process has it, so that all find the same."""
+    """A plain tensor counts once, with the values of the first process, so that all have the same norm."""
     mesh = mesh_of(4)
     parameters = made(mesh, [((8, 3), ("S0",)), ((5,), ()), ((4,), ("R",))])
     before = [whole(grad) for grad in grads_of(parameters)]
@@ -232,10 +232,10 @@ def beside_plain(p: float) -> tuple[Bits, str]:
 
 
 def missing(absent: dict[int, tuple[int, ...]], p: float) -> tuple[Bits, list[bool]]:
-    """Some ranks have no gradient of some parameters, or of any: the others' parts are what is clipped."""
+    """Some ranks have no gradient for some or all parameters: the others' parts are clipped."""
     parameters = made(mesh_of(2, 2), [((8, 6), ("S0", "S1")), ((5, 3), ("S1", "S0")), ((7,), ("S0", "S0"))])
     gone = absent.get(dist.get_rank(), ())
-    for i in gone:  # the norm does not mind whether zeros are there or missing
+    for i in gone:  # zeros and missing parts give the same norm
         grad = parameters[i].grad
         assert isinstance(grad, DTensor)
         grad.to_local().zero_()
@@ -256,7 +256,7 @@ def missing(absent: dict[int, tuple[int, ...]], p: float) -> tuple[Bits, list[bo
 
 
 def nonfinite(p: float, value: float, rank: int) -> str:
-    """One rank's part has a value that is not finite: all raise, and none has changed anything."""
+    """One rank's part has a value that is not finite: all ranks raise, and none changes anything."""
     parameters = made(mesh_of(4), ROWS_OF_FOUR)
     if dist.get_rank() == rank:
         grad = parameters[1].grad
@@ -273,7 +273,7 @@ def nonfinite(p: float, value: float, rank: int) -> str:
 
 
 def measured(value: float, rank: int) -> tuple[float, bool]:
-    """The norm under an infinite bound, and whether a part was changed, or marked as changed, by it."""
+    """The norm under an infinite bound, and whether the call changed a part or its version counter."""
     parameters = made(mesh_of(4), ROWS_OF_FOUR)
     if dist.get_rank() == rank:
         grad = parameters[1].grad
@@ -285,17 +285,17 @@ def measured(value: float, rank: int) -> tuple[float, bool]:
     return whole(norm).item(), (local_bits(parameters), [grad._version for grad in grads_of(parameters)]) != before
 
 
-class Has:
-    """What has a gradient, and is no tensor."""
+class GradHolder:
+    """An object that has a gradient, but is no tensor."""
 
     def __init__(self, grad: Tensor | None) -> None:
         self.grad = grad
 
 
 def of_holders(p: float) -> bool:
-    """Whether holders that are no tensors are clipped as parameters are."""
+    """Whether objects that are no tensors are clipped as parameters are."""
     parameters = made(mesh_of(4), ROWS_OF_FOUR)
-    holders: Any = [Has(None), *[Has(grad.clone()) for grad in grads_of(parameters)], Has(None)]
+    holders: Any = [GradHolder(None), *[GradHolder(grad.clone()) for grad in grads_of(parameters)], GradHolder(None)]
     calls: list[Callable[[Any], Any]] = [
         lambda given: fastclip.clip_grad_norm_(given, 0.5, p),
         lambda given: fastclip.clip_by_norm_(given, 0.3, by="global"),
@@ -313,7 +313,7 @@ ROWS_OF_FOUR: list[Item] = [((8, 2), ("S0",)), ((12,), ("S0",)), ((3, 3), ("R",)
 
 
 def poisoned(p: float, value: float) -> tuple[float, list[bool]]:
-    """What torch makes of a value that is not finite, everywhere: the norm, and which gradients become NaN."""
+    """A value that is not finite has torch's effect on all ranks: the norm, and which gradients become NaN."""
     parameters = made(mesh_of(4), ROWS_OF_FOUR)
     if dist.get_rank() == 2:
         grad = parameters[1].grad
@@ -324,7 +324,7 @@ def poisoned(p: float, value: float) -> tuple[float, list[bool]]:
 
 
 def of_narrow_replicas() -> list[Bits]:
-    """Replicas that came apart do not lead to different norms: over whatever is added up, the first one counts."""
+    """Replicas that differ do not lead to different norms: in every sum the first replica counts."""
     mesh = mesh_of(2, 2)
     parameters = made(mesh, [((4, 4), ("S0", "S1")), ((3,), ("R", "S0")), ((2,), ("R", "R"))])
     for grad in grads_of(parameters):
@@ -334,7 +334,7 @@ def of_narrow_replicas() -> list[Bits]:
 
 
 def outsiders() -> tuple[float | str, list[float] | str, float]:
-    """Ranks that are not in a mesh do not wait for those that are, who do not wait for them."""
+    """Ranks outside a mesh and ranks inside it do not wait for each other."""
     parameters = [*made(mesh_of(2), [((4,), ("S0",))]), parameter_of(torch.full((4,), 1.5), mesh_of(2), ())]
     grad = parameters[0].grad
     assert isinstance(grad, DTensor)
@@ -352,7 +352,7 @@ def outsiders() -> tuple[float | str, list[float] | str, float]:
 
 
 def meshes_of_other_processes() -> list[str]:
-    """All ranks refuse alike what only some could clip by the norm of all; nothing is changed, and none waits."""
+    """All ranks raise the same error where only some could take the norm; nothing is changed, and none waits."""
     parameters = [*made(mesh_of(2), [((4,), ("S0",))]), *made(mesh_of(4), [((8,), ("S0",))])]
     before = local_bits(parameters)
     messages = []
@@ -370,7 +370,7 @@ def meshes_of_other_processes() -> list[str]:
 
 
 def gradient_on_another_mesh() -> str:
-    """It would be counted as replicated over the parameter's."""
+    """It raises: the gradient would count as replicated over the parameter's mesh."""
     [parameter], [other] = made(mesh_of(2, 2), [((4, 4), ("S0", "S0"))]), made(mesh_of(4), [((4, 4), ("S0",))])
     parameter.grad = other.grad
     try:
@@ -381,7 +381,7 @@ def gradient_on_another_mesh() -> str:
 
 
 def apart() -> tuple[float, list[float]]:
-    """Each half of the ranks clips parameters of its own, as the stages of a pipeline do."""
+    """Each half of the ranks clips its own parameters, as the stages of a pipeline do."""
     stage = dist.get_rank() // 2
     meshes = [DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [2, 3])]
     parameters = [nn.Parameter(distribute_tensor(torch.zeros(4), meshes[stage], [Shard(0)]))]
@@ -391,7 +391,7 @@ def apart() -> tuple[float, list[float]]:
 
 
 def refused() -> list[str]:
-    """What cannot be clipped is refused before anything is changed."""
+    """What cannot be clipped raises before anything is changed."""
     mesh = mesh_of(2, 2)
     messages = []
     calls: list[tuple[str, Callable[[list[nn.Parameter]], object]]] = [
@@ -411,7 +411,7 @@ def refused() -> list[str]:
 
 
 def untouched() -> bool:
-    """Where nothing is clipped, nothing is written; the versions by which autograd knows of changes go up."""
+    """Where nothing is clipped, nothing is written; but the version counters of autograd increase."""
     parameters = made(mesh_of(2, 2), [((4, 4), ("S0", "S1")), ((4, 4), ("P", "R")), ((3,), ("R", "R"))])
     before, versions = local_bits(parameters), [grad._version for grad in grads_of(parameters)]
     fastclip.clip_grad_norm_(parameters, 1e6)
@@ -420,7 +420,7 @@ def untouched() -> bool:
 
 
 def of_plain_parameters() -> Bits:
-    """A gradient that is a DTensor where its parameter is none, which torch allows, lies where it says."""
+    """Torch allows a plain parameter with a DTensor as gradient: the gradient's own placements count."""
     grad = distributed(values((8, 2), 0), mesh_of(4), ("S0",))
     parameter = nn.Parameter(torch.zeros(8, 2))
     parameter.grad = grad
@@ -433,7 +433,7 @@ def of_plain_parameters() -> Bits:
 
 
 def under_way() -> bool:
-    """Gradients that are the results of collectives nobody has waited for yet are waited for."""
+    """Gradients may be the results of unfinished collectives: fastclip waits for them."""
     mesh = mesh_of(4)
     parameters = made(mesh, [((64, 64), ("P",)), ((64, 64), ("P",))])
     for parameter, placement_ in zip(parameters, (Replicate(), Shard(0)), strict=True):
@@ -441,7 +441,7 @@ def under_way() -> bool:
         assert isinstance(grad, DTensor)
         parameter.grad = grad.redistribute(placements=[placement_], async_op=True)
     kinds = [type(grad._local_tensor).__name__ for grad in grads_of(parameters)]  # type: ignore[attr-defined]
-    assert local_parts(collect(parameters)).kinds == {Tensor}  # which the faster backends serve
+    assert local_parts(collect(parameters)).kinds == {Tensor}  # the faster backends take these
     exact = oracle.norm([values((64, 64), i) for i in range(2)], 2.0)
     norm = fastclip.clip_grad_norm_(parameters, 1.0)
     assert math.isclose(whole(norm).item(), exact, rel_tol=2.0**-20)
@@ -451,7 +451,7 @@ def under_way() -> bool:
 
 
 def restarted(store: str) -> Bits:
-    """A process group that ended takes its meshes along: an equal mesh of the next one has groups of its own."""
+    """Nothing cached for a mesh of an ended process group is used for an equal mesh of the next one."""
     before = clip((2, 2), [((8, 6), ("S0", "S1")), ((5,), ("S0", "R"))], 2.0)
     rank, size = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
@@ -463,7 +463,7 @@ def restarted(store: str) -> Bits:
 
 
 def flattened(p: float) -> tuple[int, int, Bits]:
-    """How many all-reduces a norm takes on half of a mesh, before and after its dimensions were flattened to one."""
+    """The number of all-reduces of a norm on part of a mesh, before and after its dimensions are flattened to one."""
     cube = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pipe", "data", "tensor"))
     mesh = cube["data", "tensor"]
     parameters = made(mesh, [((4, 6), ("S0", "S1")), ((5,), ("S0", "R")), ((3,), ("P", "S0"))])
@@ -481,7 +481,7 @@ Pair = tuple[str, nn.Parameter]
 
 
 def named_pairs(mesh: DeviceMesh, items: Sequence[Item], scale: float = 1.0) -> tuple[list[Pair], list[Pair]]:
-    """Parameters with these gradients, and parameters with the same ones in one piece."""
+    """Sharded parameters with these gradients, and plain ones with the same gradients."""
     sharded, single = made(mesh, items, scale=scale), []
     for parameter in sharded:
         single.append(nn.Parameter(whole(parameter)))
@@ -492,12 +492,12 @@ def named_pairs(mesh: DeviceMesh, items: Sequence[Item], scale: float = 1.0) -> 
 
 
 def halve_the_largest(norms: Tensor) -> Tensor:
-    """A rule of one's own."""
+    """A function as a rule."""
     return torch.where(norms == norms.max(), 0.5, 1.0)
 
 
 def by_rule(shape: tuple[int, ...], items: Sequence[Item], rule: Any) -> Bits:
-    """A rule does on sharded gradients what it does on whole ones; results are plain tensors, the same everywhere."""
+    """A rule does the same with sharded gradients as with whole ones; all ranks have the same plain results."""
     sharded, single = named_pairs(mesh_of(*shape), items)
     result, expected = fastclip.clip_grads_(sharded, rule), fastclip.clip_grads_(single, rule)
     compared = [
@@ -519,7 +519,7 @@ def by_rule(shape: tuple[int, ...], items: Sequence[Item], rule: Any) -> Bits:
 
 
 def tensorflows(items: Sequence[Item]) -> Bits:
-    """TensorFlow's functions, with the norm taken before or given as torch's functions return it."""
+    """TensorFlow's functions; `use_norm` is also a DTensor, as `get_total_norm` returns it."""
     sharded, single = named_pairs(mesh_of(2, 2), items)
     norms = fastclip.clip_by_norm_(sharded, 0.5)
     torch.testing.assert_close(norms, fastclip.clip_by_norm_(single, 0.5), rtol=2.0**-18, atol=0.0)
@@ -539,7 +539,7 @@ def tensorflows(items: Sequence[Item]) -> Bits:
 
 
 def monitored(items: Sequence[Item]) -> tuple[list[bool], list[dict[str, Any]]]:
-    """A monitor sees of sharded gradients what it sees of whole ones, and every rank skips the same steps."""
+    """A monitor records the same for sharded gradients as for whole ones, and every rank skips the same steps."""
     sharded, single = named_pairs(mesh_of(2, 2), items)
     monitors, answers = [], []
     for parameters in (sharded, single):
@@ -555,13 +555,13 @@ def monitored(items: Sequence[Item]) -> tuple[list[bool], list[dict[str, Any]]]:
             for i, (_, parameter) in enumerate(parameters):
                 full = values(items[i][0], 10 * step + i) * (scale if i == 1 else 1.0)
                 grad = distributed(full, mesh_of(2, 2), items[i][1]) if isinstance(parameter, DTensor) else full
-                # Ranks 1 and 2 have an empty part of parameter 2, and nothing is missing without it.
+                # On ranks 1 and 2 the part of parameter 2 is empty, so a missing one changes nothing.
                 parameter.grad = None if i == 2 and dist.get_rank() in (1, 2) and parameters is sharded else grad
             skip.append(bool(monitor.update(fastclip.measure_grads(parameters), loss=1.0)))
         assert skip[0] == skip[1]
         answers.append(skip[0])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that steps were skipped
+        warnings.simplefilter("ignore")  # about skipped steps
         rows, expected = (list(monitor.read().rows()) for monitor in monitors)
     for own, other in zip(rows, expected, strict=True):
         assert own == {key: _if_close(own[key], value) for key, value in other.items()}
@@ -569,7 +569,7 @@ def monitored(items: Sequence[Item]) -> tuple[list[bool], list[dict[str, Any]]]:
 
 
 def _if_close(value: float | None, expected: float | None) -> float | None:
-    """`value`, if it is close to what is expected, else that; NaNs are the same object."""
+    """`value` if it is close to `expected`, otherwise `expected`; a NaN is returned as the same object."""
     if value is None or expected is None:
         return expected
     if math.isnan(expected) and math.isnan(value):
@@ -578,7 +578,7 @@ def _if_close(value: float | None, expected: float | None) -> float | None:
 
 
 def clip_on(device: str) -> Bits:
-    """Clip DTensors of a device that all ranks share, compare with fp64, and return the norm's bits."""
+    """Clip DTensors on a device that all ranks share, compare with fp64, and return the norm's bits."""
     if device == "cuda":
         torch.cuda.set_device(0)
     mesh = init_device_mesh(device, (dist.get_world_size(),))

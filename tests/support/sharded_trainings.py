@@ -1,4 +1,4 @@
-"""Real training steps on several processes, which the tests of sharded gradients run on every rank."""
+"""Real training steps on several processes: functions that `processes.Pool` runs on every rank."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ import fastclip
 
 STEPS = 6
 BOUND = 0.1  # of the norm; every step clips
-BATCH, LENGTH, WIDTH, HIDDEN = 8, 4, 10, 20  # four ranks share out HIDDEN evenly, as torch asks for, but not WIDTH
+BATCH, LENGTH, WIDTH, HIDDEN = 8, 4, 10, 20  # HIDDEN divides by four ranks, as torch requires; WIDTH does not
 
 
 class Block(nn.Module):
@@ -54,7 +54,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Two blocks and a head with one bias, which is on one rank only."""
+    """Two blocks, and a head whose only bias is on one rank."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,14 +77,14 @@ def _fsdp(net: nn.Module, mesh: DeviceMesh, **policies: Any) -> nn.Module:
 
 
 _PLAN: dict[str, Any] = {
-    "norm": SequenceParallel(),  # which leaves the gradients' sums over ranks pending, where no FSDP makes them
+    "norm": SequenceParallel(),  # without FSDP, it leaves the gradients as pending sums over ranks
     "up": ColwiseParallel(input_layouts=Shard(1)),
     "down": RowwiseParallel(output_layouts=Shard(1)),
 }
 
 
 def _tensor_parallel(net: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Activations are cut up along their length between the layers."""
+    """Shard a model over its width; between layers, activations are sharded along their length."""
     for block in net.blocks:  # type: ignore[union-attr]
         parallelize_module(block, mesh, dict(_PLAN))
     parallelize_module(net, mesh, {"head": SequenceParallel(use_local_output=True)})
@@ -103,8 +103,8 @@ class Kind(NamedTuple):
     """A way to distribute a model.
 
     Attributes:
-        shape: Over how many ranks data are, and over how many the length of activations.
-        make: Distributes it.
+        shape: The number of ranks over the batch, and the number over the length of activations.
+        make: Distributes the model.
     """
 
     shape: tuple[int, int]
@@ -134,7 +134,7 @@ KINDS: dict[str, Kind] = {
 
 
 def _by_halves(parameters: list[nn.Parameter], p: float) -> Tensor:
-    """As torchtitan clips."""
+    """Clip as torchtitan does."""
     total = fastclip.get_total_norm(grads_of(parameters), p)
     if isinstance(total, DTensor):
         total = total.full_tensor()
@@ -166,11 +166,11 @@ CLIPS: dict[str, Callable[[list[nn.Parameter], float], Tensor]] = {
 
 
 class Run(NamedTuple):
-    """What training was like.
+    """The result of a training.
 
     Attributes:
-        losses: The loss of all ranks' data together, before each step.
-        norms: What clipping returned.
+        losses: The loss over the data of all ranks, before each step.
+        norms: The norm that clipping returned, for each step.
     """
 
     losses: list[float]
@@ -189,7 +189,7 @@ def _net(dtype: torch.dtype = torch.float32) -> Net:
 
 
 def single(clip: str, p: float = 2.0) -> Run:
-    """Train in this process, in fp64, by torch."""
+    """Train in this process alone, in fp64."""
     net = _net(torch.float64)
     x, target = _data(torch.float64)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
@@ -205,10 +205,10 @@ def single(clip: str, p: float = 2.0) -> Run:
 
 
 def train(kind: str, clip: str, p: float = 2.0) -> Run:
-    """Train on all ranks: each has its share of the batch, and of its length."""
+    """Train on all ranks: each has a part of the batch and of its length."""
     (over_batch, over_length), make = KINDS[kind]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, about itself
+        warnings.simplefilter("ignore")  # torch's own warnings
         net = make(_net())
     x, target = (
         part.chunk(over_batch)[dist.get_rank() // over_length].chunk(over_length, dim=1)[dist.get_rank() % over_length]
@@ -241,14 +241,14 @@ def _over_all(loss: Tensor) -> float:
 
 
 def patched(kind: str) -> tuple[Run, Run]:
-    """FSDP1's own clipping, with torch's functions replaced and without."""
+    """FSDP1's own clipping, with torch's functions patched and unpatched."""
     with fastclip.patched():
         replaced = train(kind, "its own")
     return replaced, train(kind, "its own")
 
 
 def _fsdp1(strategy: ShardingStrategy, *, originals: bool) -> tuple[nn.Module, float]:
-    """A model of FSDP1 behind a backward pass, and the true norm of its gradients."""
+    """A model of FSDP1 after a backward pass, and the true norm of its gradients."""
     nets: list[nn.Module] = []
     for shard in (True, False):
         net: nn.Module = _net()
@@ -290,9 +290,9 @@ def _message_of(call: Callable[[nn.Module], object], net: nn.Module) -> str:
 
 
 def refused(strategy: str, originals: bool) -> dict[str, str]:
-    """What comes of passing a model of FSDP1, or its parameters, where these are parts, and whether one was changed."""
+    """The error messages for a model of FSDP1 or its sharded parameters, and whether a gradient was changed."""
     net, _ = _fsdp1(ShardingStrategy[strategy], originals=originals)
-    # What is kept of these calls, for gradients like these, is no licence.
+    # Plans that these calls cache for gradients like these must not avoid the error.
     fastclip.clip_grad_value_(net, 1e9)
     fastclip.get_total_norm(grads_of(list(net.parameters())))
     alike = [parameter.detach().clone() for parameter in net.parameters() if parameter.grad is not None]
@@ -308,7 +308,7 @@ def refused(strategy: str, originals: bool) -> dict[str, str]:
 
 
 def by_value(strategy: str, originals: bool) -> float:
-    """The largest gradient of this process's, after FSDP1's were clipped by value, which parts can be, and scaled."""
+    """The largest gradient of this process after FSDP1's parts were clipped by value, which is allowed, and scaled."""
     net, _ = _fsdp1(ShardingStrategy[strategy], originals=originals)
     fastclip.clip_grad_value_(net, 2e-3)
     fastclip.clip_by_value_(net.parameters(), -1e-3, 1e-3)
@@ -317,14 +317,14 @@ def by_value(strategy: str, originals: bool) -> float:
 
 
 def not_sharded(originals: bool) -> tuple[float, float, float]:
-    """The norm that is returned for FSDP1's parameters where each process has the whole, the true one, and the rest."""
+    """For FSDP1 without sharding: the norm that clipping returns, the true norm, and the norm after clipping."""
     net, true = _fsdp1(ShardingStrategy.NO_SHARD, originals=originals)
     norm = fastclip.clip_grad_norm_(net.parameters(), BOUND).item()
     return norm, true, fastclip.clip_grad_norm_(net, math.inf).item()
 
 
 def example(name: str, steps: int) -> tuple[Run, Run]:
-    """Train as an example does, on all ranks, and in this process."""
+    """Train as an example does: on all ranks, and in this process alone."""
     folder = str(paths.EXAMPLES)
     if folder not in sys.path:
         sys.path.append(folder)

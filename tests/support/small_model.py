@@ -1,4 +1,4 @@
-"""A small model to train, for the tests of what works inside of a training loop."""
+"""A small model to train, for tests of a training loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
 
 
 class Training:
-    """A small model on random data, the same for the same seed."""
+    """A small model on random data, the same for every instance."""
 
     def __init__(
         self,
@@ -41,14 +41,14 @@ class Training:
         self.optimizer = make(self.model.named_parameters() if named else self.model.parameters())
 
     def backward(self, batch: int) -> Tensor:
-        """Add a batch's gradients to those that are there; return the loss."""
+        """Add a batch's gradients to the present ones; return the loss."""
         x, y = self.batches[batch]
         loss: Tensor = (self.model(x) - y).square().mean()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     def steps(self, clip: Callable[[], object] = lambda: None) -> None:
-        """Train on every batch; `clip` is called before each step."""
+        """Train on every batch; call `clip` before each step."""
         for batch in range(len(self.batches)):
             self.optimizer.zero_grad()
             self.backward(batch)
@@ -56,6 +56,6 @@ class Training:
             self.optimizer.step()
 
     def assert_same_as(self, other: Training) -> None:
-        """The weights are those of the other, to the bit."""
+        """Check that the weights are the same as the other's, to the bit."""
         for own, theirs in zip(self.model.parameters(), other.model.parameters(), strict=True):
             oracle.assert_same_bits(own.detach(), theirs.detach())

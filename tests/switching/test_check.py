@@ -1,4 +1,4 @@
-"""`python -m fastclip check`: does it see agreement, and does it see disagreement?"""
+"""`python -m fastclip check` reports agreement, and it reports disagreement."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from fastclip.core import clipping
 from fastclip.foundation import originals
 from fastclip.switching import patching
 
-# Other test modules may hold torch's functions, which is what this warning is about.
+# Other test modules may have imported torch's functions: this warning is about that.
 pytestmark = pytest.mark.filterwarnings("ignore:fastclip.patch.. came too late")
 
 NAMES = ("clip_grad_norm_", "clip_grad_value_", "get_total_norm", "clip_grads_with_norm_")
@@ -34,7 +34,7 @@ PLACES = [(torch.nn.utils, name, name) for name in NAMES] + [
 
 
 def held() -> list[object]:
-    """What torch's names hold at present."""
+    """The functions that torch's names refer to now."""
     return [getattr(module, attribute) for module, attribute, _ in PLACES]
 
 
@@ -54,14 +54,14 @@ def _torch_as_it_was() -> Iterator[None]:
 
 
 def parameter(*gradient: float) -> torch.nn.Parameter:
-    """A parameter with that gradient."""
+    """A parameter with this gradient."""
     result = torch.nn.Parameter(torch.zeros(len(gradient)))
     result.grad = torch.tensor(gradient)
     return result
 
 
 def gradient_of(p: torch.nn.Parameter) -> torch.Tensor:
-    """Its gradient."""
+    """A parameter's gradient, which is not None."""
     assert p.grad is not None
     return p.grad
 
@@ -89,7 +89,7 @@ def test_patch_and_unpatch_are_idempotent() -> None:
 
 
 def calls_by_attribute(p: torch.nn.Parameter) -> None:
-    """As accelerate and torchtitan call."""
+    """Call torch's functions as accelerate and torchtitan do."""
     torch.nn.utils.clip_grad_norm_([p], 1.0)
     torch.nn.utils.clip_grad_value_([p], 0.5)
     norm = torch.nn.utils.get_total_norm([gradient_of(p)])
@@ -97,7 +97,7 @@ def calls_by_attribute(p: torch.nn.Parameter) -> None:
 
 
 def calls_by_module(p: torch.nn.Parameter) -> None:
-    """As MMEngine calls, and verl, which imports torch's private names when it needs them."""
+    """Call them as MMEngine does, and as verl does, which imports torch's private names at the call."""
     from torch.nn.utils import clip_grad
     from torch.nn.utils.clip_grad import _clip_grads_with_norm_, _get_total_norm
 
@@ -128,7 +128,7 @@ def test_the_deprecated_clip_grad_norm_follows() -> None:
 
 
 def assert_torch_itself(functions: types.ModuleType) -> None:
-    """The four functions of that module do torch's work without coming to fastclip."""
+    """The four functions of that module do torch's work without a call to fastclip."""
     p = parameter(3.0, 4.0)
     assert functions.clip_grad_norm_([p], 1.0).item() == 5.0
     functions.clip_grad_value_([p], 0.5)
@@ -138,7 +138,7 @@ def assert_torch_itself(functions: types.ModuleType) -> None:
 
 
 def test_the_originals_never_come_back_to_fastclip(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Also not by the helpers that torch's clip_grad_norm_ looks up in its module at each call.
+    # Not even through the helpers that torch's clip_grad_norm_ looks up in its module at each call.
     for name in NAMES:
         monkeypatch.setattr(clipping, name, refuse)
     fastclip.patch()
@@ -178,7 +178,7 @@ def test_a_name_that_torch_lacks_is_neither_an_error_nor_created(monkeypatch: py
 
 
 def theirs(*_: object, **__: object) -> torch.Tensor:
-    """Somebody else's replacement of a function of torch's."""
+    """Another package's replacement of a function of torch."""
     return torch.tensor(7.0)
 
 
@@ -206,7 +206,7 @@ def test_another_unpatch_finishes_when_theirs_is_gone(patch_again: bool) -> None
     torch.nn.utils.clip_grad_norm_ = theirs
     with pytest.warns(UserWarning, match="left in place"):
         fastclip.unpatch()
-    torch.nn.utils.clip_grad_norm_ = fastclip.clip_grad_norm_  # they put back what they had found
+    torch.nn.utils.clip_grad_norm_ = fastclip.clip_grad_norm_  # they restore what they had found
     if patch_again:
         fastclip.patch()
         assert held() == OURS
@@ -287,7 +287,7 @@ def test_overlapping_blocks_of_several_threads_stay_patched_until_the_last_ends(
 
 @pytest.fixture
 def too_early(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A module that bound two of torch's functions before the patch, one under a name of its own."""
+    """A module that imported two of torch's functions before the patch, one of them under another name."""
     module = types.ModuleType("their_trainer.loop")
     source = "from torch.nn.utils import clip_grad, clip_grad_norm_, clip_grad_value_ as by_value"
     exec(source, vars(module))  # noqa: S102
@@ -297,13 +297,13 @@ def too_early(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 @contextlib.contextmanager
 def by_patch() -> Iterator[None]:
-    """Patch by `patch()`, as a context manager."""
+    """A context manager that calls `patch()`."""
     fastclip.patch()
     yield
 
 
 def norm_of_bf16(**arguments: Any) -> torch.Tensor:
-    """What torch's name returns of a gradient whose norm bf16 does not hold."""
+    """The result of torch's name for a gradient whose norm bf16 cannot represent."""
     p = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
     p.grad = torch.full((3,), 1.0, dtype=torch.bfloat16)
     norm: torch.Tensor = torch.nn.utils.clip_grad_norm_([p], 10.0, **arguments)
@@ -311,7 +311,7 @@ def norm_of_bf16(**arguments: Any) -> torch.Tensor:
 
 
 def test_patched_with_a_dtype_for_norms() -> None:
-    """What a caller asks for comes first."""
+    """The dtype that a caller asks for takes precedence."""
     fastclip.patch(norm_dtype=torch.float32)
     assert norm_of_bf16().dtype == torch.float32
     assert norm_of_bf16().item() == pytest.approx(3**0.5, rel=1e-6)
@@ -341,7 +341,7 @@ def clip_positionally() -> torch.Tensor:
 
 def test_patched_again_with_another_dtype_for_norms() -> None:
     with fastclip.patched(norm_dtype=torch.float32):
-        fastclip.patch()  # which asks for none
+        fastclip.patch()  # it asks for no dtype
         with pytest.raises(RuntimeError, match=r"norm_dtype=torch.float32, which cannot become torch.float64"):
             fastclip.patch(norm_dtype=torch.float64)
         fastclip.patch(norm_dtype=torch.float32)
@@ -372,7 +372,7 @@ def test_patch_names_the_modules_that_it_comes_too_late_for(
     message = str(seen[0].message)
     assert "python -m fastclip run" in message
     assert "torch.nn.utils (" not in message
-    # It points at the line that asked for it.
+    # It points at the line that patched.
     assert [warning.filename for warning in seen] == [__file__]
 
 
@@ -413,7 +413,7 @@ def test_a_module_that_holds_only_torchs_module_is_not_warned_of(monkeypatch: py
 
 
 def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run Python in that folder, with fastclip importable as it is here."""
+    """Run Python in this folder, with the same fastclip as here."""
     package_folder = str(Path(fastclip.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": package_folder, "PYTHONHASHSEED": "0"}
     return subprocess.run(
@@ -504,7 +504,7 @@ def test_run_does_what_python_does_with_a_module(name: str, source: str, tmp_pat
     plain = python("-m", name, "--lr", "0.1", folder=tmp_path)
     ours = python("-m", "fastclip", "run", "-m", name, "--lr", "0.1", folder=tmp_path)
     assert (ours.returncode, ours.stdout) == (plain.returncode, plain.stdout)
-    # All but Python's own frames, which it prints before a module's.
+    # All except Python's own frames, which come before the module's.
     assert ours.stderr.splitlines()[-3:] == plain.stderr.splitlines()[-3:]
     assert "fastclip" not in ours.stderr
     assert "runpy" not in ours.stderr
@@ -660,7 +660,7 @@ def test_run_reaches_the_processes_that_multiprocessing_starts(method: str, targ
     result = python("-m", "fastclip", "run", "-v", *target, method, folder=tmp_path)
     assert (result.returncode, result.stdout) == (0, "[(True, 1), (True, 5)]\n"), result.stderr
     reports = sorted(line.rpartition(": ")[2] for line in result.stderr.splitlines())
-    # This process and the two that train; the worker of the DataLoader has called nothing, and is silent.
+    # The first process and the two that train; the worker of the DataLoader called nothing, and reports nothing.
     assert reports == ["clip_grad_norm_ 1", "clip_grad_norm_ 1", "clip_grad_norm_ 2"], result.stderr
 
 
@@ -682,7 +682,7 @@ NORMS = """
 
 @pytest.mark.parametrize("options", [["--norm-dtype", "float32"], ["-v", "--norm-dtype=float32", "-m"]], ids=str)
 def test_run_with_a_dtype_for_norms(options: list[str], tmp_path: Path) -> None:
-    """In the processes that the script starts, too."""
+    """Also in the processes that the script starts."""
     write(tmp_path / "train.py", NORMS)
     target = "train" if "-m" in options else "train.py"
     result = python("-m", "fastclip", "run", *options, target, "--norm-dtype", "mine", folder=tmp_path)

@@ -1,7 +1,7 @@
-"""The trainers people use, with fastclip switched on and off: the same losses, and proof that fastclip was called.
+"""Popular trainers, with fastclip switched on and off: the same losses, and proof that fastclip was called.
 
 They need the extras `trainers` and `timm`, and no network: models are tiny, with random weights from a configuration. A
-test whose package is not installed is skipped. `.ci/run` runs them in environments of their own.
+test whose package is not installed is skipped. `.ci/run` runs them in separate environments.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from fastclip.switching import patching
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")  # read when the packages are imported
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # the packages' own
+    pytest.mark.filterwarnings("ignore"),  # of the packages themselves
     pytest.mark.filterwarnings("error:.*fastclip"),
 ]
 
 STEPS = 4
-NORM, VALUE = 0.05, 0.001  # small enough that every step is clipped
+NORM, VALUE = 0.05, 0.001  # so small that every step is clipped
 
 
 @contextlib.contextmanager
 def switched_on() -> Iterator[list[str]]:
-    """As by `fastclip.patch()`; yields the names of the functions that are called from here on."""
+    """Patch as `fastclip.patch()` does; yield the list to which the name of each called function is added."""
     calls: list[str] = []
     patching.patch_counting(calls.append)
     try:
@@ -47,13 +47,13 @@ def switched_on() -> Iterator[list[str]]:
 
 
 def compare(train: Callable[[bool], list[float]], function: str, calls: int = STEPS) -> None:
-    """Train without clipping, with torch's, and with fastclip's, which is called in each step."""
+    """Train without clipping, with torch's, and with fastclip's; check that each step calls fastclip."""
     without, theirs = train(False), train(True)
     with switched_on() as seen:
         ours = train(True)
     assert seen == [function] * calls
     assert len(ours) == STEPS
-    assert ours == pytest.approx(theirs, rel=1e-5)  # norms are summed in another order
+    assert ours == pytest.approx(theirs, rel=1e-5)  # the sums of norms have another order
     assert ours != pytest.approx(without, rel=1e-3)
 
 
@@ -75,7 +75,7 @@ def step(
     backward: Callable[[Tensor], object] = Tensor.backward,
     clip: Callable[[], object] = lambda: None,
 ) -> float:
-    """A step of a plain loop; its loss."""
+    """Do a step of a plain loop; return its loss."""
     optimizer.zero_grad()
     loss = functional.mse_loss(net(batch[0]), batch[1])
     backward(loss)
@@ -84,7 +84,7 @@ def step(
     return loss.item()
 
 
-# ---- Plain loops, with the ways of calling that there are
+# ---- Plain loops, with the usual ways of calling
 
 
 CALLS: dict[str, tuple[str, Callable[[nn.Module], object]]] = {
@@ -97,7 +97,7 @@ CALLS: dict[str, tuple[str, Callable[[nn.Module], object]]] = {
 @pytest.mark.parametrize("amp", [False, True], ids=["fp32", "GradScaler"])
 @pytest.mark.parametrize("call", CALLS)
 def test_plain_loop(call: str, amp: bool) -> None:
-    """As in nanoGPT: the scaler is there in any case, and enabled or not."""
+    """As in nanoGPT, there is always a scaler, which may be disabled."""
     function, clip = CALLS[call]
 
     def train(clips: bool) -> list[float]:
@@ -177,7 +177,7 @@ def test_transformers(tmp_path: Path) -> None:
 
     compare(train, "clip_grad_norm_")
     theirs, ours = norms
-    assert ours == pytest.approx(theirs, rel=1e-4)  # which are logged
+    assert ours == pytest.approx(theirs, rel=1e-4)  # the logged norms
 
 
 @pytest.mark.parametrize("by", ["norm", "value"])
@@ -245,7 +245,7 @@ def test_mmengine(by: str) -> None:
     def train(clips: bool) -> list[float]:
         net = model()
         clipping = {"type": by, **({"max_norm": NORM} if by == "norm" else {"clip_value": VALUE})}
-        # It binds torch's function here: what is switched on later does not reach it.
+        # It looks torch's function up here: a later patch does not reach it.
         wrapper = optim.OptimWrapper(torch.optim.SGD(net.parameters(), lr=0.5), clip_grad=clipping if clips else None)
         losses = []
         for x, y in batches():
@@ -259,7 +259,7 @@ def test_mmengine(by: str) -> None:
 
 @pytest.mark.parametrize("mode", ["norm", "value", "agc"])
 def test_timm(mode: str) -> None:
-    timm = pytest.importorskip("timm", exc_type=ImportError)  # or its torchvision does not go with this torch
+    timm = pytest.importorskip("timm", exc_type=ImportError)  # also if its torchvision does not fit this torch
 
     def train(clips: bool) -> list[float]:
         torch.manual_seed(0)
@@ -275,7 +275,7 @@ def test_timm(mode: str) -> None:
         images = [(torch.randn(2, 3, 32, 32, generator=generator), torch.ones(2, 1)) for _ in range(STEPS)]
         return [step(net, optimizer, batch, clip=clip) for batch in images]
 
-    # Adaptive clipping is timm's own arithmetic: patching leaves it as it is.
+    # Adaptive clipping is timm's own code, which a patch does not change.
     compare(train, f"clip_grad_{mode}_", calls=0 if mode == "agc" else STEPS)
 
 
@@ -327,7 +327,7 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers(launcher: str, tmp_path: Path) -> None:
-    """Two processes, of a script that binds torch's function by name."""
+    """Two processes of a script that imports torch's function by name."""
     if launcher == "accelerate launch" and find_spec("accelerate") is None:
         pytest.skip("could not import 'accelerate'")
     (tmp_path / "train.py").write_text(SCRIPT)

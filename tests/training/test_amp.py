@@ -1,4 +1,4 @@
-"""Unscaling and clipping in one go: what `unscale_` and `clip_grad_norm_` do, to the scaler as to the gradients."""
+"""Unscaling and clipping in one call: the same as `unscale_` and `clip_grad_norm_`, for scaler and gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def scaler_for(leg: Leg | None = None, scale: float = SCALE) -> GradScaler:
-    """A scaler that has scaled something, as before any `unscale_`."""
+    """A scaler that has scaled something, as `unscale_` requires."""
     device = leg.device if leg else CPU
     scaler = GradScaler(device.type, init_scale=scale)
     scaler.scale(torch.zeros((), device=device))
@@ -42,7 +42,7 @@ def grads_of(optimizer: Optimizer) -> list[Tensor]:
 
 
 def state_of(scaler: GradScaler, optimizer: Optimizer) -> tuple[OptState, dict[torch.device, float]]:
-    """What the scaler remembers of an optimizer."""
+    """The scaler's state for an optimizer."""
     state = scaler._per_optimizer_states[id(optimizer)]
     assert state.keys() == {"stage", "found_inf_per_device"}
     found = state["found_inf_per_device"]
@@ -52,7 +52,7 @@ def state_of(scaler: GradScaler, optimizer: Optimizer) -> tuple[OptState, dict[t
 
 
 def drawn(rng: np.random.Generator, leg: Leg, sizes: Sequence[int] = (5000, 1, 300)) -> list[Tensor]:
-    """Scaled gradients of every dtype that a scaler takes, at odd addresses, in memory that is NaN elsewhere."""
+    """Scaled gradients of every dtype that a scaler takes, at odd addresses, surrounded by NaN."""
     return [
         embedded(random_values(rng, (size,), dtype) * SCALE, offset, device=leg.device)
         for dtype in DTYPES
@@ -104,7 +104,7 @@ def test_what_is_not_finite_is_found(leg: Leg, rng: np.random.Generator, culprit
 
 @pytest.mark.parametrize("culprit", [1.0, math.inf, math.nan])
 def test_an_infinite_bound_unscales_only(leg: Leg, rng: np.random.Generator, culprit: float) -> None:
-    """Whatever the norm is: torch's own clip would make NaN of all where it is not finite."""
+    """For any norm; torch's own clip would make all values NaN where the norm is not finite."""
     scaled = drawn(rng, leg)
     scaled[0][3] = culprit
     ours, theirs = (optimizer_of([twin(grad) for grad in scaled]) for _ in range(2))
@@ -139,7 +139,7 @@ def test_a_scale_that_is_no_power_of_two(leg: Leg, rng: np.random.Generator) -> 
 
 
 class Syncs(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so
-    """Counts the numbers that are fetched: on a GPU each is a sync."""
+    """Counts the numbers that are copied to the host: on a GPU each is a sync."""
 
     count = 0
 
@@ -168,7 +168,7 @@ def test_two_launches(leg: Leg, rng: np.random.Generator, count: int) -> None:
             fastclip.unscale_and_clip_grad_norm_(scaler, optimizer, 0.5)
         assert [name for name, _ in launched] == ["reduce_kernel", "apply_kernel"]
         scaler.update()
-    # The launch that carries no scale is another one: neither is taken for the other.
+    # A plan without a scale has another launch: the cached one with a scale is not used for it.
     norm = fastclip.clip_grad_norm_(grads_and_owners(optimizer), 1e9, norm_dtype=torch.float64)
     assert norm.item() == pytest.approx(oracle.norm(grads_of(optimizer), 2), rel=1e-5)
 
@@ -194,7 +194,7 @@ def in_one_go(scaler: GradScaler, optimizer: Optimizer) -> Tensor:
 
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "fused_adagrad"])
 def test_training(optimizer: str) -> None:
-    """The same losses and scales, a skipped step and a grown scale included."""
+    """The same losses and scales, including a skipped step and a larger scale."""
     makers = {**OPTIMIZERS, "fused_adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=0.1, fused=True)}
 
     def train(clip: Clip) -> list[tuple[float, float, float]]:
@@ -224,7 +224,7 @@ def test_training(optimizer: str) -> None:
 @pytest.mark.parametrize("steps_between", [False, True], ids=["unscaled, then stepped", "one after the other"])
 @pytest.mark.parametrize("infinite", [0, 1, None])
 def test_several_optimizers_have_one_scaler(steps_between: bool, infinite: int | None) -> None:
-    """Each has its own norm, and only the one with an infinity leaves its step out."""
+    """Each has its own norm, and only the one with an infinity skips its step."""
 
     def train(clip: Clip) -> tuple[list[float], float]:
         trainings = [Training(), Training(OPTIMIZERS["fused_adamw"])]
@@ -257,7 +257,7 @@ def test_several_optimizers_have_one_scaler(steps_between: bool, infinite: int |
     assert our_scale == their_scale == (SCALE if infinite is None else SCALE / 2)
 
 
-# ---- The order of calls, and what is refused
+# ---- The order of calls, and what raises
 
 
 def unscale(scaler: GradScaler, optimizer: Optimizer) -> None:
@@ -342,7 +342,7 @@ def test_a_scaler_that_was_changed_by_hand_is_refused_and_left_so(name: str) -> 
     optimizer, scaler = torch.optim.SGD([parameter]), torch.amp.GradScaler("cpu")
 
     def own(*_: object) -> None:
-        """What the user put there."""
+        """The user's replacement."""
 
     setattr(scaler, name, own)
     with pytest.raises(TypeError, match="unscales as torch's does"):
@@ -407,14 +407,14 @@ def test_sparse_gradients(leg: Leg) -> None:
 
 
 def test_the_gradients_versions_move() -> None:
-    """Or a later backward through them would be wrong without a word."""
+    """Otherwise a later backward through them would be wrong without an error."""
     optimizer, scaler = optimizer_of([torch.ones(3)]), scaler_for()
     before = grads_of(optimizer)[0]._version
     in_one_go(scaler, optimizer)
     assert grads_of(optimizer)[0]._version > before
 
 
-# ---- With an inverse scale and a found-inf tensor of one's own
+# ---- With the user's own inverse scale and found-inf tensor
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
@@ -435,7 +435,7 @@ def test_a_scale_of_one_s_own(leg: Leg, rng: np.random.Generator, as_tensor: boo
     fastclip.clip_scaled_grad_norm_(made, 0.5, inverse, found)
     assert found.tolist() == [1.0]
     fastclip.clip_scaled_grad_norm_(parameters([torch.ones(2, device=leg.device)]), 0.5, inverse, found)
-    assert found.tolist() == [1.0]  # who found one remembers it
+    assert found.tolist() == [1.0]  # the flag stays
 
 
 @pytest.mark.parametrize(

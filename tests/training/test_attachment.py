@@ -1,4 +1,4 @@
-"""A rule attached to an optimizer: the same steps as clipping by hand, whatever the optimizer and the training loop."""
+"""A rule attached to an optimizer: the same steps as clipping by hand, for every optimizer and training loop."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RULES: dict[str, Callable[[], Any]] = {
 
 
 class StubMonitor:
-    """What an attachment asks of a monitor: it skips the steps that it is told to."""
+    """The part of a monitor that an attachment uses; it skips the given steps."""
 
     def __init__(self, model: nn.Module, *skipped: int) -> None:
         self.owners: Owners = listed(model, "parameters")
@@ -71,7 +71,7 @@ def test_same_as_by_hand(rule: str, optimizer: str) -> None:
     theirs.steps(lambda: fastclip.clip_grads_(theirs.model, RULES[rule]()))
     plain.steps()
     ours.assert_same_as(theirs)
-    with pytest.raises(AssertionError):  # or the rule would have had nothing to do
+    with pytest.raises(AssertionError):  # otherwise the rule would have changed nothing
         ours.assert_same_as(plain)
     assert clipper.clipped
 
@@ -96,7 +96,7 @@ def test_the_arguments_of_keras(keras: dict[str, float], clip: Callable[[nn.Modu
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("name", ["clipnorm", "clipvalue", "global_clipnorm"])
 def test_0_is_off_as_with_keras(name: str, fold: bool) -> None:
-    """Training is that without a clip; the norm is there to be logged."""
+    """Training is the same as without clipping; the norm can still be logged."""
     ours, plain = Training(), Training()
     clipper = fastclip.attach(ours.optimizer, fold=fold, **{name: 0})  # type: ignore[arg-type]
     assert repr(clipper) == "<nothing attached to SGD>"
@@ -120,7 +120,7 @@ KEEPING: dict[str, tuple[Callable[[Any], Optimizer], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("kind", KEEPING)
 def test_gradients_that_are_kept(kind: str) -> None:
-    """The step is that of clipped gradients; what is left are the very tensors that backward made, as they were."""
+    """The step uses clipped gradients; afterwards `.grad` are the same tensors as before, with the same values."""
     make, options = KEEPING[kind]
     ours, theirs = Training(make), Training(make)
     clipper = fastclip.attach(ours.optimizer, global_clipnorm=0.02, keep_grads=True, **options)
@@ -155,7 +155,7 @@ def test_gradients_that_are_kept(kind: str) -> None:
 
 
 def test_kept_gradients_come_back_at_once_where_a_trigger_raises() -> None:
-    """They are what one wants to look at then."""
+    """The user wants to see them then."""
     training = Training()
     monitor = fastclip.Monitor(training.model, triggers=[fastclip.Above("norm", 1e-9, action="raise")])
     fastclip.attach(training.optimizer, global_clipnorm=0.02, keep_grads=True, monitor=monitor)
@@ -181,7 +181,7 @@ def test_kept_gradients_of_a_step_that_raised_do_not_come_back_over_new_ones() -
         training.optimizer.step()
     handle.remove()
     training.optimizer.zero_grad(set_to_none=False)
-    training.backward(1)  # adds to the copies
+    training.backward(1)  # this adds to the clipped copies
     after = [grad_of(p).clone() for p in training.model.parameters()]
     training.optimizer.step()
     for parameter, grad in zip(training.model.parameters(), after, strict=True):
@@ -211,7 +211,7 @@ def test_accumulated_gradients_are_clipped_once() -> None:
     ids=["sgd", "lbfgs"],
 )
 def test_closure(make: Callable[[Any], Optimizer], by_keyword: bool) -> None:
-    """The gradients exist only inside, and LBFGS evaluates the closure several times a step."""
+    """The gradients exist only inside the step, and LBFGS evaluates the closure several times in one."""
 
     def train(training: Training, clip: Callable[[], object]) -> list[float]:
         losses = []
@@ -257,7 +257,7 @@ def test_read_afterwards() -> None:
 
 
 class Syncs(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so
-    """Counts what would wait for a GPU: numbers that are fetched, and copies to another device."""
+    """Counts the numbers that are copied to the host: on a GPU each is a sync."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -338,7 +338,7 @@ def test_bounds_with_a_default_are_saved_as_plain_numbers() -> None:
         bounds = collections.defaultdict(lambda rest=rest: rest, {"0": 0.01})  # type: ignore[misc]
         clipper = fastclip.attach(training.optimizer, fastclip.ClipByNorm(bounds, by="layer"))
     state = saved_and_loaded(ours.optimizer.state_dict())
-    ours.optimizer.load_state_dict(state)  # the same: no warning
+    ours.optimizer.load_state_dict(state)  # the same rule: no warning
     with pytest.warns(UserWarning, match="takes the place"):
         theirs.optimizer.load_state_dict(state)
     assert clipper.rule == fastclip.ClipByNorm({"0": 0.01, "2": 0.02}, by="layer")
@@ -351,7 +351,7 @@ def test_state_dict_of_an_attached_optimizer_is_a_plain_one_s_too() -> None:
     plain.optimizer.load_state_dict(saved_and_loaded(ours.optimizer.state_dict()))
     plain_state = plain.optimizer.state_dict()
     assert plain_state.keys() == {"state", "param_groups"}
-    ours.optimizer.load_state_dict(saved_and_loaded(plain_state))  # and the other way round
+    ours.optimizer.load_state_dict(saved_and_loaded(plain_state))  # and in the other direction
     assert ours.optimizer.state_dict()["fastclip"]["rule"]["name"] == "ClipByNorm"
 
 
@@ -362,12 +362,12 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
     with pytest.raises(ValueError, match="doesn't match the size"):
         ours.optimizer.load_state_dict(other.optimizer.state_dict())
     assert clipper.rule == fastclip.ClipByNorm(0.01)
-    ours.optimizer.load_state_dict(Training().optimizer.state_dict())  # nor is it remembered
+    ours.optimizer.load_state_dict(Training().optimizer.state_dict())  # nothing of the failed state was kept
     assert clipper.rule == fastclip.ClipByNorm(0.01)
 
 
 class RunningMean:
-    """A rule with a state: it clips by the mean of the norms so far."""
+    """A rule with state: it clips to the mean of the norms so far."""
 
     def __init__(self) -> None:
         self.total = torch.zeros((), dtype=torch.float64)
@@ -417,7 +417,7 @@ def test_distributed_checkpoints_pass_over_it() -> None:
 @pytest.mark.parametrize("optimizer", ["adam", "fused_adamw", "fused_sgd"])
 @pytest.mark.parametrize("infinite", [False, True], ids=["finite", "inf"])
 def test_grad_scaler(optimizer: str, unscaled: bool, infinite: bool) -> None:
-    """With and without `unscale_` before: fused optimizers get scaled gradients without."""
+    """With and without `unscale_` before the step; without it, fused optimizers get scaled gradients."""
     ours, theirs = Training(OPTIMIZERS[optimizer]), Training(OPTIMIZERS[optimizer])
     clipper = fastclip.attach(ours.optimizer, fastclip.ClipByGlobalNorm(0.02))
     for training in (ours, theirs):
@@ -437,7 +437,7 @@ def test_grad_scaler(optimizer: str, unscaled: bool, infinite: bool) -> None:
             scaler.step(training.optimizer)
             scaler.update()
     for own, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
-        # The scale is a power of two, but the coefficient is rounded to fp32 before it, once with and once without it.
+        # The scale is a power of two, but the coefficient is rounded to fp32 once with the scale and once without it.
         torch.testing.assert_close(own, other, rtol=1e-6, atol=1e-7)
     assert clipper.norm is not None
     assert clipper.norm.item() == pytest.approx(norm.item(), rel=1e-6)
@@ -454,7 +454,7 @@ def test_values_that_carry_a_scale_are_refused() -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_skipped_steps_change_nothing(optimizer: str) -> None:
-    """Neither weights nor the optimizer's state; the gradients stay."""
+    """Neither the weights nor the optimizer's state change, and the gradients stay."""
     ours, theirs = Training(OPTIMIZERS[optimizer]), Training(OPTIMIZERS[optimizer])
     monitor = StubMonitor(ours.model, 0, 2)
     fastclip.attach(ours.optimizer, clipnorm=0.01, monitor=monitor)  # type: ignore[arg-type]
@@ -486,7 +486,7 @@ def test_fused_optimizers_skip_without_a_sync() -> None:
 
 
 def test_skipping_leaves_what_the_scaler_found() -> None:
-    """A step is skipped where either asks for it."""
+    """A step is skipped if the monitor or the scaler asks for it."""
     training = Training(OPTIMIZERS["fused_adamw"])
     fastclip.attach(training.optimizer, monitor=StubMonitor(training.model, 99))  # type: ignore[arg-type]
     before = [parameter.detach().clone() for parameter in training.model.parameters()]
@@ -504,7 +504,7 @@ def two_groups(parameters: Iterator[tuple[str, Tensor]]) -> Optimizer:
 
 
 def test_parameter_groups_and_the_monitor_s_order() -> None:
-    """The monitor's parameters are in the model's order, the optimizer's in that of its groups."""
+    """The monitor has the parameters in the model's order, the optimizer in the order of its groups."""
     ours, theirs = Training(two_groups), Training(two_groups)
     monitor = StubMonitor(ours.model)
     rule = fastclip.ClipByNorm([0.03, 0.01], by="group")
@@ -589,7 +589,7 @@ def test_a_monitor_of_another_model() -> None:
 
 
 def backward(training: Training, batch: int, factor: float = 1.0) -> None:
-    """A backward pass whose gradients are a multiple of what they should be."""
+    """A backward pass that multiplies the gradients by a factor."""
     training.optimizer.zero_grad()
     training.backward(batch)
     for parameter in training.model.parameters():
@@ -675,12 +675,12 @@ def test_a_monitor_without_names_watches_parameters() -> None:
     assert monitor.groups.labels == (0, 1, 2, 3)
 
 
-# ---- What a review broke
+# ---- Defects that a review found
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "fused_adamw"])
 def test_detached_by_a_trigger_inside_of_a_step(optimizer: str) -> None:
-    """The step is skipped all the same, everything is put back, and the steps after it are plain ones."""
+    """The step is still skipped, everything is restored, and later steps do not clip."""
     ours, plain = Training(OPTIMIZERS[optimizer]), Training(OPTIMIZERS[optimizer])
     skip = fastclip.NonFinite("gradients", action="skip")
     detach = fastclip.NonFinite("gradients", action=lambda _: clipper.detach())
@@ -702,7 +702,7 @@ def test_detached_by_a_trigger_inside_of_a_step(optimizer: str) -> None:
 
 
 class Raising(torch.optim.Adam):
-    """An optimizer whose step fails now and then, as when memory runs out."""
+    """An optimizer whose step raises if `fails`, as when memory runs out."""
 
     fails = False
 
@@ -735,7 +735,7 @@ def test_a_step_that_raised_leaves_the_scaler_s_next_one_alone() -> None:
     scaler.update()
     training.optimizer.fails = False  # type: ignore[attr-defined]
     before = [parameter.detach().clone() for parameter in training.model.parameters()]
-    step(math.inf)  # which the scaler skips
+    step(math.inf)  # the scaler skips it
     for parameter, old in zip(training.model.parameters(), before, strict=True):
         oracle.assert_same_bits(parameter.detach(), old)
 
@@ -784,7 +784,7 @@ def test_a_rule_that_does_not_fit_is_not_restored() -> None:
     named = fastclip.ClipByNorm({"0": 1.0, "2": 2.0}, by=lambda name: name[0])
     first, second = Training(), Training()
     fastclip.attach(first.optimizer, named)
-    clipper = fastclip.attach(second.optimizer, clipnorm=1.0)  # by parameter: the function cannot be saved
+    clipper = fastclip.attach(second.optimizer, clipnorm=1.0)  # by parameter, as the function cannot be saved
     takes_the_place = pytest.warns(UserWarning, match="takes the place")
     with takes_the_place, pytest.raises(ValueError, match="no group"):
         second.optimizer.load_state_dict(first.optimizer.state_dict())
@@ -808,7 +808,7 @@ def test_parameters_that_change_their_group() -> None:
 
 
 class Calling(torch.optim.AdamW):
-    """An optimizer whose step calls that of the class below, which has hooks of its own once torch made one of it."""
+    """An optimizer whose step calls its base class's; after an instance of that class, torch runs hooks there, too."""
 
     def step(self, closure: Any = None) -> Any:
         try:
@@ -926,7 +926,7 @@ def test_only_the_last_evaluation_of_a_closure_says_whether_the_step_is_skipped(
 
 
 class Failing:
-    """A hook that raises when it is told to, after the rule was applied, as when memory runs out."""
+    """A hook that raises the next `times` times, after the rule was applied, as when memory runs out."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.times = 0
@@ -947,7 +947,7 @@ def test_a_step_that_calls_another_again_where_that_raised() -> None:
 
     def fails_inside(*_: object) -> None:
         raised.append(len(raised))
-        if len(raised) == 2:  # that of the class below
+        if len(raised) == 2:  # inside the base class's step
             raise MemoryError
 
     handle = ours.optimizer.register_step_pre_hook(fails_inside)
@@ -964,7 +964,7 @@ def test_a_step_that_calls_another_again_where_that_raised() -> None:
 
 @pytest.mark.parametrize("optimizer", ["momentum", "fused_adamw"])
 def test_detached_after_a_step_that_raised(optimizer: str) -> None:
-    """Everything is as if there had been no attachment: attributes, gradients and hooks."""
+    """Attributes, gradients and hooks are as if there had been no attachment."""
     training = Training(OPTIMIZERS[optimizer])
     clipper = fastclip.attach(training.optimizer, clipnorm=0.01, monitor=StubMonitor(training.model, 0))  # type: ignore[arg-type]
     failing = Failing(training.optimizer)
@@ -983,7 +983,7 @@ def test_detached_after_a_step_that_raised(optimizer: str) -> None:
 
 
 def test_gradients_of_a_step_that_raised_do_not_come_back_beside_new_ones() -> None:
-    """Not where the caller went on with another backward, which reached some parameters only."""
+    """The caller continued with another backward, which reached only some parameters."""
     training = Training()
     fastclip.attach(training.optimizer, clipnorm=1.0, monitor=StubMonitor(training.model, 0))  # type: ignore[arg-type]
     Failing(training.optimizer).times = 1
@@ -1001,7 +1001,7 @@ def test_gradients_of_a_step_that_raised_do_not_come_back_beside_new_ones() -> N
 
 
 def test_a_step_is_skipped_where_a_state_dict_brought_groups_that_are_not_fused() -> None:
-    """Torch's step fails then with `found_inf` set."""
+    """Torch's step raises for such groups if `found_inf` is set."""
     training = Training(OPTIMIZERS["fused_adamw"])
     fastclip.attach(training.optimizer, monitor=StubMonitor(training.model, 0))  # type: ignore[arg-type]
     not_fused = Training(lambda named: torch.optim.AdamW(named, lr=0.01))
@@ -1015,7 +1015,7 @@ def test_a_step_is_skipped_where_a_state_dict_brought_groups_that_are_not_fused(
 
 
 class OwnFused(Optimizer):
-    """One that is not torch's, and looks at `found_inf` as torch's fused ones do."""
+    """An optimizer of the user that reads `found_inf` as torch's fused ones do."""
 
     _step_supports_amp_scaling = True
     found_inf: Tensor
@@ -1034,7 +1034,7 @@ def test_other_optimizers_that_look_at_found_inf_are_left_to_do_so() -> None:
 
 
 class Averaging(torch.optim.SGD):
-    """An optimizer around another one, of the same parameters."""
+    """An optimizer that wraps another one, with the same parameters."""
 
     def __init__(self, inner: Optimizer) -> None:
         super().__init__(inner.param_groups[0]["params"], lr=0.1)
@@ -1061,7 +1061,7 @@ def test_a_step_inside_of_another_optimizer_s_is_clipped_also_after_one_that_rai
 
 
 def test_a_step_that_raised_keeps_nothing_of_its_caller_s() -> None:
-    """Or what an attempt left on the device would be in the way of the next."""
+    """Otherwise the memory of a failed attempt would stay in use during the next one."""
     training = Training()
     fastclip.attach(training.optimizer, clipnorm=0.01)
     Failing(training.optimizer).times = 1
@@ -1078,7 +1078,7 @@ def test_a_step_that_raised_keeps_nothing_of_its_caller_s() -> None:
 
 
 def test_detached_by_another_thread_inside_of_a_step() -> None:
-    """Torch is going through its hooks: they stay until it is through."""
+    """Torch is calling its hooks then: they are removed when the step has ended."""
     ours, plain = Training(OPTIMIZERS["fused_adamw"]), Training(OPTIMIZERS["fused_adamw"])
     clipper = fastclip.attach(ours.optimizer, clipnorm=0.01, monitor=StubMonitor(ours.model, 0))  # type: ignore[arg-type]
 
@@ -1090,7 +1090,7 @@ def test_detached_by_another_thread_inside_of_a_step() -> None:
     handle = ours.optimizer.register_step_pre_hook(detach)
     before = [parameter.detach().clone() for parameter in ours.model.parameters()]
     ours.backward(0)
-    ours.optimizer.step()  # which was to be skipped before it was detached
+    ours.optimizer.step()  # it was to be skipped, from before `detach`
     handle.remove()
     for parameter, old in zip(ours.model.parameters(), before, strict=True):
         oracle.assert_same_bits(parameter.detach(), old)
@@ -1100,7 +1100,7 @@ def test_detached_by_another_thread_inside_of_a_step() -> None:
 
 
 def test_a_wrapper_is_refused() -> None:
-    """As accelerate makes it: an optimizer by its type, whose step is that of another."""
+    """As accelerate's: an optimizer by its type that calls the step of another."""
 
     class Wrapper(torch.optim.Optimizer):
         def __init__(self, optimizer: torch.optim.Optimizer) -> None:

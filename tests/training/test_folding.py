@@ -1,4 +1,4 @@
-"""A rule folded into a fused optimizer: the step of clipping ahead of it, without a pass that writes the gradients."""
+"""A rule folded into a fused optimizer: the same step as with clipping before it, without a pass that writes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RULES: dict[str, Callable[[], Any]] = {
     "function": lambda: fastclip.Rule(lambda norms: -0.01 / norms, by="global"),
 }
 
-# Clipping ahead rounds the coefficient and the product to fp32; folded, the divisor and the quotient are rounded.
+# Clipping before the step rounds the coefficient and the product to fp32; folding rounds the divisor and the quotient.
 FOLDING = 4 * 2.0**-24
 
 
@@ -48,7 +48,7 @@ def weights(training: Training) -> list[Tensor]:
 
 
 def follow(ours: Training, theirs: Training) -> None:
-    """Give one training the weights of another, so that the gradients to come are the same to the bit."""
+    """Copy the weights of one training to another, so that their next gradients are the same to the bit."""
     with torch.no_grad():
         for own, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
             own.copy_(other)
@@ -80,7 +80,7 @@ def test_same_as_clipping_ahead(rule: str, optimizer: str, dtype: torch.dtype, t
         assert_close(gradients(ours), gradients(theirs), dtype)
         relative = max(4 * torch.finfo(dtype).eps, 1e-6)
         for own, other in zip(weights(ours), weights(theirs), strict=True):
-            torch.testing.assert_close(own, other, rtol=relative, atol=0.1 * relative)  # a step is at most 0.1 long
+            torch.testing.assert_close(own, other, rtol=relative, atol=0.1 * relative)  # a step is at most 0.1
         follow(ours, theirs)
     assert not hasattr(ours.optimizer, "grad_scale")
 
@@ -95,7 +95,7 @@ def test_on_every_leg(leg: Leg) -> None:
     ours.optimizer.step()
     fastclip.clip_grad_norm_(theirs.model, 0.02)
     theirs.optimizer.step()
-    # clip_grad_norm_ has its coefficient from the kernel, and the rule from torch: both in fp64.
+    # The kernel computes the coefficient of clip_grad_norm_, and torch that of the rule: both in fp64.
     assert_close(gradients(ours), gradients(theirs))
 
 
@@ -110,7 +110,7 @@ def test_nothing_to_clip_is_no_clipping_to_the_bit(optimizer: str) -> None:
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so
-    """Notes which of torch's operations write to gradients, and how often a number is fetched, which is a sync."""
+    """Records the operations that write to gradients, and counts the numbers copied to the host: each is a sync."""
 
     def __init__(self, grads: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -129,7 +129,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
 
 
 def test_only_the_optimizer_writes_gradients_and_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTCLIP_BACKEND", "torch")  # whose operations can be seen
+    monkeypatch.setenv("FASTCLIP_BACKEND", "torch")  # a mode sees this backend's operations
     training = Training(FUSED["adamw"])
     fastclip.attach(training.optimizer, fastclip.ClipGradNorm(0.02), fold=True)
     training.steps()
@@ -141,7 +141,7 @@ def test_only_the_optimizer_writes_gradients_and_nothing_waits(monkeypatch: pyte
 
 
 def test_a_closure() -> None:
-    """The gradients exist only inside."""
+    """The gradients exist only inside the step."""
     ours, theirs = Training(FUSED["momentum"]), Training(FUSED["momentum"])
     clipper = fastclip.attach(ours.optimizer, fastclip.ClipGradNorm(0.02), fold=True)
     for training in (ours, theirs):
@@ -177,7 +177,7 @@ def test_what_is_not_finite_spreads_as_it_does_ahead(culprit: float) -> None:
 @pytest.mark.parametrize("unscaled", [False, True], ids=["by step", "by unscale_"])
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "momentum", "adagrad"])
 def test_grad_scaler(optimizer: str, unscaled: bool) -> None:
-    """It multiplies a `grad_scale` that is there and deletes it afterwards; a step with an infinity is left out."""
+    """The scaler multiplies an existing `grad_scale` and deletes it afterwards; it skips a step with an infinity."""
     ours, theirs = Training(FUSED[optimizer]), Training(FUSED[optimizer])
     clipper = fastclip.attach(ours.optimizer, fastclip.ClipGradNorm(0.02), fold=True)
     scalers = {training: torch.amp.GradScaler("cpu", init_scale=2.0**10) for training in (ours, theirs)}
@@ -297,7 +297,7 @@ def test_a_step_that_raises_leaves_no_scale_to_the_next() -> None:
 
 @pytest.mark.parametrize("ends", ["by unscale_", "by step, cleared", "by plain step, cleared", "detached"])
 def test_a_step_that_raises_leaves_no_scale_to_the_scaler(ends: str) -> None:
-    """Where what it would multiply its own by is cleared by the caller."""
+    """The scaler would multiply its own scale by one that a failed step left, unless the caller clears that."""
     ours, theirs = Training(FUSED["sgd"]), Training(FUSED["sgd"])
     clipper = fastclip.attach(ours.optimizer, fastclip.ClipGradNorm(0.02), fold=True)
     scalers = {training: torch.amp.GradScaler("cpu", init_scale=2.0**10) for training in (ours, theirs)}
@@ -391,14 +391,14 @@ def test_a_trigger_that_raises_leaves_nothing_lent() -> None:
 
 
 class OwnStep(torch.optim.Adam):
-    """Fused by its settings only."""
+    """Has torch's settings for a fused step, but its own step."""
 
     def step(self, closure: Any = None) -> Any:
         return closure
 
 
 class WrappingStep(torch.optim.Adam):
-    """Its step has all the names of torch's."""
+    """Its own step has the name and attributes of torch's."""
 
     @functools.wraps(torch.optim.Adam.step)
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]  # mypy sees one of torch's overloads
@@ -406,7 +406,7 @@ class WrappingStep(torch.optim.Adam):
 
 
 class PlainSubclass(torch.optim.Adam):
-    """Has torch's own step."""
+    """Has torch's step."""
 
 
 def _parameter() -> list[nn.Parameter]:
@@ -486,7 +486,7 @@ def two_groups(fused: bool) -> Callable[[Any], Optimizer]:
 
 
 def test_a_state_that_is_not_fused_is_refused_before_any_of_it_is_restored() -> None:
-    """Whether a group is fused is in torch's state dict, and so loading one may end it."""
+    """Torch's state dict has `fused` of each group, so loading one may switch it off."""
     ours, plain = Training(two_groups(True)), Training(two_groups(False))
     clipper = fastclip.attach(ours.optimizer, fastclip.ClipGradNorm(0.02), fold=True)
     fastclip.attach(plain.optimizer, fastclip.ClipGradNorm(0.02))
@@ -494,7 +494,7 @@ def test_a_state_that_is_not_fused_is_refused_before_any_of_it_is_restored() -> 
         training.steps()
     before = copy.deepcopy(ours.optimizer.state_dict())
     norm = clipper.norm
-    state = copy.deepcopy(plain.optimizer.state_dict())  # or the two would share it
+    state = copy.deepcopy(plain.optimizer.state_dict())  # otherwise the two would share it
     message = r"param_groups\[1\] of the state dict .* load_state_dict .*\[1\]\[\"fused\"\] = True"
     with pytest.raises(ValueError, match=message):
         ours.optimizer.load_state_dict(state)
@@ -513,7 +513,7 @@ def test_a_state_that_is_not_fused_is_refused_before_any_of_it_is_restored() -> 
 
 
 def test_a_state_without_fused_loads_once_detached() -> None:
-    """Also inside of a step, where the hooks stay."""
+    """Also if it was detached inside a step, during which the hooks stay."""
     ours, plain = Training(FUSED["adam"]), Training(lambda parameters: torch.optim.Adam(parameters, lr=0.01))
     clipper = fastclip.attach(ours.optimizer, fastclip.ClipGradNorm(0.02), fold=True)
     handle = ours.optimizer.register_step_pre_hook(lambda *_: clipper.detach())

@@ -1,4 +1,4 @@
-"""Optimizers that step inside of backward: clipped there, or an error, but never nothing without a word."""
+"""Optimizers that step inside backward: each gradient is clipped there, or a later clip raises or warns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def step_in_backward(
     clip: Callable[[Tensor], object] = lambda _: None,
     attach: Callable[[Optimizer], object] = lambda _: None,
 ) -> None:
-    """Give each parameter an optimizer, which steps when its gradient is there, and frees it."""
+    """Give each parameter an optimizer that steps as soon as its gradient is ready, and frees the gradient."""
     for parameter in training.model.parameters():
         optimizer = torch.optim.SGD([parameter], lr=0.5)
         attach(optimizer)
@@ -41,7 +41,7 @@ def step_in_backward(
 
 
 def after_backward() -> Training:
-    """The same parameters, each clipped by itself, and then stepped."""
+    """The same training, but each parameter is clipped and stepped after backward."""
     training = Training(lambda parameters: torch.optim.SGD(parameters, lr=0.5))
     training.steps(lambda: [fastclip.clip_grad_norm_(p, 0.01) for p in training.model.parameters()])
     return training
@@ -60,7 +60,7 @@ CLIPPING: dict[str, Callable[[nn.Module], object]] = {
 NOTHING_LEFT = r"4 of 4 parameters .* steps inside of backward .*Clip each gradient in its"
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning")  # by torch's own import
+@pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning")  # from torch's own import
 @pytest.mark.parametrize("call", CLIPPING)
 def test_clipping_behind_torch_s_optimizers_in_backward_is_an_error(call: str) -> None:
     from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
@@ -74,7 +74,7 @@ def test_clipping_behind_torch_s_optimizers_in_backward_is_an_error(call: str) -
 
 @pytest.mark.parametrize("call", CLIPPING)
 def test_clipping_behind_hooks_that_step_warns(call: str) -> None:
-    """What a hook does cannot be told: it may be a profiler that it steps."""
+    """It is no error, as it is unknown what a hook does: it may step a profiler."""
     training = Training()
     step_in_backward(training)
     training.backward(0)
@@ -133,7 +133,7 @@ def log_on_accumulation(training: Training, log: Callable[[Tensor], object] = la
 
 @pytest.mark.parametrize("call", CLIPPING)
 def test_hooks_that_only_look_are_no_error_before_backward(call: str) -> None:
-    """Nor are they known to leave the gradients: what there is to say is said."""
+    """It is also unknown whether they leave the gradients, so the call warns."""
     training = Training()
     log_on_accumulation(training)
     with pytest.warns(UserWarning, match=r"4 of 4 parameters .* Either no backward has reached them") as caught:
@@ -142,7 +142,7 @@ def test_hooks_that_only_look_are_no_error_before_backward(call: str) -> None:
 
 
 class Profiler:
-    """Something else that steps."""
+    """Has a `step`, but is no optimizer."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -163,9 +163,9 @@ def test_a_hook_that_steps_something_else_is_no_error_before_backward() -> None:
 
 @pytest.mark.parametrize("call", CLIPPING)
 def test_a_call_inside_of_backward_takes_what_is_there_and_says_so(call: str) -> None:
-    """For a log, say; where the other gradients are is not known there."""
+    """For example for a log. It is unknown there whether the other gradients are still to come."""
     ours = Training()
-    *others, first = ours.model.parameters()  # backward begins at the end
+    *others, first = ours.model.parameters()  # backward starts with the last parameter
     calls = []
 
     def log(parameter: Tensor) -> None:
