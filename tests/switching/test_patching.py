@@ -19,6 +19,7 @@ import torch
 
 import fastclip
 from fastclip import __main__ as command
+from fastclip import switching
 from fastclip.core import clipping
 from fastclip.foundation import originals
 from fastclip.switching import patching
@@ -717,7 +718,7 @@ def test_the_command_hands_check_its_arguments(monkeypatch: pytest.MonkeyPatch) 
     check = types.ModuleType("fastclip.switching.check")
     vars(check)["main"] = main
     monkeypatch.setitem(sys.modules, "fastclip.switching.check", check)
-    monkeypatch.setattr(fastclip, "check", check, raising=False)
+    monkeypatch.setattr(switching, "check", check, raising=False)
     assert command.main(["check", "-h", "--device", "cpu"]) == 7
     assert received == [["-h", "--device", "cpu"]]
 
