@@ -35,7 +35,7 @@ gpu: $(READY)
 
 # What setup.py has the kernels compiled with, and what the sanitizers take a few seconds for.
 KERNEL_FLAGS := -std=gnu11 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror
-sanitize: tests/native/drive.c $(wildcard kernels/*.c kernels/*.h)
+sanitize: tests/backends/drive.c $(wildcard kernels/*.c kernels/*.h)
 	@mkdir -p out
 	$(CC) $(KERNEL_FLAGS) -O3 kernels/cpu.c $< -o out/drive -lm -lpthread && out/drive 60
 	$(CC) $(KERNEL_FLAGS) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all kernels/cpu.c $< \

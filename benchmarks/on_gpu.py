@@ -85,7 +85,7 @@ def parts(out: Path) -> Iterator[Part]:
         "tests",
         170,
         module("pytest", *TESTS, "--leg", "gpu", *workers, *limits, "tests"),
-        module("pytest", *TESTS, "--leg", "numpy", "tests/test_device.py"),
+        module("pytest", *TESTS, "--leg", "numpy", "tests/core/test_device.py"),
         8,
         alone=False,
     )

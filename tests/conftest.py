@@ -1,4 +1,4 @@
-"""Fixtures, and the hooks that run each test once on every leg: on NumPy, on torch, and on the kernels (see `legs`)."""
+"""Fixtures, and the hooks that run each test once on every leg: NumPy, torch, the kernels (see `support/legs.py`)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# The helper modules and packages beside the tests are importable, whatever pytest's import mode.
-sys.path.insert(0, str(Path(__file__).parent))
+# The helpers and `ptxlab` are imported as top-level modules. Processes that tests spawn get the same path.
+_TESTS = Path(__file__).parent
+sys.path[:0] = [str(_TESTS / "support"), str(_TESTS)]
 pytest.register_assert_rewrite("oracle", "gradients")
 
 import legs  # noqa: E402 - found by the path above
@@ -25,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "legs(*names): run the test on these legs only, of those that there are")
+    config.addinivalue_line("markers", "legs(*names): run the test on these legs only, as far as they are available")
     config.pluginmanager.register(legs.worker_plugin(config) or legs.Relay(config), "legs")
 
 
@@ -41,7 +42,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A test of legs that are not there, or are not asked for, is no test."""
+    """Drop the tests of legs that are not available or not asked for."""
     wanted = config.getoption("--leg")
     items[:] = [item for item in items if not legs.has_no_leg(item)]
     if wanted is not None:
@@ -54,7 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def leg(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leg]:
-    """The leg that the test runs on; its backend is forced."""
+    """The leg that the test runs on, with its backend forced."""
     monkeypatch.setenv("FASTCLIP_BACKEND", request.param.backend)
     yield request.param
     request.param.check()
@@ -62,7 +63,7 @@ def leg(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    """Random numbers that are the test's own, and the same in every run."""
+    """A random generator for this test alone, the same in every run."""
     return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
 
 
@@ -74,7 +75,7 @@ def _pool(size: int) -> Iterator[Pool]:
 
 @pytest.fixture(scope="session")
 def two() -> Iterator[Pool]:
-    """Two processes in a process group; started by the first test that runs something there."""
+    """Two processes in a process group; the first test that runs something there starts them."""
     yield from _pool(2)
 
 
@@ -86,7 +87,7 @@ def four() -> Iterator[Pool]:
 
 @pytest.fixture
 def four_anew() -> Iterator[Pool]:
-    """Four processes for one test, which ends their process group: torch remembers its meshes by what they equal."""
+    """Four processes for one test that ends their process group: torch's cache of meshes outlives the group."""
     yield from _pool(4)
 
 

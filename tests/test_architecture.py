@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from paths import ROOT
 
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").exists(), reason="the tests stand without the sources here")
 

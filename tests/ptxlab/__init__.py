@@ -1,8 +1,8 @@
 """ptxlab: what Triton compiles for NVIDIA GPUs, executed on CPU threads.
 
-`activate()` lets Triton's own JIT, launcher and NVIDIA driver work without a GPU, against a stand-in libcuda. Every
-`kernel[grid](...)` on CPU tensors then goes the whole way (specialisation, PTX, ptxas, launcher, driver), and the PTX
-is executed, one thread a warp, several programs at once, with each access to memory checked.
+`activate()` lets Triton's own JIT, launcher and NVIDIA driver work without a GPU, with a stand-in for libcuda. Every
+`kernel[grid](...)` on CPU tensors then takes the real path (specialisation, PTX, ptxas, launcher, driver). The PTX is
+executed with a thread for each warp and several programs at once, and every memory access is checked.
 
     ptxlab.activate(90)
     with ptxlab.recording() as launched:

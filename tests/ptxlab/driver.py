@@ -1,4 +1,4 @@
-"""Triton's NVIDIA driver on a stand-in libcuda, whose launches run on the CPU."""
+"""Triton's NVIDIA driver with a stand-in for libcuda that runs launches on the CPU."""
 
 import contextlib
 import ctypes
@@ -33,7 +33,7 @@ _PARAMETER_TYPES: dict[str, Any] = {
 
 @dataclass
 class _Options:
-    """What `activate` was last asked for."""
+    """The arguments of the last `activate`."""
 
     bounds: str | Sequence[Range] | None = "live"
     sanitize: str = ""
@@ -44,7 +44,7 @@ class _Options:
 
 @dataclass
 class _State:
-    """All that the process keeps."""
+    """The state of the process."""
 
     library: ctypes.CDLL | None = None
     callback: Any = None  # the library holds its address, so it must live
@@ -70,7 +70,7 @@ def activate(
     jitter: int = 0,
     seed: int = 0,
 ) -> None:
-    """Lets Triton compile and launch without a GPU, on CPU tensors. May be called again to change anything.
+    """Let Triton compile and launch without a GPU, on CPU tensors. May be called again with other arguments.
 
     Not for a process that uses a real GPU: it replaces libcuda.
 
@@ -81,8 +81,8 @@ def activate(
             (unchecked).
         sanitize: "thread" compiles kernels with gcc's ThreadSanitizer; the process must run under it (see `races`).
         resident: Programs that run at once.
-        jitter: Per cent of the synchronisation points where a warp yields or sleeps.
-        seed: Of the jitter; it advances with each launch.
+        jitter: Percentage of the synchronisation points at which a warp yields or sleeps.
+        seed: The seed of the jitter; it changes with each launch.
     """
     if isinstance(bounds, str) and bounds != "live":
         raise ValueError(f'bounds is "live", None or a list of (address, bytes), not {bounds!r}')
@@ -100,23 +100,23 @@ def activate(
 
 
 def deactivate() -> None:
-    """Gives Triton back the driver that it finds itself. Compiled kernels stay cached."""
+    """Give Triton back the driver that it finds itself. Compiled kernels stay cached."""
     _triton().runtime.driver._active = None  # `reset_active()` would raise where there is no GPU
     _state.allowed.clear()
 
 
 def allow(*tensors: "torch.Tensor") -> None:
-    """Adds memory that kernels may touch, beside `bounds`, until the next `activate`; keeps the tensors alive."""
+    """Add memory to `bounds` that kernels may access until the next `activate`; keep the tensors alive."""
     _state.allowed.extend(tensors)
 
 
 def launches() -> int:
-    """Launches in this process so far."""
+    """The number of launches in this process so far."""
     return 0 if _state.library is None else int(_state.library.standin_launches())
 
 
 def check() -> None:
-    """Raises the first fault since the last check."""
+    """Raise the first fault since the last check."""
     if _state.faults:
         first = _state.faults[0]
         _state.faults.clear()
@@ -125,13 +125,13 @@ def check() -> None:
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launched]]:
-    """Yields a list that has, at the end, the (kernel, grid) of each launch inside; raises the first fault."""
+    """Yield a list that has, at the end, the (kernel, grid) of each launch inside; raise the first fault."""
     start = len(_state.log)
     launched: list[Launched] = []
     try:
         yield launched
     except RuntimeError as error:
-        # Triton reports a fault as an error of the driver; the fault itself says more.
+        # Triton reports a fault as an error of the driver; the fault's own message says more.
         if _state.faults:
             fault = _state.faults[0]
             _state.faults.clear()
@@ -143,12 +143,12 @@ def recording() -> Iterator[list[Launched]]:
 
 
 def _triton() -> Any:
-    """Triton, imported late: hand-written PTX needs neither it nor torch, and starts faster without."""
+    """Import Triton only here: hand-written PTX needs neither Triton nor torch, and starts faster without them."""
     return importlib.import_module("triton")
 
 
 def _load_library() -> ctypes.CDLL:
-    """Builds and loads the stand-in; once loaded, it also serves every `dlopen("libcuda.so.1")`."""
+    """Build and load the stand-in; afterwards `dlopen("libcuda.so.1")` also returns it."""
     include = Path(_triton().__file__).parent / "backends" / "nvidia" / "include"
     flags = ("-O1", "-w", "-shared", "-fPIC", f"-I{include}", "-Wl,-soname,libcuda.so.1")
     path = build(Path(__file__).with_name("driver.c").read_text(), "libcuda.so.1", flags)
@@ -165,7 +165,7 @@ def _load_library() -> ctypes.CDLL:
 
 
 def _remember_compiled_kernels() -> None:
-    """Hooks Triton where it loads a kernel, since a launch brings no more than the kernel's handle."""
+    """Add a hook where Triton loads a kernel, as a launch has only the kernel's handle."""
     compiled_kernel = importlib.import_module("triton.compiler.compiler").CompiledKernel
     original = compiled_kernel._init_handles
 
@@ -182,7 +182,7 @@ def _create_driver(capability: int) -> Any:
     import torch
 
     driver = importlib.import_module("triton.backends.nvidia.driver").CudaDriver()
-    # Triton caches what it compiled by device: with a device for each capability, no capability gets another's kernel.
+    # Triton caches compiled kernels by device. With a device for each capability, none gets the kernel of another.
     driver.get_current_device = lambda: capability
     driver.set_current_device = lambda _device: None
     driver.get_current_stream = lambda _device: 0
@@ -194,10 +194,10 @@ def _create_driver(capability: int) -> Any:
 def _on_launch(
     function: int, grid_x: int, grid_y: int, grid_z: int, _threads: int, _shared_bytes: int, parameters: Any
 ) -> int:
-    """Runs a kernel that Triton launches. Returns 0, or 1 with the reason kept for `check`."""
+    """Run a kernel that Triton launches. Return 0, or 1 and store the reason for `check`."""
     try:
         _execute(function, (grid_x, grid_y, grid_z), parameters)
-    except BaseException as error:  # noqa: BLE001 - nothing may cross the C boundary
+    except BaseException as error:  # noqa: BLE001 - no exception may cross the C boundary
         _state.faults.append(error)
         if _state.library is not None:
             _state.library.standin_set_error(f"{type(error).__name__}: {error}".encode())
@@ -231,23 +231,23 @@ def _ranges() -> list[Range] | None:
 def _live_tensors() -> list[Range]:
     """The memory of every CPU tensor that Python can reach."""
     import torch
-    from torch._subclasses import FakeTensor  # which has no memory, and warns when asked where it is
+    from torch._subclasses import FakeTensor  # it has no memory, and warns when asked for its address
 
     kinds = _family(torch.Tensor) - _family(FakeTensor)
-    # An instance refers to its type. `gc.get_objects` would do as well, but for holding every object for a moment: what
-    # another Python thread is just making (a tuple from an iterator, say) must not have a second owner when it goes on.
-    # Told by `type`, since some proxies run code when asked for their class.
+    # An instance refers to its type. `gc.get_objects` would find tensors, too, but it refers to every object for a
+    # moment: an object that another thread is just making (a tuple from an iterator) must have no second reference
+    # then. `type` is used as some proxies run code when asked for `__class__`.
     tensors = [thing for thing in gc.get_referrers(*kinds) if type(thing) in kinds]
     return [extent for tensor in tensors if (extent := _extent(tensor))]
 
 
 def _family(kind: type) -> set[type]:
-    """A class and all that derive from it."""
+    """A class and all its subclasses."""
     return {kind}.union(*map(_family, kind.__subclasses__()))
 
 
 def _extent(tensor: "torch.Tensor") -> Range | None:
-    """The memory from a tensor's first element to its last; None where it has none on the CPU."""
+    """The memory from a tensor's first element to its last; None if it has none on the CPU."""
     import torch
 
     try:

@@ -1,8 +1,8 @@
 """The PTX instructions that ptxlab knows, and what each becomes in C.
 
-`TABLE` maps an opcode's first part (`add` of `add.rn.ftz.f32`) to a function that emits it, with the types and
-modifiers it knows; any other is refused, so that no modifier is ever ignored by accident. Most instructions are emitted
-for one lane (`lane` is its number); those that lanes do together are emitted for the warp (`mask` has the lanes).
+`TABLE` maps an opcode's first part (`add` of `add.rn.ftz.f32`) to a function that emits its C, and to the types and
+modifiers that it knows. Any other raises, so no modifier is ever ignored by accident. Most instructions are emitted for
+one lane (`lane` is its number); instructions that lanes do together are emitted for the warp (`mask` has the lanes).
 """
 
 import functools
@@ -15,7 +15,7 @@ from .parse import Instruction, Unsupported
 
 @dataclass(frozen=True)
 class Decoded:
-    """An instruction with its opcode taken apart."""
+    """An instruction with its opcode split into parts."""
 
     instruction: Instruction
     index: int  # in the kernel; faults name it
@@ -25,12 +25,12 @@ class Decoded:
 
     @property
     def operands(self) -> tuple[str, ...]:
-        """The operands, the destination first."""
+        """The operands, with the destination first."""
         return self.instruction.operands
 
     @property
     def type(self) -> Type:
-        """The last type of the opcode, for most the only one."""
+        """The last type of the opcode; most opcodes have only one."""
         if not self.types:
             raise self.unsupported()
         return self.types[-1]
@@ -41,14 +41,14 @@ class Decoded:
         return "ftz" in self.modifiers
 
     def one_of(self, *names: str) -> str:
-        """The one modifier out of `names` that the opcode has."""
+        """The only modifier of the opcode that is in `names`."""
         found = [name for name in names if name in self.modifiers]
         if len(found) != 1:
             raise self.unsupported()
         return found[0]
 
     def unsupported(self) -> Unsupported:
-        """The error to raise for a form that is not known."""
+        """The error for an unknown form."""
         return Unsupported(str(self.instruction))
 
 
@@ -57,13 +57,13 @@ Emitter = Callable[[Decoded, Operands], str]
 
 @dataclass(frozen=True)
 class Entry:
-    """What the table holds for an opcode."""
+    """The table's entry for an opcode."""
 
     emit: Emitter
     types: frozenset[str]
     modifiers: frozenset[str]
     whole_warp: bool
-    meets: bool  # whether lanes wait at it for the others of their warp
+    meets: bool  # whether lanes wait there for the other lanes of their warp
 
 
 TABLE: dict[str, Entry] = {}
@@ -75,7 +75,7 @@ JUMPS = {"bra": frozenset({"uni"}), "ret": frozenset({"uni"}), "exit": frozenset
 def _known(
     names: str, *, types: str = "", modifiers: str = "", whole_warp: bool = False, meets: bool = False
 ) -> Callable[[Emitter], Emitter]:
-    """Registers the function that emits the opcodes `names`; where lanes meet, the whole warp is at work."""
+    """Register the function that emits the opcodes `names`; where lanes meet, it emits code for the whole warp."""
 
     def register(emit: Emitter) -> Emitter:
         for name in names.split():
@@ -88,7 +88,7 @@ def _known(
 
 
 def decode(instruction: Instruction, index: int) -> Decoded:
-    """Takes an opcode apart; raises `Unsupported` unless the table has it with these types and modifiers."""
+    """Split an opcode into parts; raise `Unsupported` unless the table has it with these types and modifiers."""
     name, *parts = instruction.opcode.split(".")
     types = tuple(TYPES[part] for part in parts if part in TYPES)
     modifiers = tuple(part for part in parts if part not in TYPES)
@@ -115,7 +115,7 @@ def _is_small(type_: Type) -> bool:
 
 
 def _elementwise(d: Decoded, o: Operands, compute: Callable[..., str]) -> str:
-    """Applies `compute`, which makes a C expression of C expressions, to a float or each element of a packed type.
+    """Apply `compute`, a function from C expressions to one, to a float or to each element of a packed type.
 
     A result in f16 or bf16 must be exact, or rounded to odd, when it is encoded.
     """
@@ -429,7 +429,7 @@ def _setp(d: Decoded, o: Operands) -> str:
         combine = f" {_LOGIC[d.one_of(*_LOGIC)]} other"
     for target, result in zip(d.operands[0].split("|"), ("holds", "second"), strict=False):
         lines.append(o.write(target.strip(), f"{result}{combine}", TYPES["pred"]))
-    # All is read before either target is written: a target may be an operand too.
+    # Read all operands before either target is written: a target may be an operand, too.
     return f"{{ {' '.join(lines)} }}"
 
 
@@ -458,7 +458,7 @@ def _testp(d: Decoded, o: Operands) -> str:
 
 @_known("mov", types=f"pred {UNTYPED} {INTEGERS} f32 f64")
 def _mov(d: Decoded, o: Operands) -> str:
-    """Moves; `{a, b}` splits a wider register, or joins two, the lowest bits first."""
+    """Moves; `{a, b}` splits a wider register or joins two, with the lowest bits first."""
     target, source = d.operands
     if d.type.name == "pred":
         return o.write(target, o.predicate(source), d.type)
@@ -546,8 +546,8 @@ def _checked_address(d: Decoded, o: Operands, operand: str, access: str, size: i
 def _memory_order(d: Decoded) -> str:
     """The C memory order of an atomic or a strong access.
 
-    Scopes below .gpu order nothing between CTAs, and what warps of one CTA share is ordered by barriers, so that a
-    narrow scope counts as relaxed.
+    Scopes below .gpu order nothing between CTAs, and barriers order the memory that warps of one CTA share. So a narrow
+    scope counts as relaxed.
     """
     if "global" in d.modifiers and ("cta" in d.modifiers or "cluster" in d.modifiers):
         return "__ATOMIC_RELAXED"
@@ -587,7 +587,7 @@ def _ld(d: Decoded, o: Operands) -> str:
         place = f"({loaded.storage} *)address + {i}"
         value = f"__atomic_load_n({place}, {_memory_order(d)})" if _is_strong(d) else f"*({place})"
         lines.append(f"{loaded.storage} value{i} = {value};")
-    # All elements are loaded before the first is written: the address may be in a target.
+    # Load all elements before the first is written: the address may be in a target.
     lines += [o.write(register, f"value{i}", loaded) for i, register in enumerate(registers)]
     return f"{{ {' '.join(lines)} }}"
 
@@ -609,7 +609,7 @@ def _st(d: Decoded, o: Operands) -> str:
     registers, bits = vector(d.operands[1]), d.type.bits
     _check_vector(d, registers)
     lines = [_checked_address(d, o, d.operands[0], "ACCESS_STORE", len(registers) * bits // 8)]
-    # Triton lets several warps store the same value to one place in shared memory: not a race to report.
+    # Triton lets several warps store the same value to one place in shared memory: that is no race.
     atomic = _is_strong(d) or d.one_of(*_SPACES) != "global"
     for i, register in enumerate(registers):
         place, value = f"(uint{bits}_t *)address + {i}", o.bits(register, bits)
@@ -628,7 +628,7 @@ _ATOMIC_MODIFIERS = f"{' '.join(_SPACES)} {_SCOPES} relaxed release min max add 
 @_known("atom", types=_ATOMIC_TYPES, modifiers=f"{_ATOMIC_MODIFIERS} acquire acq_rel cas exch")
 @_known("red", types=_ATOMIC_TYPES, modifiers=_ATOMIC_MODIFIERS)
 def _atom(d: Decoded, o: Operands) -> str:
-    """Atomics; `red` is one whose old value is not wanted."""
+    """Atomics; `red` is an atomic without the old value as a result."""
     target, place, *values = d.operands if d.name == "atom" else ("_", *d.operands)
     operation = d.one_of("cas", "min", "max", *_FETCH)
     bits = TYPES[f"b{d.type.bits}"]
@@ -689,7 +689,7 @@ def _members(d: Decoded, o: Operands, operand: str) -> str:
 @_known("bar", modifiers="sync warp cta", meets=True)
 @_known("barrier", modifiers="sync cta aligned", meets=True)
 def _barrier(d: Decoded, o: Operands) -> str:
-    """A barrier of the CTA's warps or, with `.warp`, of a warp's lanes, which run in step anyhow."""
+    """A barrier of the CTA's warps or, with `.warp`, of a warp's lanes, which run in step in any case."""
     if "sync" not in d.modifiers or len(d.operands) != 1:
         raise d.unsupported()
     if "warp" in d.modifiers:
@@ -793,12 +793,12 @@ def _activemask(d: Decoded, o: Operands) -> str:
     return f"LANES(mask) {o.write(d.operands[0], 'mask', d.type)}"
 
 
-# A matrix is 8 rows of 8 elements of 16 bits, and a lane holds two neighbours of it; with `.trans`, of its transpose.
+# A matrix has 8 rows of 8 elements of 16 bits; a lane holds two neighbours of it or, with `.trans`, of its transpose.
 _MATRIX_MODIFIERS = "sync aligned m8n8 x1 x2 x4 trans shared shared::cta"
 
 
 def _matrix_elements(d: Decoded, matrix: int) -> list[str]:
-    """The places of the two elements of a matrix that the present lane holds."""
+    """The places of the two elements of a matrix that the current lane holds."""
     places = [("lane / 4", f"lane % 4 * 2 + {i}") for i in range(2)]
     if "trans" in d.modifiers:
         places = [(column, row) for row, column in places]

@@ -13,17 +13,17 @@ from pathlib import Path
 from .parse import Instruction, parse
 from .translate import PARAMETER_BYTES, translate
 
-# Per user, and shared by all processes: files appear in it complete, by renaming.
+# Per user, and shared by all processes: files are renamed into it when they are complete.
 CACHE = Path(tempfile.gettempdir()) / f"ptxlab-{os.getuid()}"
 
-# PTX's integers wrap; a .rn operation is never contracted; registers are read as other types than they were written.
+# PTX's integers wrap; a .rn operation is never contracted; registers are read as other types than written.
 _C_FLAGS = ("-g1", "-w", "-fwrapv", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread")
 # A fused multiply-add in hardware: without it gcc calls a function for each.
 _MACHINE_FLAGS = {"x86_64": ("-mfma",)}.get(platform.machine(), ())
 
 
 class PtxError(RuntimeError):
-    """A fault in a kernel: what, address, program, warp, and the PTX instruction with its place in the source."""
+    """A fault in a kernel: its kind, address, program, warp, and the PTX instruction with its place in the source."""
 
 
 class _Launch(ctypes.Structure):
@@ -55,9 +55,9 @@ class _Fault(ctypes.Structure):
 
 
 def build(source: str, name: str, flags: Sequence[str], *, libraries: Sequence[str] = ()) -> Path:
-    """Compiles C to a shared library in the cache, unless the same was compiled before; returns its path.
+    """Compile C to a shared library in the cache, unless it is there already; return its path.
 
-    The library is `<hash>/<name>`, so that the name can be one that the dynamic loader is asked for.
+    The path is `<hash>/<name>`, so the name can be one that the dynamic loader looks for.
     """
     compiler = shutil.which("gcc")
     if compiler is None:
@@ -73,28 +73,28 @@ def build(source: str, name: str, flags: Sequence[str], *, libraries: Sequence[s
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         code, built = Path(scratch) / "kernel.c", Path(scratch) / name
         code.write_text(source)
-        # Not under the sanitizer that this process may run under (see `races`), where gcc takes several times as long.
+        # Without the sanitizer that this process may run under (see `races`): with it, gcc takes several times as long.
         environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
         command = [compiler, *flags, "-o", str(built), str(code), *libraries]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise RuntimeError(f"gcc failed for {name}:\n{done.stderr[:4000]}")
-        code.replace(folder / "source.c")  # for a debugger, and for whoever doubts a translation
+        code.replace(folder / "source.c")  # for a debugger, or to read a translation
         built.replace(library)
     return library
 
 
 class Kernel:
-    """A kernel that runs on threads, one for each warp."""
+    """A kernel that runs on threads, a thread for each warp."""
 
     def __init__(self, ptx: str, shared_bytes: int = 0, *, sanitize: str = "", optimize: str = "-O1") -> None:
-        """Translates and compiles the one kernel in `ptx`.
+        """Translate and compile the only kernel in `ptx`.
 
         Args:
             ptx: A PTX module.
-            shared_bytes: The size of the shared memory that a launch would ask for.
+            shared_bytes: The size of the shared memory of a launch.
             sanitize: "thread" for gcc's ThreadSanitizer, which must be in the process (see `races`).
-            optimize: What gcc is told.
+            optimize: The optimisation option for gcc.
         """
         self.parsed = parse(ptx)
         flags = (optimize, *_C_FLAGS, *_MACHINE_FLAGS, *([f"-fsanitize={sanitize}"] if sanitize else []))
@@ -106,7 +106,7 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """The name of the kernel's entry."""
+        """The name of the kernel's entry point."""
         return self.parsed.name
 
     def launch(
@@ -119,15 +119,15 @@ class Kernel:
         seed: int = 0,
         jitter: int = 0,
     ) -> None:
-        """Runs the kernel to its end; raises `PtxError` on the first fault.
+        """Run the kernel to its end; raise `PtxError` on the first fault.
 
         Args:
             grid: Programs in up to three dimensions.
             arguments: One integer, address or float for each parameter; those missing at the end are 0.
-            ranges: The memory that the kernel may touch, as address and size in bytes; None: not checked.
+            ranges: The memory that the kernel may access, as addresses and sizes in bytes; None: not checked.
             resident: Programs that run at once.
-            seed: Of the jitter.
-            jitter: Per cent of the synchronisation points where a warp yields or sleeps.
+            seed: The seed of the jitter.
+            jitter: Percentage of the synchronisation points at which a warp yields or sleeps.
         """
         parameters = self._parameters(arguments)
         merged = merge(ranges or ())
@@ -152,7 +152,7 @@ class Kernel:
             raise MemoryError("the kernel's threads could not be started")
 
     def _parameters(self, arguments: Sequence[float]) -> ctypes.Array[ctypes.c_char]:
-        """The parameters as simt.c wants them, each at the start of its slot."""
+        """The parameters in the format of simt.c, each at the start of its slot."""
         buffer = ctypes.create_string_buffer(PARAMETER_BYTES * (len(self.parsed.parameters) + 1))
         for i, ((_, kind), argument) in enumerate(zip(self.parsed.parameters, arguments, strict=False)):
             place = ctypes.addressof(buffer) + i * PARAMETER_BYTES
@@ -174,9 +174,9 @@ class Kernel:
 
 
 def merge(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sorted starts and ends of the memory in `ranges` (address, bytes); those that overlap become one.
+    """The sorted starts and ends of the memory in `ranges` (address, bytes); ranges that overlap are merged.
 
-    Ranges that only touch stay apart: an access across the border of two tensors is a fault.
+    Adjacent ranges are not merged: an access across the border of two tensors is a fault.
     """
     merged: list[tuple[int, int]] = []
     for start, size in sorted(ranges):

@@ -1,4 +1,4 @@
-"""PTX types and operands as C: how a register's bits become a value, and a value bits again."""
+"""PTX types and operands as C: conversion of a register's bits to a value, and of a value to bits."""
 
 import functools
 import re
@@ -11,8 +11,8 @@ from .parse import Instruction, Unsupported
 class Type:
     """A PTX type.
 
-    A packed type (`f16x2`) has an `element`; all others have the C type that its values are computed in, and the C
-    functions that decode bits to a value and encode a value as bits (none where bits and value are the same integer).
+    A packed type (`f16x2`) has an `element`. All others have the C type in which values are computed, and the C
+    functions that decode bits to a value and encode a value as bits (none if bits and value are the same integer).
     """
 
     name: str
@@ -81,7 +81,7 @@ class Address:
 
     @classmethod
     def parse(cls, operand: str) -> "Address":
-        """Reads an address operand."""
+        """Parse an address operand."""
         match = _ADDRESS.fullmatch(operand)
         if not match:
             raise Unsupported(f"address {operand}")
@@ -97,7 +97,7 @@ def vector(operand: str) -> list[str]:
 
 @functools.cache
 def c_name(register: str) -> str:
-    """The C array, one entry a lane, that holds a register."""
+    """The C array for a register, with an entry for each lane."""
     return "r_" + re.sub(r"\W", "_", register.lstrip("%"))
 
 
@@ -105,12 +105,12 @@ class Operands:
     """Reads and writes the operands of one kernel's instructions, as C expressions over `lane` and `warp`."""
 
     def __init__(self, registers: dict[str, str], parameters: dict[str, int]) -> None:
-        """Takes the type names of the registers and the byte offsets of the kernel's parameters."""
+        """Take the type names of the registers and the byte offsets of the kernel's parameters."""
         self.registers = registers
         self.parameters = parameters
 
     def register(self, name: str) -> str:
-        """The C variable of a register of the present lane."""
+        """The C variable of a register of the current lane."""
         if name not in self.registers:
             raise Unsupported(f"register {name}")
         return f"{c_name(name)}[lane]"
@@ -123,11 +123,11 @@ class Operands:
         if match := _FLOAT.fullmatch(operand):
             return f"{cast}0x{match[1] or match[2]}ull"
         if _INTEGER.fullmatch(operand):
-            # An unsigned C literal has a type that holds it; a minus sign then wraps as PTX wants.
+            # An unsigned C literal has a type that is wide enough; a minus sign then wraps, as in PTX.
             return f"{cast}{operand.rstrip('U')}ull"
         if operand in SPECIAL_REGISTERS:
             return f"{cast}({SPECIAL_REGISTERS[operand]})"
-        if operand == "global_smem":  # shared memory has addresses of its own, from 0
+        if operand == "global_smem":  # shared memory has its own addresses, from 0
             return f"{cast}0"
         raise Unsupported(f"operand {operand}")
 
@@ -158,7 +158,7 @@ class Operands:
             return f"{target} = ({value}) != 0;"
         if type_.is_float:
             return f"{target} = {type_.encode}({value});"
-        # A narrow signed value fills a wider register with its sign.
+        # A narrow signed value is sign-extended to a wider register.
         return f"{target} = ({type_.value})({value});"
 
     def address(self, operand: str) -> str:
@@ -167,5 +167,5 @@ class Operands:
         return f"({self.bits(address.base, 64)} + ({address.offset}))"
 
     def guard(self, instruction: Instruction) -> str:
-        """The condition under which a lane executes the instruction, or an empty string."""
+        """The condition for a lane to execute the instruction, or an empty string."""
         return self.predicate(instruction.guard) if instruction.guard else ""

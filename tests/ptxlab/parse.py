@@ -21,7 +21,7 @@ class Instruction:
     location: str = ""  # file:line:column of the Triton source
 
     def __str__(self) -> str:
-        """The instruction as in PTX, its place in the source behind it."""
+        """The instruction as in PTX, followed by its place in the source."""
         text = f"@{self.guard} " if self.guard else ""
         text += f"{self.opcode} {', '.join(self.operands)}".rstrip()
         return f"{text} ({self.location})" if self.location else text
@@ -29,14 +29,14 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Label:
-    """A place that branches name."""
+    """The target of a branch."""
 
     name: str
 
 
 @dataclass
 class ParsedKernel:
-    """A kernel's entry: what it takes, its registers, its instructions and labels."""
+    """A kernel's entry point: parameters, registers, instructions and labels."""
 
     name: str
     parameters: list[tuple[str, str]]  # name and type
@@ -47,7 +47,7 @@ class ParsedKernel:
 
 @dataclass(frozen=True)
 class _Function:
-    """A device function, not yet inlined."""
+    """A device function before it is inlined."""
 
     results: list[tuple[str, str]]
     parameters: list[tuple[str, str]]
@@ -79,7 +79,7 @@ _CALL = re.compile(r"(?:\((?P<results>[^)]*)\),\s*)?(?P<name>[\w$]+)(?:,\s*\((?P
 
 
 def parse(ptx: str) -> ParsedKernel:
-    """Reads the one kernel of a PTX module."""
+    """Parse the only kernel of a PTX module."""
     text = _COMMENT.sub("", ptx)
     entry = _ENTRY.search(text)
     if not entry:
@@ -121,15 +121,15 @@ def _braced(text: str, start: int) -> str:
 
 
 def _split(operands: str) -> tuple[str, ...]:
-    """Operands at the outermost commas: `{a, b}`, `[c]` and `(d, e)` stay whole."""
+    """Split operands at the outermost commas: `{a, b}`, `[c]` and `(d, e)` stay whole."""
     return tuple(part.strip() for part in re.split(r",(?![^{(\[]*[})\]])", operands) if part.strip())
 
 
 class _Reader:
     """Reads function bodies into one kernel's registers and instructions.
 
-    Names that belong to a scope (`{ .reg .b32 temp; }`) or to an inlined function get a name of their own. The values
-    that pass to a device function and back are `.param` variables, which become registers too.
+    Names that belong to a scope (`{ .reg .b32 temp; }`) or to an inlined function are made unique. The values that pass
+    to a device function and back are `.param` variables, which become registers, too.
     """
 
     def __init__(self, kernel: ParsedKernel, functions: dict[str, _Function], files: dict[str, str]) -> None:
@@ -140,10 +140,10 @@ class _Reader:
         self.calls: list[str] = []  # the functions being inlined, outermost first
 
     def read(self, text: str, names: dict[str, str], end: str | None) -> Iterator[Instruction | Label]:
-        """Yields what a body consists of.
+        """Yield the instructions and labels of a body.
 
-        `names` maps its outer names to unique ones. `end` is the label behind an inlined function's body, where its
-        `ret` goes; the kernel itself has none.
+        `names` maps its outer names to unique ones. `end` is the label after an inlined function's body, the target of
+        its `ret`; the kernel itself has none.
         """
         inlined = end is not None
         number = next(self.numbers)

@@ -1,4 +1,4 @@
-"""Python under gcc's ThreadSanitizer, in a process of its own, to find races in kernels."""
+"""Python under gcc's ThreadSanitizer, in a separate process, to find races in kernels."""
 
 import functools
 import os
@@ -12,11 +12,11 @@ RACE_FOUND = 66  # the exit status of a process in which ThreadSanitizer reporte
 
 
 def run_under_sanitizer(arguments: Sequence[str], *, timeout: float = 1800) -> "subprocess.CompletedProcess[str]":
-    """Runs `python *arguments` under ThreadSanitizer; the status is `RACE_FOUND` if a race was reported.
+    """Run `python *arguments` under ThreadSanitizer; the status is `RACE_FOUND` if a race was reported.
 
     Kernels must be compiled for it in that process: `activate(sanitize="thread")` or `Kernel(..., sanitize="thread")`.
-    The process finds this package. The limit is there for what would never end; a loaded machine does not reach it: of
-    the tests' processes none computes for more than some ten seconds.
+    The process can import this package. The timeout is for a process that never ends; a loaded machine does not reach
+    it, as each of the tests' processes computes for about ten seconds at most.
     """
     environment = _environment()
     path = [str(Path(__file__).parent.parent), *filter(None, [environment.get("PYTHONPATH")])]
@@ -49,17 +49,17 @@ def _library() -> str:
     found = subprocess.run(
         [gcc, "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    if not Path(found).is_absolute():  # gcc prints the bare name of what it does not have
+    if not Path(found).is_absolute():  # gcc prints only the name of a library that it does not have
         raise RuntimeError("gcc has no ThreadSanitizer; install libtsan (Debian, Ubuntu: libtsan2)")
     return found
 
 
 @functools.cache
 def _prefix() -> tuple[str, ...]:
-    """What to put before Python, so that ThreadSanitizer starts.
+    """The command to put before Python so that ThreadSanitizer starts.
 
-    It needs some address ranges free, and refuses to start where the kernel randomises addresses too widely; `setarch
-    -R` turns that off, where that is permitted.
+    It needs some address ranges free, and does not start if the kernel randomises addresses too widely. `setarch -R`
+    turns that off, if it is permitted.
     """
     attempts: list[str] = []
     setarch = shutil.which("setarch")

@@ -1,4 +1,4 @@
-"""A parsed kernel to the C function that runs one of its warps."""
+"""Translate a parsed kernel to the C function that runs one of its warps."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +42,10 @@ static __attribute__((noinline)) void run_warp(Warp *warp)
 
 @dataclass
 class _Block:
-    """Instructions that are entered at the first only, and left behind the last."""
+    """A basic block: control enters at its first instruction only, and leaves after its last."""
 
     instructions: list[tuple[int, Instruction]]  # with their index in the kernel
-    meeting: bool = False  # whether the first is one where lanes wait for each other
+    meeting: bool = False  # whether lanes wait for each other at the first
 
 
 def translate(kernel: ParsedKernel, shared_bytes: int) -> str:
@@ -78,7 +78,7 @@ def translate(kernel: ParsedKernel, shared_bytes: int) -> str:
 
 
 def _blocks(body: list[Instruction | Label]) -> tuple[list[_Block], dict[str, int]]:
-    """The basic blocks, and the block that each label begins."""
+    """The basic blocks, and the number of the block that starts at each label."""
     targets = {item.operands[0] for item in body if isinstance(item, Instruction) and _name(item) == "bra"}
     blocks: list[_Block] = [_Block([])]
     labels: dict[str, int] = {}
@@ -111,7 +111,7 @@ def _block(block: _Block, number: int, has_successor: bool, labels: dict[str, in
     after = number + 1 if has_successor else "LANE_ENDED"
 
     def end_lanes() -> None:
-        """Runs the instructions collected so far, lane by lane."""
+        """Emit the instructions collected so far, lane by lane."""
         if lane_lines:
             lines.extend(("LANES(active) {", *lane_lines, "}"))
             lane_lines.clear()
@@ -141,7 +141,7 @@ def _block(block: _Block, number: int, has_successor: bool, labels: dict[str, in
 
 
 def _source_line(instruction: Instruction) -> str:
-    """Makes the race detector name the line of the Triton source."""
+    """Make the race detector name the line of the Triton source."""
     file, _, line = instruction.location.rpartition(":")[0].rpartition(":")
     return f'\n#line {line} "{file}"\n' if file and line != "0" else "\n"
 

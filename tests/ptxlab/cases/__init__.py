@@ -1,1 +1,1 @@
-"""Test cases for every instruction that ptxlab knows, with expected results that owe nothing to its own code."""
+"""Test cases for every instruction that ptxlab knows; the expected results do not use ptxlab's code."""

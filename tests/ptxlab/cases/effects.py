@@ -1,7 +1,7 @@
-"""Instructions that touch memory, other lanes or the flow of control: what a warp of them must leave in memory.
+"""Instructions that use memory, other lanes or control flow: the memory that a warp must leave behind.
 
 A case's PTX finds 32 bytes of input for its lane at `%src` and writes its results, 8 bytes each, from `%dst` on. It has
-32 bytes of shared memory at `%smem`, the scratch registers below, and labels of its own with `LABEL` in their names.
+32 bytes of shared memory at `%smem`, the scratch registers below, and its own labels with `LABEL` in their names.
 """
 
 import functools
@@ -32,7 +32,7 @@ Expected = Callable[[list[Row]], list[Words]]
 
 @dataclass(frozen=True)
 class EffectCase:
-    """Some PTX, and what it leaves in each lane's outputs; a shorter row leaves the rest as it was."""
+    """Some PTX, and the outputs of each lane; a shorter row means that the rest does not change."""
 
     name: str
     under_test: tuple[str, ...]  # the instructions that the case is for
@@ -62,7 +62,7 @@ def _element(row: Row, offset: int, type_: str) -> int:
 
 
 _MEMORY_TYPES = [f"{kind}{bits}" for kind in "bus" for bits in (8, 16, 32, 64)] + ["f32", "f64"]
-_PREFIX = {8: "l", 16: "h", 32: "w", 64: "l"}  # 8-bit values go to and from any register
+_PREFIX = {8: "l", 16: "h", 32: "w", 64: "l"}  # any register can hold 8-bit values
 
 
 def _registers(type_: str, count: int) -> list[str]:
@@ -107,7 +107,7 @@ def _loads() -> Iterator[EffectCase]:
 
 
 def _loaded(type_: str, count: int, offset: int, register_bits: int) -> Callable[[Row], Words]:
-    """Elements as they are stored again from registers of a width, over the low bytes of the poison."""
+    """Elements that are stored again from registers of a width, over the low bytes of the poison."""
     size = BITS[type_] // 8
 
     def row_of(row: Row) -> Words:
@@ -143,7 +143,7 @@ def _stores() -> Iterator[EffectCase]:
 
 
 def _store(width: str, type_: str, hint: str, *, before: str = "") -> EffectCase:
-    """Elements go from the inputs through registers to the outputs, packed."""
+    """Elements are copied from the inputs through registers to the outputs, packed."""
     registers = _registers(type_, int(width[2:] or "1"))
     size = BITS[type_] // 8
     load = "".join(
@@ -226,7 +226,7 @@ def _float_update(type_: str, *, ftz: bool) -> Callable[[int, int], int]:
 def _atomic(
     operation: str, type_: str, space: str, update: Callable[[int, int], int], *, names: Sequence[str] = ("atom", "red")
 ) -> Iterator[EffectCase]:
-    """The first input is the memory's old value, the second one the operand; results: memory, and the old value."""
+    """The first input is the old value in memory, the second the operand; results: the new value, and the old one."""
     bits = BITS[type_]
     prefix = _PREFIX[bits]
     shared = "shared" in space
@@ -255,7 +255,7 @@ def _atomic(
 
 
 def _compare_and_swap(type_: str, space: str) -> EffectCase:
-    """Even lanes expect the value that is there, odd ones another."""
+    """Even lanes expect the present value, odd lanes another."""
     bits = BITS[type_]
     prefix = _PREFIX[bits]
     shared = "shared" in space
@@ -365,7 +365,7 @@ def _reduce_integers(type_: str, function: Callable[[list[int]], int]) -> Callab
 
 
 def _fold(operation: str, values: list[int]) -> int:
-    """Bit by bit: all of the lanes have it, any, or an odd number."""
+    """For each bit: whether all lanes have it, any lane, or an odd number of lanes."""
     decide: dict[str, Callable[[int], bool]] = {
         "and": lambda count: count == LANES,
         "or": lambda count: count > 0,
@@ -429,7 +429,7 @@ bar.warp.sync -1;
 
 
 def _matrix_place(lane: int, half: int, *, transposed: bool) -> tuple[int, int]:
-    """The row and column of what a lane holds, in the lower or upper half of its register."""
+    """The row and column of the element in the lower or upper half of a lane's register."""
     row, column = divmod(2 * lane + half, 8)
     return (column, row) if transposed else (row, column)
 
@@ -459,7 +459,7 @@ def _stored_matrices(count: int, rows: list[Row], *, transposed: bool) -> list[W
 
 
 def _order() -> Iterator[EffectCase]:
-    """Instructions without a visible result of their own: the kernel goes on behind them."""
+    """Instructions without a visible result: the kernel continues after them."""
     instructions = ["bar.sync 0", "bar.cta.sync 0", "barrier.sync 0", "barrier.cta.sync 0", "barrier.sync.aligned 0"]
     instructions += ["bar.warp.sync -1", "membar.cta", "membar.gl", "membar.sys", "nanosleep.u32 1"]
     instructions += [
@@ -475,7 +475,7 @@ def _control() -> Iterator[EffectCase]:
     yield EffectCase(
         "predicated store with a default",
         ("@%p0 ld.global.b64 %l0, [%l1]", "@!%p0 st.global.b64 [%dst], %l0"),
-        # A lane whose predicate is false must not touch the address, which is nobody's.
+        # A lane with a false predicate must not use the address, which is invalid.
         """ld.global.b32 %w0, [%src];
 and.b32 %w0, %w0, 1;
 setp.eq.u32 %p0, %w0, 1;
@@ -553,7 +553,7 @@ def _ending_all(rows: list[Row]) -> list[Words]:
     return [[row[0]] for row in rows]
 
 
-# Each ending takes a module of its own: nothing runs behind it.
+# Each ending needs its own module: nothing runs after it.
 BATCHES: dict[str, list[EffectCase]] = {
     **{
         function.__name__.strip("_"): list(function())

@@ -1,4 +1,4 @@
-"""What PTX arithmetic must give, from its definition: exact rationals, and rounding to a format."""
+"""The results of PTX arithmetic by its definition: exact rationals, rounded to a format."""
 
 import math
 import operator
@@ -12,7 +12,7 @@ class Format:
     """A binary floating-point format."""
 
     bits: int
-    precision: int  # of the significand, the leading bit included
+    precision: int  # of the significand, including the leading bit
     largest_exponent: int
 
     @property
@@ -32,11 +32,11 @@ class Format:
 
     @property
     def canonical_nan(self) -> int:
-        """The NaN that the hardware makes: every bit but the sign."""
+        """The hardware's NaN: all bits except the sign are 1."""
         return self.sign - 1
 
     def value(self, bits: int) -> float:
-        """The number that the bits stand for. A double holds the numbers of every format."""
+        """The number that the bits represent. A double can hold the numbers of every format."""
         magnitude = bits & (self.sign - 1)
         exponent, mantissa = divmod(magnitude, 1 << (self.precision - 1))
         if magnitude >= self.infinity:
@@ -64,20 +64,20 @@ class Format:
             exponent -= 1
         exponent = max(exponent, self.smallest_exponent)
         quanta = round(exact / Fraction(2) ** (exponent - self.precision + 1))  # Python rounds a Fraction half to even
-        # A carry out of the significand is the next exponent, and out of the largest it is infinity.
+        # A carry out of the significand gives the next exponent; from the largest exponent it gives infinity.
         magnitude = ((exponent - self.smallest_exponent) << (self.precision - 1)) + quanta
         return sign | min(magnitude, self.infinity)
 
     def is_nan(self, bits: int) -> bool:
-        """Whether the bits are a NaN's."""
+        """Whether the bits are a NaN."""
         return bits & (self.sign - 1) > self.infinity
 
     def flush(self, bits: int) -> int:
-        """Subnormal numbers as zeros of their sign."""
+        """The bits, with a zero of the same sign for a subnormal number."""
         return bits & self.sign if bits & (self.sign - 1) < 1 << (self.precision - 1) else bits
 
     def ordered(self, bits: int) -> int:
-        """An integer that grows by 1 from each number to the next larger."""
+        """An integer that grows by 1 from each number to the next larger one."""
         magnitude = bits & (self.sign - 1)
         return -magnitude if bits & self.sign else magnitude
 
@@ -112,7 +112,7 @@ def _special_fma(a: float, b: float, c: float) -> float:
         if not math.isfinite(c):
             return c
         if a != 0 and b != 0:
-            return 0.0  # a product that c cancels
+            return 0.0  # c cancels the product
     return a * b + c
 
 
@@ -129,7 +129,7 @@ def divide(a: float, b: float) -> Fraction | float:
 
 
 def square_root(value: float) -> Fraction | float:
-    """The square root, to 200 bits: more than enough to round any format's right, since no root is a tie."""
+    """The square root to 200 bits: enough to round it right in any format, as no root is a tie."""
     if math.isnan(value) or value < 0:
         return math.nan
     if value == 0 or math.isinf(value):

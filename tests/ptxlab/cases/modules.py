@@ -9,10 +9,10 @@ from .. import Kernel  # noqa: TID252 - the package that these cases belong to
 from . import effects
 from .values import BITS, ValueCase, operands
 
-ROWS = 160  # operands that each instruction is tried with
+ROWS = 160  # sets of operands for each instruction
 THREADS = 32
 _SOURCES = "abce"
-_JUNK = 0xA5A5A500  # above an 8-bit operand, which lies in a 32-bit register
+_JUNK = 0xA5A5A500  # in the upper bits: an 8-bit operand is in a 32-bit register
 
 _HEADER = """.version 8.8
 .target sm_100a
@@ -34,7 +34,7 @@ _HEADER = """.version 8.8
 
 
 def module(name: str, body: str, *, input_bytes: int, output_bytes: int, threads: int = THREADS) -> str:
-    """A PTX module whose body finds its thread's input at `%in` and the place of its output at `%out`."""
+    """A PTX module; its body finds the address of its thread's input in `%in`, and of its output in `%out`."""
     header = _HEADER.format(name=name, input_bytes=input_bytes, output_bytes=output_bytes, threads=threads)
     return f"{header}{body}    ret;\n}}\n"
 
@@ -63,7 +63,7 @@ def value_module(name: str, cases: Sequence[ValueCase]) -> str:
 
 
 def _register(type_: str) -> int:
-    """The width of the register that holds a type; there is none of 8 bits."""
+    """The width of the register for a type; there are no registers of 8 bits."""
     return 32 if BITS[type_] == 8 else BITS[type_]
 
 
@@ -82,13 +82,13 @@ def run_values(name: str, cases: Sequence[ValueCase]) -> list[list[int]]:
 
 
 def run(kernel: Kernel, inputs: NDArray[np.uint64], outputs: NDArray[np.uint64], *, programs: int) -> None:
-    """Launches a kernel of `module` on arrays; it may touch nothing else."""
+    """Launch a kernel of `module` on arrays; it may access nothing else."""
     arrays = (inputs, outputs)
     addresses = [array.ctypes.data for array in arrays]
     kernel.launch((programs,), addresses, [(a, array.nbytes) for a, array in zip(addresses, arrays, strict=True)])
 
 
-EFFECT_WARPS = 4  # each with inputs of its own
+EFFECT_WARPS = 4  # each with its own inputs
 
 
 def effect_module(name: str, cases: Sequence[effects.EffectCase]) -> str:
@@ -118,7 +118,7 @@ def run_effects(name: str, cases: Sequence[effects.EffectCase]) -> list[list[lis
 
 
 def _aligned(shape: tuple[int, ...]) -> NDArray[np.uint64]:
-    """An array that starts at a multiple of 64 bytes, as the widest accesses want."""
+    """An array that starts at a multiple of 64 bytes, as the widest accesses need."""
     count = int(np.prod(shape))
     memory = np.zeros(count + 8, np.uint64)
     start = -memory.ctypes.data % 64 // 8

@@ -1,4 +1,4 @@
-"""Instructions that compute one register from others: what each must give, lane by lane."""
+"""Instructions that compute one register from others: the result of each, lane by lane."""
 
 import itertools
 import math
@@ -30,14 +30,14 @@ Expected = Callable[..., int | None]
 class ValueCase:
     """One instruction: `d` is its result; `a`, `b`, `c`, `e` are its sources.
 
-    `expected` takes the sources' bits and gives the result's, or `UNDEFINED`.
+    `expected` takes the bits of the sources and returns those of the result, or `UNDEFINED`.
     """
 
     ptx: str
     result: str
     sources: tuple[str, ...]
     expected: Expected
-    ulps: int = 0  # how far an approximation may be from the rounded true value
+    ulps: int = 0  # the allowed distance of an approximation from the rounded true value
     exact_nan: bool = False  # whether the NaN's bits are defined too
 
     def agrees(self, actual: int, expected: int | None) -> bool:
@@ -58,7 +58,7 @@ class ValueCase:
 
 
 def _special_bits(type_: str) -> list[int]:
-    """The bits where mistakes are: zeros, subnormals, ties, extremes, infinities, NaN."""
+    """Bits at which mistakes are likely: zeros, subnormals, ties, extremes, infinities, NaN."""
     if type_ in FORMATS:
         form = FORMATS[type_]
         smallest_normal = 1 << (form.precision - 1)
@@ -78,7 +78,7 @@ def _random_bits(type_: str, source: random.Random) -> int:
         width = BITS[element]
         return operand(element, source) << width | operand(element, source)
     bits = source.getrandbits(BITS[type_])
-    if type_ in FORMATS and source.random() < 0.5:  # numbers whose sums do not just vanish
+    if type_ in FORMATS and source.random() < 0.5:  # so that a sum is not simply the larger number
         form = FORMATS[type_]
         return form.round(source.choice((-1, 1)) * source.uniform(0.5, 2) * 2.0 ** source.randint(-6, 6))
     # Small integers as often as large ones: counts, and quotients that are not 0 or 1.
@@ -109,7 +109,7 @@ def operands(case: ValueCase, count: int) -> list[tuple[int, ...]]:
 
 
 def _floating(type_: str, function: Callable[..., Any], *, ftz: bool = False, sat: bool = False) -> Expected:
-    """`function` on the operands' numbers, rounded once; element by element if the type is packed."""
+    """`function` of the operands' numbers, rounded once; for each element if the type is packed."""
     if type_.endswith("x2"):
         return _packed(type_[:-2], _floating(type_[:-2], function, ftz=ftz, sat=sat))
     form = FORMATS[type_]
@@ -240,7 +240,7 @@ def _extreme(type_: str, name: str, *, nan: bool = False, ftz: bool = False) -> 
         numbers = [form.flush(bits) if ftz else bits for bits in sources if not form.is_nan(bits)]
         if not numbers or (nan and len(numbers) < len(sources)):
             return form.canonical_nan
-        # A key that puts -0 below +0.
+        # The key orders -0 below +0.
         return choose(numbers, key=lambda bits: (form.value(bits), not bits & form.sign))
 
     return expected
@@ -304,7 +304,7 @@ def _classes() -> Iterator[ValueCase]:
 
 
 def _integer(type_: str, function: Callable[..., int | None], result: str = "") -> Expected:
-    """`function` on the operands' integers, wrapped to the result's width."""
+    """`function` of the operands' integers, wrapped to the result's width."""
     bits, signed = BITS[type_], type_.startswith("s")
     result_bits = BITS[result or type_]
 
@@ -502,7 +502,7 @@ def _comparisons() -> Iterator[ValueCase]:
             expected = _compare(type_, comparison)
             yield ValueCase(f"setp.{comparison}.{type_} d, a, b", "pred", (type_, type_), expected)
             if type_ in ("f16", "bf16"):
-                # The test's target for the half that is not looked at is a source.
+                # The test's target for the half that is not checked is a source.
                 for targets, shift in (("d|c", 0), ("c|d", 16)):
                     yield ValueCase(
                         f"setp.{comparison}.{type_}x2 {targets}, a, b",
@@ -531,7 +531,7 @@ def _comparisons() -> Iterator[ValueCase]:
             ("f32", "f32", "pred"),
             lambda a, b, c, f=function, e=less, n=negated: f(e(a, b), c ^ n),
         )
-        # Of the two results the second one is looked at; the test's target for the first is a source.
+        # The second of the two results is checked; the test's target for the first is a source.
         yield ValueCase(
             f"setp.lt.{name}.s32 c|d, a, b, {'!' if negated else ''}c",
             "pred",
@@ -634,7 +634,7 @@ def _conversions() -> Iterator[ValueCase]:
         )
     for to, source in itertools.product(FORMATS, integers):
         if (to, BITS[source]) == ("bf16", 8):
-            continue  # PTX does not have it, nor the way back
+            continue  # PTX has neither this conversion nor its inverse
 
         def from_integer(a: int, to: str = to, source: str = source) -> int:
             return FORMATS[to].round(Fraction(wrap(a, BITS[source], signed=source.startswith("s"))))
@@ -650,7 +650,7 @@ def _conversions() -> Iterator[ValueCase]:
     for to, source in itertools.permutations(FORMATS, 2):
         narrowing = FORMATS[to].precision < FORMATS[source].precision or (to, source) == ("f16", "bf16")
         ptx = f"cvt{'.rn' if narrowing or (to, source) == ('bf16', 'f16') else ''}.{to}.{source} d, a"
-        # The narrow formats have one NaN when converted to.
+        # A conversion to a narrow format has only one NaN.
         yield ValueCase(ptx, to, (source,), _convert_float(source, to), exact_nan=narrowing and to in SMALL)
     for ptx, to, source in (
         ("cvt.rn.ftz.f32.f64 d, a", "f32", "f64"),
