@@ -52,7 +52,7 @@ def unforced(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.delenv("FASTCLIP_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(backends, "_warned", set())
-    monkeypatch.setattr(prepare, "_cache", prepare.Cache())  # other tests' plans, for gradients at the same addresses
+    monkeypatch.setattr(prepare, "_cache", cache.Cache())  # other tests' plans, for gradients at the same addresses
     return monkeypatch
 
 
@@ -372,7 +372,7 @@ def test_what_is_kept_is_bounded(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> N
     """The number of cached plans is bounded. A short list of gradients counts as much as `_LEAST` gradients."""
     monkeypatch.setattr(cache, "_CAPACITY", 8 * 32)
     monkeypatch.setattr(cache, "_LEAST", 32)
-    monkeypatch.setattr(prepare, "_cache", prepare.Cache())
+    monkeypatch.setattr(prepare, "_cache", cache.Cache())
     if leg.backend == "triton":
         monkeypatch.setattr("fastclip.backends.triton.CACHED_TABLES", 8)
     held = [torch.ones(size, device=leg.device) for size in range(1, 30)]

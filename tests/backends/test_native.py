@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import fastclip
 from fastclip.backends import native as backend
-from fastclip.core import prepare
+from fastclip.core import cache, prepare
 from fastclip.core.gradients import PLAIN_TYPES
 from fastclip.foundation import tracing
 
@@ -437,7 +437,7 @@ def test_without_the_extension_there_is_an_obstacle(monkeypatch: pytest.MonkeyPa
 
 def test_models_that_are_alike_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models of one sketch but other shapes, and one with shapes of an earlier model: plans of all are cached."""
-    monkeypatch.setattr(prepare, "_cache", prepare.Cache())
+    monkeypatch.setattr(prepare, "_cache", cache.Cache())
     shapes: list[list[tuple[int, ...]]] = [[(4, 4), (8,), (2,)], [(4, 4), (9,), (2,)], [(16,), (8,), (2,)]]
     models = [
         parameters([torch.full(shape, float(i + 1)) for shape in each]) for i, each in enumerate([*shapes, shapes[0]])

@@ -64,11 +64,11 @@ def test_what_a_plan_does_beside_is_counted(counts: ModuleType, part: str, monke
 
     stay, moved = 0, 1
     row = moved if part == "moved" else stay
-    prepare = importlib.import_module("fastclip.core.prepare")
+    cache, prepare = (importlib.import_module(f"fastclip.core.{name}") for name in ("cache", "prepare"))
 
     def measured() -> Any:
         """The counts with empty caches, as earlier gradients may have had the same addresses."""
-        monkeypatch.setattr(prepare, "_cache", prepare.Cache())
+        monkeypatch.setattr(prepare, "_cache", cache.Cache())
         monkeypatch.setattr(triton, "_cache", triton._TableCache())
         counted, _ = counts.main([3])[row]
         return counted

@@ -19,7 +19,7 @@ from torch import Tensor
 import fastclip
 from fastclip import backends
 from fastclip.backends import triton
-from fastclip.core import cache, nonfinite, prepare
+from fastclip.core import cache, nonfinite, planning, prepare
 from fastclip.core.prepared import Prepared
 from fastclip.foundation import devices
 
@@ -106,9 +106,9 @@ def test_gradients_that_moved_next_to_one_another_or_into_one_another(
     leg: Leg, sizes: tuple[int, ...], starts: tuple[int, ...], overlap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cached plan is used for adjacent gradients. Those that overlap are scaled one after another, as torch does."""
-    monkeypatch.setattr(prepare, "_cache", prepare.Cache())
+    monkeypatch.setattr(prepare, "_cache", cache.Cache())
     anew = []
-    prepare_anew = prepare.plan
+    prepare_anew = planning.plan
 
     def noted(*arguments: Any, **keywords: Any) -> Prepared:
         anew.append(arguments)
@@ -148,7 +148,7 @@ def test_without_torch_s_guards_nothing_is_kept(
     leg: Leg, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepare, "TensorGuards", None)
-    monkeypatch.setattr(prepare, "_cache", prepare.Cache())
+    monkeypatch.setattr(prepare, "_cache", cache.Cache())
     grads = some_gradients(rng, leg)
     for _ in range(2):
         assert_clipped(grads)

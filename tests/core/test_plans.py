@@ -16,12 +16,12 @@ from legs import Leg
 from torch import Tensor
 
 import fastclip
-from fastclip.core import planned, planning
+from fastclip.core import cache, planned, planning
 from fastclip.core import prepare as prepare_module
 from fastclip.core.collect import as_gradients
 from fastclip.core.gradients import Gradients
+from fastclip.core.planned import Planned
 from fastclip.core.prepare import prepare
-from fastclip.core.prepared import Prepared
 
 INF = math.inf
 NAN = math.nan
@@ -29,9 +29,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CHUNK_BYTES = 131_072  # of a chunk in the kernels' table
 
 
-def prepared(tensors: Sequence[Tensor]) -> tuple[Prepared, Gradients]:
+def prepared(tensors: Sequence[Tensor]) -> tuple[Planned, Gradients]:
     grads = as_gradients(list(tensors))
-    return prepare(grads, in_place=True), grads
+    plans = prepare(grads, in_place=True)
+    assert isinstance(plans, Planned)
+    return plans, grads
 
 
 def assert_norms(tensors: Sequence[Tensor]) -> None:
@@ -257,7 +259,7 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         return {(backend, device): members[::2], (backend, torch.device("meta")): members[1::2]}
 
     monkeypatch.setattr(planning, "_dispatched", halves)
-    monkeypatch.setattr(prepare_module, "_cache", prepare_module.Cache())
+    monkeypatch.setattr(prepare_module, "_cache", cache.Cache())
 
 
 @pytest.mark.legs("interpreter", "ptx", "gpu")
@@ -296,15 +298,15 @@ def test_two_streams_share_no_memory_that_is_written(
     current = 0
     for module in (planned, importlib.import_module("fastclip.backends.triton")):
         monkeypatch.setattr(module, "stream_of", lambda _: current)
-    prepare_anew = prepare_module.plan
+    prepare_anew = planning.plan
 
-    def on_a_stream(*arguments: Any, **keywords: Any) -> Prepared:
+    def on_a_stream(*arguments: Any, **keywords: Any) -> Planned:
         made = prepare_anew(*arguments, **keywords)
         made.dispatch.streams = {leg.device: current}
         return made
 
     monkeypatch.setattr(prepare_module, "plan", on_a_stream)  # as on a GPU, which this may not be
-    monkeypatch.setattr(prepare_module, "_cache", prepare_module.Cache())
+    monkeypatch.setattr(prepare_module, "_cache", cache.Cache())
     seen: dict[int, set[int]] = {1: set(), 2: set()}
     for stream in (1, 2, 1, 2):
         current = stream
@@ -330,7 +332,7 @@ def test_flags_are_those_of_the_last_call(leg: Leg) -> None:
         assert bool(flags[0].any()) is outside
 
 
-CALLS: dict[str, Callable[[Prepared, Gradients], object]] = {
+CALLS: dict[str, Callable[[Planned, Gradients], object]] = {
     "scale": lambda plans, grads: plans.scale_(grads, torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)),
     "clamp": lambda plans, grads: plans.clamp_(grads, [-9.0] * 3, [9.0] * 3),
 }

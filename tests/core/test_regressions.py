@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fastclip
 from fastclip import backends
-from fastclip.core import prepare
+from fastclip.core import cache, prepare
 
 # Norms are within 1e-6 of fp64's, as claimed; exp2 and log2 in fp64 add about p * log2(x) * 2**-53.
 NORM_TOLERANCE = 1e-6
@@ -139,7 +139,7 @@ def test_an_inference_tensor_over_the_memory_of_a_clipped_gradient_is_refused() 
 
 def test_the_fallbacks_warning_names_the_callers_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_warned", set())
-    monkeypatch.setattr(prepare, "_cache", prepare.Cache())  # no cached plan for gradients of this size
+    monkeypatch.setattr(prepare, "_cache", cache.Cache())  # no cached plan for gradients of this size
     monkeypatch.setattr(backends.Backend, "obstacle", lambda self, device: f"{self.name} is away from {device}")
     (parameter,) = parameters([torch.ones(4)])
     with warnings.catch_warnings(record=True) as caught:

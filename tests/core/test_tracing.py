@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastclip
-from fastclip.core import prepare
+from fastclip.core import cache, prepare
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
@@ -95,7 +95,7 @@ def inputs(seed: int) -> tuple[Tensor, Tensor]:
 def test_a_recorded_step_is_right_for_other_inputs(
     call: str, recorder: str, first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "_cache", prepare.Cache())
+    monkeypatch.setattr(prepare, "_cache", cache.Cache())
     step = CALLS[call]
     if not first:
         step(*inputs(0))
