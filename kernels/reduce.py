@@ -154,6 +154,28 @@ def _norm_from_total(total, scale, p, KIND: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _reduce_chunk(edge, edge_mask, body, vectors, scale, neutral, p, KIND: tl.constexpr, TYPE: tl.constexpr):
+    """One pass over a chunk: the total of the powers of its values times `scale`, and its peaks, [TILE_VECTORS]."""
+    WIDE: tl.constexpr = scale.dtype
+    BITS: tl.constexpr = tl.int64 if WIDE == tl.float64 else tl.int32
+    x = _load(edge, edge_mask, neutral, WIDE)
+    peaks = _vector_peaks(x, p, KIND)
+    folded = _reduce_vectors(x * scale, p, KIND, BITS)
+    pointers, mask = tile_of(body, vectors, 0, TYPE)
+    x = tl.load(pointers, mask=mask, other=neutral)
+    # Each tile is loaded before the tile ahead of it is summed, to keep enough bytes in flight. The step is 1, but ptxas
+    # cannot know it. With a literal 1 it unrolls the loop and moves each load behind the previous sum.
+    for tile in range(1, tl.cdiv(vectors, TILE_VECTORS) + 1, tl.num_programs(1)):
+        pointers, mask = tile_of(body, vectors, tile, TYPE)
+        next_x = tl.load(pointers, mask=mask, other=neutral)
+        wide = x.to(WIDE)
+        peaks = tl.maximum(peaks, _vector_peaks(wide, p, KIND))
+        folded = _combine(folded, _reduce_vectors(wide * scale, p, KIND, BITS), KIND)
+        x = next_x
+    return _reduce_tile(folded, KIND), peaks
+
+
+@triton.jit
 def _norm(address, numel, chunk, p, KIND: tl.constexpr, TYPE: tl.constexpr, LIMIT: tl.constexpr):
     """The norm (fp64) of one chunk of a tensor: at most LIMIT vectors of its body and, for chunk 0, its edge."""
     WIDE: tl.constexpr = tl.float64 if TYPE == tl.float64 or KIND == "power" else tl.float32
@@ -169,21 +191,7 @@ def _norm(address, numel, chunk, p, KIND: tl.constexpr, TYPE: tl.constexpr, LIMI
     passes = tl.full((), 0, tl.int32)
     again = passes == 0
     while again:
-        x = _load(edge, edge_mask, neutral, WIDE)
-        peaks = _vector_peaks(x, p, KIND)
-        folded = _reduce_vectors(x * scale, p, KIND, BITS)
-        pointers, mask = tile_of(body, vectors, 0, TYPE)
-        x = tl.load(pointers, mask=mask, other=neutral)
-        # Each tile is loaded before the tile ahead of it is summed, to keep enough bytes in flight. The step is 1, but
-        # ptxas cannot know it. With a literal 1 it unrolls the loop and moves each load behind the previous sum.
-        for tile in range(1, tl.cdiv(vectors, TILE_VECTORS) + 1, tl.num_programs(1)):
-            pointers, mask = tile_of(body, vectors, tile, TYPE)
-            next_x = tl.load(pointers, mask=mask, other=neutral)
-            wide = x.to(WIDE)
-            peaks = tl.maximum(peaks, _vector_peaks(wide, p, KIND))
-            folded = _combine(folded, _reduce_vectors(wide * scale, p, KIND, BITS), KIND)
-            x = next_x
-        total = _reduce_tile(folded, KIND)
+        total, peaks = _reduce_chunk(edge, edge_mask, body, vectors, scale, neutral, p, KIND, TYPE)
         passes += 1
         again = passes == 0
         if not BY_ORDER and KIND != "zero":  # these need no scale
@@ -225,6 +233,32 @@ def _reduce_groups(chunks, rows, partials, begin, end, p, KIND: tl.constexpr, TY
         pointers, mask, _ = group_of(chunks, rows, begin, end, group, lane, TYPE)
         slots = group * GROUP_TENSORS + tl.arange(0, GROUP_TENSORS)
         tl.store(partials + begin + slots, _norms_of_group(pointers, mask, p, KIND, TYPE), mask=slots < end - begin)
+
+
+@triton.jit
+def _store_results(total, state, norm, inv_scale, found_inf, max_norm, NORM: tl.constexpr):
+    """Compute the coefficient from the norm `total`, and store both; see `reduce_kernel`."""
+    if inv_scale is not None:
+        tl.store(pointer_to(found_inf, tl.float32), 1.0, mask=(total < float("inf")) == 0)
+        total *= tl.load(pointer_to(inv_scale, tl.float32)).to(tl.float64)
+    coefficient = max_norm / (total + EPS)
+    # A NaN stays NaN. But an infinite bound clips nothing, whatever the norm.
+    coefficient = tl.where((coefficient > 1) | (max_norm == float("inf")), 1.0, coefficient)
+    if inv_scale is not None:
+        coefficient *= tl.load(pointer_to(inv_scale, tl.float32)).to(tl.float64)
+    tl.store(state, total)
+    tl.store(state + 1, coefficient)
+    if NORM == tl.float64:
+        tl.store(pointer_to(norm, NORM), total)
+    else:  # via fp32, which converts to every narrower type
+        tl.store(pointer_to(norm, NORM), total.to(tl.float32).to(NORM))
+
+
+@triton.jit
+def _clear(partials, count):
+    for start in range(0, count, TILE_VECTORS):
+        slots = start + tl.arange(0, TILE_VECTORS)
+        tl.store(partials + slots, 0.0, mask=slots < count)
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "partials", "ticket", "state", "norm", "inv_scale", "found_inf"])
@@ -269,25 +303,10 @@ def reduce_kernel(
     # acq_rel: a program's stores happen before its ticket, and every ticket before the last program's loads.
     if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         total = _norm(partials.to(tl.int64), fp64_small_end, begin, p, KIND, tl.float64, MAX_VECTORS)
-        if inv_scale is not None:
-            tl.store(pointer_to(found_inf, tl.float32), 1.0, mask=(total < float("inf")) == 0)
-            total *= tl.load(pointer_to(inv_scale, tl.float32)).to(tl.float64)
-        coefficient = max_norm / (total + EPS)
-        # A NaN stays NaN. But an infinite bound clips nothing, whatever the norm.
-        coefficient = tl.where((coefficient > 1) | (max_norm == float("inf")), 1.0, coefficient)
-        if inv_scale is not None:
-            coefficient *= tl.load(pointer_to(inv_scale, tl.float32)).to(tl.float64)
-        tl.store(state, total)
-        tl.store(state + 1, coefficient)
-        if NORM == tl.float64:
-            tl.store(pointer_to(norm, NORM), total)
-        else:  # via fp32, which converts to every narrower type
-            tl.store(pointer_to(norm, NORM), total.to(tl.float32).to(NORM))
+        _store_results(total, state, norm, inv_scale, found_inf, max_norm, NORM)
         tl.store(ticket, 0)  # for the next launch
         if KIND == "zero":
-            for start in range(0, fp64_small_end, TILE_VECTORS):
-                slots = start + tl.arange(0, TILE_VECTORS)
-                tl.store(partials + slots, 0.0, mask=slots < fp64_small_end)
+            _clear(partials, fp64_small_end)
 
 
 @triton.jit(do_not_specialize=["partials", "slices", "norms", "tensors"])
