@@ -163,8 +163,8 @@ def _reduce_chunk(edge, edge_mask, body, vectors, scale, neutral, p, KIND: tl.co
     folded = _reduce_vectors(x * scale, p, KIND, BITS)
     pointers, mask = tile_of(body, vectors, 0, TYPE)
     x = tl.load(pointers, mask=mask, other=neutral)
-    # Each tile is loaded before the tile ahead of it is summed, to keep enough bytes in flight. The step is 1, but ptxas
-    # cannot know it. With a literal 1 it unrolls the loop and moves each load behind the previous sum.
+    # Each tile is loaded before the previous one is summed, to keep enough bytes in flight. The step is 1, but ptxas
+    # cannot know that. With a literal 1 it unrolls the loop and moves each load behind the previous tile's sum.
     for tile in range(1, tl.cdiv(vectors, TILE_VECTORS) + 1, tl.num_programs(1)):
         pointers, mask = tile_of(body, vectors, tile, TYPE)
         next_x = tl.load(pointers, mask=mask, other=neutral)
