@@ -1,1 +1,1 @@
-"""Benchmarks, each a command: `python -m benchmarks.cpu`."""
+"""Benchmarks. Each is a command, for example `python -m benchmarks.cpu`."""

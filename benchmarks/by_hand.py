@@ -1,7 +1,7 @@
-"""A clip written by hand in CUDA for one kind of list: what can be hoped for, without Triton, edges or mixed dtypes.
+"""A clip written by hand in CUDA for one kind of list: an upper limit for the speed, without Triton or edges.
 
-The same two kernels as fastclip's, for gradients of one dtype, fp32 or bf16, that are whole vectors of 16 bytes at such
-addresses. Compiled by NVRTC as torch brings it.
+It has the same two kernels as fastclip. All gradients have one dtype, fp32 or bf16, and consist of whole 16-byte
+vectors at 16-byte aligned addresses. torch's NVRTC compiles it.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ extern "C" __global__ void __launch_bounds__(512, 2) scale_by_hand(
 """
 
 
-def serves(grads: list[Tensor]) -> bool:
-    """Whether it can clip these gradients."""
+def supports(grads: list[Tensor]) -> bool:
+    """Whether `ByHand` supports these gradients."""
     are_whole = all(grad.nbytes % 16 == 0 and grad.data_ptr() % 16 == 0 for grad in grads)
     return are_whole and {grad.dtype for grad in grads} in ({torch.float32}, {torch.bfloat16})
 
@@ -107,7 +107,7 @@ def _kernels() -> list[Any]:
 
 
 class ByHand:
-    """The clip of a list of gradients; its table is made once."""
+    """The clip of a list of gradients, whose table is built once."""
 
     def __init__(self, grads: list[Tensor]) -> None:
         device = grads[0].device
@@ -123,13 +123,13 @@ class ByHand:
         self.state = torch.zeros(2, dtype=torch.float64, device=device)
 
     def norm(self, bound: float = 1e30) -> Tensor:
-        """The norm of all."""
+        """Return the norm of all gradients."""
         arguments = [*self.list, self.partials, self.ticket, self.state, bound]
         _kernels()[0]((self.blocks, 1, 1), (THREADS, 1, 1), arguments)
         return self.state[0]
 
     def clip(self, bound: float) -> Tensor:
-        """The norm of all, by which they are clipped."""
+        """Clip all gradients by their norm, and return it."""
         norm = self.norm(bound)
         _kernels()[1]((self.blocks, 1, 1), (THREADS, 1, 1), [*self.list, self.state])
         return norm

@@ -1,4 +1,4 @@
-"""Time on a GPU and on the host, apart from each other, and what the memory of a GPU can do at most."""
+"""GPU time and host time, measured separately, and the bandwidth that a GPU's memory reaches."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 import torch
 
-CYCLES_PER_S = 2e9  # of a GPU's clock, about
-LONGEST_S = 0.25  # that the GPU is kept waiting for the host
+CYCLES_PER_S = 2e9  # a GPU's clock rate, approximately
+LONGEST_S = 0.25  # the longest time that the GPU sleeps to wait for the host
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds: 20th, 50th and 80th percentile of the GPU's, and the median of the host's.
+    """Times in milliseconds: the 20th, 50th and 80th percentile on the GPU, and the median on the host.
 
     Attributes:
-        has_gaps: Whether the GPU had to wait for the host all the same: its time then is about the host's.
+        has_gaps: Whether the GPU waited for the host during the measurement. GPU time is then about host time.
     """
 
     gpu_p20_ms: float
@@ -29,15 +29,15 @@ class Timing:
 
 
 class Clock:
-    """Times a piece of work. On the CPU both times are the wall clock's.
+    """Times a function. On the CPU both times are wall-clock time.
 
-    The GPU's time is taken by events, while the GPU sleeps until the host has issued everything, so that no gaps are in
-    it. A host that is slower than that, or that has issued more than the driver's queue holds (about a thousand
-    launches), leaves some: the timing says so. The host's is taken until the call returns, with the GPU idle before it.
+    Events measure GPU time. The GPU sleeps until the host has issued all launches, so that there are no gaps between
+    them. There are gaps all the same if the host takes longer, or issues more launches than the driver's queue holds
+    (about a thousand). `Timing.has_gaps` reports that. Host time is the time until the call returns, on an idle GPU.
 
     Args:
-        device: Where the work is done.
-        rounds: How often each is taken.
+        device: The device of the work.
+        rounds: How often GPU time and host time are measured.
     """
 
     def __init__(self, device: torch.device, rounds: int) -> None:
@@ -48,24 +48,33 @@ class Clock:
         self._other = torch.ones(self.cache_bytes, device=device)  # fp32: four times the L2 cache
 
     def synchronize(self) -> None:
-        """Wait for the device."""
+        """Wait until the device is idle."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def time(self, work: Callable[[], object], *, cold: bool = False) -> Timing:
-        """Time a piece of work, `2 * rounds + 1` calls; if `cold`, the GPU's L2 cache has other data before each."""
-        host, gpu = [], []
+        """Time `2 * rounds + 1` calls of `work`. If `cold`, the GPU's L2 cache holds other data before each call."""
         work()
+        host = self._host_times(work)
+        if self.device.type != "cuda":
+            return self._timing(host, host, has_gaps=False)
+        gpu, gaps = self._gpu_times(work, host, cold=cold)
+        return self._timing(gpu, host, has_gaps=2 * gaps > self.rounds)
+
+    def _host_times(self, work: Callable[[], object]) -> list[float]:
+        times = []
         for _ in range(self.rounds):
             self.synchronize()
             start = time.perf_counter()
             work()
-            host.append((time.perf_counter() - start) * 1e3)
-        if self.device.type != "cuda":
-            return self._timing(host, host, has_gaps=False)
-        # By the third quartile: one hiccup of the host must not multiply every sleep.
+            times.append((time.perf_counter() - start) * 1e3)
+        return times
+
+    def _gpu_times(self, work: Callable[[], object], host: list[float], *, cold: bool) -> tuple[list[float], int]:
+        """The times of all rounds, and how many of them began before the host had issued all launches."""
+        # The third quartile: one slow host round must not lengthen every sleep.
         seconds = min(2.5e-3 * statistics.quantiles(host, n=4)[2] + 2e-5, LONGEST_S)
-        gaps = 0
+        times, gaps = [], 0
         for _ in range(self.rounds):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             if cold:
@@ -76,8 +85,8 @@ class Clock:
             gaps += begin.query()  # type: ignore[no-untyped-call]
             end.record()
             end.synchronize()
-            gpu.append(begin.elapsed_time(end))
-        return self._timing(gpu, host, has_gaps=2 * gaps > self.rounds)
+            times.append(begin.elapsed_time(end))
+        return times, gaps
 
     @staticmethod
     def _timing(gpu: list[float], host: list[float], *, has_gaps: bool) -> Timing:
@@ -87,19 +96,19 @@ class Clock:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """GB/s of torch's own operations on one large tensor, reads and writes both counted."""
+    """The bandwidth of torch's own operations on one large tensor, in GB/s; reads and writes both count."""
 
     copy: float
     read: float
     scale: float
 
     def floor_ms(self, nbytes: int, *, writes: bool) -> float:
-        """What clipping so many bytes takes at least: a read, and if it `writes` a scaling in place."""
+        """The least time to clip `nbytes` bytes: a read and, if it `writes`, a scaling in place."""
         return (nbytes / self.read + writes * 2 * nbytes / self.scale) / 1e6
 
 
 def ceilings(clock: Clock, nbytes: int) -> Ceilings:
-    """Measure them, by tensors of so many bytes."""
+    """Measure the ceilings on tensors of `nbytes` bytes."""
     source = torch.ones(nbytes // 4, device=clock.device)
     target = torch.empty_like(source)
 

@@ -1,15 +1,15 @@
-"""The kernels as compiled for every target, read rather than run: what they cost, and what must not be in them.
+"""Compile the kernels for every target, and read from the machine code what they cost. Nothing runs, on no GPU.
 
     python -m benchmarks.compiled [sm_90 gfx942 ...]
 
-It needs no GPU. For each kernel and target: registers a thread, spilled bytes, shared memory, and the programs on one
-SM (or CU): as many as are launched for it, or as fit. For each dtype within, from the machine code of the loop over
-tiles: the bytes of every global load and store, the loads that are under way at once, and the instructions for each 16
+For each kernel and target, the table has the registers of a thread, spilled bytes, shared memory, and the programs on
+one SM (or CU): the number that is launched for it, or fewer if fewer fit. For each dtype, it has figures of the loop
+over tiles: the bytes of every global load and store, the loads in flight at once, and the instructions for each 16
 bytes loaded and for each element.
 
-The exit status is 1 if such a loop reads or writes less than 16 bytes at a time, or if more than one in a hundred of
-its instructions keeps a register in memory. One that is put aside once a chunk, so that one more program fits on an SM,
-costs nothing, and every version of ptxas does so elsewhere.
+The exit status is 1 if such a loop has a load or store of less than 16 bytes, or if more than one in a hundred of its
+instructions is a spill. A register that is spilled once a chunk, so that one more program fits on an SM, costs nothing.
+Every version of ptxas does that in some kernel.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Target:
 
     Attributes:
         gpu: Triton's name of it.
-        warps: How many warps an SM's quarter can hold, registers permitting (of wavefronts: a SIMD of a CU).
+        warps: The most warps in a quarter of an SM (on AMD: wavefronts in a SIMD of a CU), whatever their registers.
     """
 
     gpu: GPUTarget
@@ -52,11 +52,11 @@ class Target:
 
     @property
     def is_nvidia(self) -> bool:
-        """Whether the machine code is SASS, not AMD's."""
+        """Whether the machine code is NVIDIA's SASS, and not AMD's."""
         return bool(self.gpu.backend == "cuda")
 
     def programs(self, registers: int) -> int:
-        """The programs resident on an SM or CU: each has four quarters, of 512 registers for each lane."""
+        """The programs that fit on an SM or CU. It has four quarters, each with 512 registers a lane."""
         fitting = 512 // (-(-registers // 8) * 8)
         return 4 * min(self.warps, fitting) // WARPS
 
@@ -76,7 +76,7 @@ class Variant:
     """A kernel with its compile-time arguments.
 
     Attributes:
-        loops: The element type of each of its outermost loops, in the order of the source.
+        loops: The element type of each outermost loop, in the order of the source.
     """
 
     kernel: Any
@@ -85,9 +85,9 @@ class Variant:
 
 
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8, "partials": 8}
-"""Bytes an element; `partials` are the chunks' norms, which are combined in fp64."""
+"""The bytes of an element. `partials` are the chunk norms, which are combined in fp64."""
 
-GROUPS = "groups"  # the loop over groups of small tensors, which reads element by element and is not looked at
+GROUPS = "groups"  # a loop over groups of small tensors: it reads element by element, and is not checked
 _GROUPS = (GROUPS,) * 4
 _IN_ORDER = ("fp32", "bf16", "fp16", "fp64")
 VARIANTS = {
@@ -116,11 +116,11 @@ class Loop:
     """The loop over tiles of one element type.
 
     Attributes:
-        loads: Bytes of each global load of a lane.
-        stores: Bytes of each global store of a lane.
-        under_way: The loads that a lane has issued before it needs the first of them.
-        spills: Instructions that put a register's value into memory or take it back.
-        instructions: Of all kinds, those of slow paths included.
+        loads: The bytes of each global load of a lane.
+        stores: The bytes of each global store of a lane.
+        under_way: The number of loads that a lane issues before it uses the first of them.
+        spills: The number of instructions that spill a register to memory or reload it.
+        instructions: The number of all instructions, slow paths included.
     """
 
     dtype: str
@@ -132,7 +132,7 @@ class Loop:
 
     @property
     def faults(self) -> list[str]:
-        """What must not be."""
+        """The errors of this loop."""
         spills = [f"{self.spills} spills in the loop for {self.dtype}"] if 100 * self.spills > self.instructions else []
         narrow = [] if self.is_wide else [f"narrow accesses for {self.dtype}"]
         return spills + narrow
@@ -145,14 +145,14 @@ class Loop:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the machine code of a kernel tells.
+    """The figures of a kernel, from its machine code.
 
     Attributes:
-        registers: Of a thread.
-        spilled: Bytes of memory a thread in which registers are kept.
-        spilled_scalars: AMD's scalar registers that are kept in lanes of a vector register: no memory is involved.
-        shared: Bytes of shared memory a program.
-        programs: How many are on an SM or CU: as many as are launched for it, or as fit.
+        registers: The registers of a thread.
+        spilled: The bytes of memory to which a thread spills registers.
+        spilled_scalars: The scalar registers (AMD) that are spilled to lanes of a vector register, not to memory.
+        shared: The bytes of shared memory of a program.
+        programs: The programs on an SM or CU: the number that is launched for it, or fewer if fewer fit.
     """
 
     registers: int
@@ -164,7 +164,7 @@ class Compiled:
 
     @property
     def faults(self) -> list[str]:
-        """What must not be."""
+        """The errors of all loops."""
         return [fault for loop in self.loops for fault in loop.faults]
 
 
@@ -172,10 +172,10 @@ class Compiled:
 
 
 def compile_variant(variant: Variant, target: Target) -> Compiled:
-    """Compile ahead of time, with the specialisation that a launch has, and read the result."""
+    """Compile a variant ahead of time, with the same specialisation as a launch, and read the machine code."""
     kernel = variant.kernel
     constants = {p.name: variant.constants[p.name] for p in kernel.params if p.name in variant.constants}
-    # What has no type of its own is an address.
+    # A parameter without an annotation is an address.
     signature = {p.name: "constexpr" if p.name in constants else p.annotation_type or "i64" for p in kernel.params}
     source = ASTSource(kernel, signature, constants)
     built = triton.compile(source, target=target.gpu, options=table.LAUNCH_OPTIONS)
@@ -193,7 +193,7 @@ def compile_variant(variant: Variant, target: Target) -> Compiled:
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and machine code, by the tools that Triton brings along."""
+    """Return resource usage and machine code, by the tools that come with Triton."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
@@ -231,7 +231,7 @@ _WIDTHS = {
     "sbyte": 1,
     "byte": 1,
 }
-"""Bytes, by the part of an opcode that tells them; without any it is 4."""
+"""The bytes of an access, by a part of its opcode. An opcode without such a part accesses 4 bytes."""
 
 
 @dataclass(frozen=True)
@@ -239,8 +239,8 @@ class Instruction:
     """One instruction of SASS or of AMD's machine code.
 
     Attributes:
-        text: Without its address.
-        labels: Those that stand before it.
+        text: The instruction without its address.
+        labels: The labels in front of it.
     """
 
     text: str
@@ -248,7 +248,7 @@ class Instruction:
 
     @property
     def target(self) -> str | None:
-        """The label that it may jump to: ptxas also leaves loops by a CALL to a label, where other calls return."""
+        """The label that it may jump to. ptxas also leaves loops by a CALL to a label, which does not return."""
         found = re.search(r"\b(?:BRA|CALL|s_c?branch).*?(\.L\w+)", self.text)
         return found[1] if found else None
 
@@ -259,17 +259,17 @@ class Instruction:
 
     @property
     def is_spill(self) -> bool:
-        """Whether it moves a value between a register and the thread's own memory."""
+        """Whether it moves a value between a register and the thread's local memory."""
         return bool(re.search(r"\b(LDL|STL|scratch_(load|store))", self.text))
 
     @property
     def load(self) -> int:
-        """The bytes that a lane loads from global memory, or 0."""
+        """The bytes that a lane loads from global memory; 0 if it is no load."""
         return self._bytes(r"LDG|(?:global|buffer|flat)_load")
 
     @property
     def store(self) -> int:
-        """The bytes that a lane stores to global memory, or 0."""
+        """The bytes that a lane stores to global memory; 0 if it is no store."""
         return self._bytes(r"STG|(?:global|buffer|flat)_store")
 
     def _bytes(self, kind: str) -> int:
@@ -280,13 +280,13 @@ class Instruction:
 
     @property
     def registers(self) -> list[int]:
-        """The vector registers that it names, the one that it writes first."""
+        """The vector registers in its text, the written one first."""
         ranges = re.findall(r"\bR(\d+)\b|\bv(\d+)\b|\bv\[(\d+):(\d+)\]", self.text)
         return [n for r, v, first, last in ranges for n in range(int(r or v or first), int(r or v or last) + 1)]
 
 
 def instructions_of(code: str) -> list[Instruction]:
-    """The instructions of the first function in nvdisasm's or LLVM's text."""
+    """Return the instructions of the first function in nvdisasm's or LLVM's text."""
     found: list[Instruction] = []
     labels: list[str] = []
     for line in code.splitlines():
@@ -306,7 +306,7 @@ def instructions_of(code: str) -> list[Instruction]:
 
 
 def _natural_loops(code: Sequence[Instruction]) -> list[set[int]]:
-    """The loops of a function, as sets of positions: what a jump back to a dominator closes."""
+    """Return the loops of a function as sets of positions. A jump back to a dominator closes a loop."""
     position = {label: i for i, instruction in enumerate(code) for label in instruction.labels}
     following: list[list[int]] = []
     for i, instruction in enumerate(code):
@@ -334,7 +334,10 @@ def _natural_loops(code: Sequence[Instruction]) -> list[set[int]]:
 
 
 def _immediate_dominators(following: list[list[int]], before: list[list[int]]) -> dict[int, int]:
-    """Of each position that can be reached (Cooper, Harvey, Kennedy: "A simple, fast dominance algorithm")."""
+    """Return the immediate dominator of each reachable position.
+
+    The algorithm is that of Cooper, Harvey and Kennedy, "A simple, fast dominance algorithm".
+    """
     order = _postorder(following)
     number = {node: n for n, node in enumerate(order)}
     dominators = {0: 0}
@@ -378,14 +381,14 @@ def _dominates(header: int, node: int, dominators: dict[int, int]) -> bool:
 
 
 def tile_loops(code: Sequence[Instruction], dtypes: Sequence[str]) -> list[Loop]:
-    """The innermost loops that touch global memory, each by the element type of the outermost loop that it is in.
+    """Return the innermost loop over tiles of each outermost loop that loads from global memory.
 
     Args:
         code: The kernel's instructions.
         dtypes: The element types of the outermost loops, in the order of the code.
 
     Raises:
-        RuntimeError: The code has another form than the source.
+        RuntimeError: The loops of the code do not match those of the source.
     """
     loops = [loop for loop in _natural_loops(code) if any(code[i].load for i in loop)]
     outermost = [loop for loop in loops if not any(loop < other for other in loops)]
@@ -395,13 +398,13 @@ def tile_loops(code: Sequence[Instruction], dtypes: Sequence[str]) -> list[Loop]
     for dtype, outer in zip(dtypes, outermost, strict=True):
         if dtype == GROUPS:
             continue
-        # Only edges are read element by element, so that the narrowest access tells the element's size. (That of the
-        # partials may be outside of the loop.)
+        # Only edges are read element by element, so the narrowest access has the size of an element. (The partials'
+        # edge may be outside the loop.)
         size = min(width for i in outer for width in (code[i].load, code[i].store) if width)
         if size != DTYPES[dtype] and dtype != "partials":
             raise RuntimeError(f"the loop taken for {dtype}'s reads elements of {size} bytes")
         innermost = [loop for loop in loops if loop <= outer and not any(other < loop for other in loops)]
-        # Where the compiler unrolled, the unrolled loop counts, not that of the remainder.
+        # If the compiler unrolled the loop, take the unrolled one, and not the loop over the remainder.
         tiles = max(innermost, key=lambda loop: sum(bool(code[i].load) for i in loop))
         found.append(_loop(dtype, [code[i] for i in sorted(tiles)]))
     return found
@@ -415,7 +418,7 @@ def _loop(dtype: str, code: Sequence[Instruction]) -> Loop:
 
 
 def _under_way(code: Sequence[Instruction]) -> int:
-    """The most loads of which none is used yet."""
+    """The largest number of loads in flight, of which none is used yet."""
     most = 0
     pending: list[set[int]] = []
     for instruction in code:
@@ -437,7 +440,7 @@ _HEADER = (
 
 
 def rows(name: str, target: str, compiled: Compiled) -> Iterator[str]:
-    """The lines of the table for one kernel and target."""
+    """Yield the lines of the table for one kernel and target."""
     head = f"{name:22} {target:7} {compiled.registers:4} {compiled.spilled:5} {compiled.shared:6} {compiled.programs:8}"
     for loop in compiled.loops:
         lanes = WARPS * TARGETS[target].gpu.warp_size * compiled.programs
@@ -459,10 +462,10 @@ def _widths(widths: Sequence[int]) -> str:
 
 
 def main(names: Sequence[str]) -> int:
-    """Print the table for the targets named, or for all.
+    """Print the table for the named targets, or for all.
 
     Returns:
-        1 if anything spills or is narrow, else 0.
+        1 if a loop spills or has a narrow access, else 0.
     """
     unknown = set(names) - set(TARGETS)
     if unknown:

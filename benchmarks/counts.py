@@ -1,14 +1,14 @@
-"""What a call of `clip_grad_norm_` asks of the host and the driver, beside torch's: launches, copies, memory, time.
+"""Count launches, copies, allocations, syncs and host time of a call of `clip_grad_norm_`, fastclip's and torch's.
 
     python -m benchmarks.counts [number of gradients ...]
 
-With a GPU everything is counted there, by torch's profiler and its statistics. Without one, fastclip's kernels are
-launched through a stand-in driver (`tests/ptxlab`, which needs gcc and Linux) that counts them and returns at once, so
-that fastclip's host time is what it would be but for the driver's own. torch has no such driver: its launches are then
-*derived* from the limits of `multi_tensor_apply`, as `foreach_launches` tells, and its time is that of its foreach
-functions on the CPU, arithmetic on tiny tensors included: a yardstick, not its time with a GPU.
+With a GPU, torch's profiler and memory statistics count. Without one, fastclip launches its kernels through a stand-in
+driver (`tests/ptxlab`, which needs gcc and Linux). It counts them and returns at once, so fastclip's host time is the
+real one without the driver's own. torch has no such driver. Its launches are then *derived* from the limits of
+`multi_tensor_apply` (see `foreach_launches`). Its time is that of its foreach functions on the CPU, with arithmetic on
+tiny tensors: a reference, not its host time with a GPU.
 
-The gradients are small, since none of this depends on their size but for torch's launches.
+The gradients are small: of all figures, only torch's launches depend on their size.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle, islice
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -40,13 +40,13 @@ from fastclip.foundation.devices import upload
 COUNTS = (1, 10, 100, 1000, 2000, 10_000)
 ROUNDS = 15
 FOREACH = partial(torch.nn.utils.clip_grad_norm_, foreach=True)
-SECONDS = 0.02  # of calls at least, where gradients stay: Python takes a few hundred to be at its speed
+SECONDS = 0.02  # the least total time of calls if gradients stay: Python needs a few hundred calls to warm up
 MOVES = 64  # places of the gradients in their memory, each used once
 
 _FP32, _BF16, _FP16, _FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 SHAPES: dict[str, list[tuple[int, torch.dtype]]] = {
     "uniform": [(4, _FP32)],
-    # a block of a transformer in miniature: two norms, attention, and a gated feed-forward layer
+    # a small transformer block: two norms, attention, and a gated feed-forward layer
     "LLM-shaped": [(n, _BF16) for n in (64, 64 * 96, 64 * 64, 64, 64 * 176, 64 * 176, 176 * 64)],
     "mixed dtypes": [(4, _FP32), (4, _BF16), (4, _FP16), (4, _FP64)],
 }
@@ -54,7 +54,7 @@ SHAPES: dict[str, list[tuple[int, torch.dtype]]] = {
 
 @dataclass
 class Counts:
-    """What one call asks for: kernels, host-to-device copies, device memory, waits for the device; and its µs."""
+    """The costs of one call: launches, host-to-device copies, device allocations, syncs, and µs of host time."""
 
     launches: int = 0
     copies: int = 0
@@ -64,7 +64,7 @@ class Counts:
 
 
 class Gradients:
-    """Parameters whose gradients lie in one piece of memory, and can be somewhere else in it for each call."""
+    """Parameters with gradients in one piece of memory, in which they can move between calls."""
 
     def __init__(self, count: int, shapes: Sequence[tuple[int, torch.dtype]], device: str) -> None:
         self.entries = list(islice(cycle(shapes), count))
@@ -75,7 +75,7 @@ class Gradients:
         self.settle()
 
     def settle(self) -> None:
-        """Give each parameter its gradient, 16 bytes behind where the last one was: memory that was not seen before."""
+        """Give each parameter a gradient 16 bytes behind the last one, at an address that was not used before."""
         start = self.place = self.place + 16
         for parameter, (numel, dtype), span in zip(self.parameters, self.entries, self.spans, strict=True):
             parameter.grad = self.memory[start : start + numel * dtype.itemsize].view(dtype)
@@ -85,8 +85,8 @@ class Gradients:
 # ---- Counting
 
 
-class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so
-    """Counts torch's operations that allocate or wait, by what they do on a GPU."""
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not annotate it
+    """Counts the allocations and syncs that torch's operations would cause on a GPU."""
 
     def __init__(self, counts: Counts) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -107,7 +107,7 @@ def _is_tensor(value: object) -> bool:
 
 @contextmanager
 def _counting_uploads(counts: Counts) -> Iterator[None]:
-    """Count fastclip's uploads, each a copy into new memory, which on the CPU are no operations at all."""
+    """Count fastclip's uploads. Each is a copy into new memory, but on the CPU it is no torch operation."""
 
     def counted(array: npt.NDArray[Any], device: torch.device) -> Tensor:
         counts.copies += 1
@@ -121,7 +121,7 @@ def _counting_uploads(counts: Counts) -> Iterator[None]:
 def _count_without_gpu(call: Callable[[], object], settle: Callable[[], object]) -> Counts:
     import ptxlab
 
-    with _Operations(Counts()):  # since what is kept for gradients is not used again under a dispatch mode
+    with _Operations(Counts()):  # plans that were cached without a dispatch mode are not used under one
         call()
     settle()
     counts = Counts()
@@ -139,7 +139,7 @@ def _count_on_gpu(call: Callable[[], object], settle: Callable[[], object]) -> C
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with warnings.catch_warnings(record=True) as waits:
         warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")  # which itself warns that it is a prototype
+        torch.cuda.set_sync_debug_mode("warn")  # this call itself warns that it is a prototype
         waits.clear()
         try:
             with torch.profiler.profile(activities=activities) as profile:
@@ -154,26 +154,15 @@ def _count_on_gpu(call: Callable[[], object], settle: Callable[[], object]) -> C
 
 
 def foreach_launches(grads: Sequence[tuple[int, torch.dtype]], tensors: int, blocks: int) -> int:
-    """The launches of torch 2.13's clip by foreach, derived from its source.
+    """The number of launches of torch 2.13's foreach clip, derived from its source.
 
-    `multi_tensor_apply` takes up to `tensors` tensors and `blocks` chunks of 65,536 elements a launch, of one dtype:
-    110 and 320 when built with CUDA 12, 770 and 2240 with CUDA 13. It is launched for the norms and for the scaling.
-    With more than one dtype the scaling is one launch a tensor, for those that are not of the coefficient's. To that
-    come `stack`, for each 128 norms, and about 7 small kernels for the total and the coefficient.
+    A launch of `multi_tensor_apply` takes up to `tensors` tensors and `blocks` chunks of 65,536 elements, of one dtype:
+    110 and 320 if built with CUDA 12, 770 and 2240 with CUDA 13. It computes the norms and scales. If there are several
+    dtypes, each tensor with another dtype than the coefficient is scaled by a launch of its own. `stack` adds one for
+    each 128 norms, and the total and the coefficient add about 7 small kernels.
     """
     groups = [[n for n, dtype in grads if dtype == wanted] for wanted in {dtype for _, dtype in grads}]
-    norms = 0
-    for group in groups:
-        used_tensors = used_blocks = 0
-        norms += 1
-        for numel in group:
-            left = -(-numel // 65_536)
-            if used_tensors == tensors:
-                norms, used_tensors, used_blocks = norms + 1, 0, 0
-            used_tensors += 1
-            while left > blocks - used_blocks:
-                norms, left, used_tensors, used_blocks = norms + 1, left - (blocks - used_blocks), 1, 0
-            used_blocks += left
+    norms = sum(_multi_tensor_launches(group, tensors, blocks) for group in groups)
     total_dtype = grads[0][1]
     for _, dtype in grads:
         total_dtype = torch.promote_types(total_dtype, dtype)
@@ -182,11 +171,25 @@ def foreach_launches(grads: Sequence[tuple[int, torch.dtype]], tensors: int, blo
     return norms + scaling + -(-len(grads) // 128) + 7
 
 
+def _multi_tensor_launches(numels: Sequence[int], tensors: int, blocks: int) -> int:
+    """The number of launches of `multi_tensor_apply` for tensors of one dtype."""
+    launches, used_tensors, used_blocks = 1, 0, 0
+    for numel in numels:
+        left = -(-numel // 65_536)
+        if used_tensors == tensors:
+            launches, used_tensors, used_blocks = launches + 1, 0, 0
+        used_tensors += 1
+        while left > blocks - used_blocks:
+            launches, left, used_tensors, used_blocks = launches + 1, left - (blocks - used_blocks), 1, 0
+        used_blocks += left
+    return launches
+
+
 # ---- Measuring
 
 
 def measure(clip: Callable[..., Tensor], grads: Gradients, *, moved: bool, count: Callable[..., Counts]) -> Counts:
-    """Count one call, and time others, after some to warm up. The host's time: nothing waits for the GPU."""
+    """Count one call, and time others after a warm-up. The time is host time: nothing waits for the GPU."""
 
     def call() -> None:
         clip(grads.parameters, 1.0)
@@ -204,7 +207,7 @@ def measure(clip: Callable[..., Tensor], grads: Gradients, *, moved: bool, count
 
 
 def main(numbers: Sequence[int] = COUNTS) -> list[tuple[Counts, Counts]]:
-    """Print the table, and return fastclip's and torch's counts, a row each."""
+    """Print the table. Return fastclip's and torch's counts, a pair for each row."""
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -236,26 +239,21 @@ def _rows(numbers: Sequence[int], device: str) -> Iterator[tuple[Counts, Counts]
     print(
         f"{'gradients':>9} {'':21} {'launches':>8} {'copies':>6} {shared} {'launches, CUDA 12/13':>20} {shared}  ratio"
     )
-    memories = []  # kept, lest later gradients lie where earlier ones did and are found not to have moved
-    for number in numbers:
-        for name, shapes in SHAPES.items():
-            for moved in (False, True):
-                grads = Gradients(number, shapes, device)
-                memories.append(grads.memory)
-                ours, theirs = (
-                    measure(clip, grads, moved=moved, count=count) for clip in (fastclip.clip_grad_norm_, FOREACH)
-                )
-                entries = list(islice(cycle(shapes), number))
-                derived = f"{foreach_launches(entries, 110, 320)}/{foreach_launches(entries, 770, 2240)} derived"
-                launches = str(theirs.launches) if device == "cuda" else derived
-                print(
-                    f"{number:9} {name:14} {'moved' if moved else 'stay':6} "
-                    f"{ours.launches:8} {ours.copies:6} {ours.allocations:6} {ours.syncs:5} {ours.microseconds:8.0f} "
-                    f"{launches:>20} {theirs.allocations:6} {theirs.syncs:5} {theirs.microseconds:8.0f} "
-                    f"{theirs.microseconds / ours.microseconds:6.1f}",
-                    flush=True,
-                )
-                yield ours, theirs
+    memories = []  # alive until the end, so that no later gradients get the same addresses
+    for number, (name, shapes), moved in product(numbers, SHAPES.items(), (False, True)):
+        grads = Gradients(number, shapes, device)
+        memories.append(grads.memory)
+        ours, theirs = (measure(clip, grads, moved=moved, count=count) for clip in (fastclip.clip_grad_norm_, FOREACH))
+        derived = f"{foreach_launches(grads.entries, 110, 320)}/{foreach_launches(grads.entries, 770, 2240)} derived"
+        launches = str(theirs.launches) if device == "cuda" else derived
+        print(
+            f"{number:9} {name:14} {'moved' if moved else 'stay':6} "
+            f"{ours.launches:8} {ours.copies:6} {ours.allocations:6} {ours.syncs:5} {ours.microseconds:8.0f} "
+            f"{launches:>20} {theirs.allocations:6} {theirs.syncs:5} {theirs.microseconds:8.0f} "
+            f"{theirs.microseconds / ours.microseconds:6.1f}",
+            flush=True,
+        )
+        yield ours, theirs
 
 
 if __name__ == "__main__":

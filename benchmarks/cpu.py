@@ -1,15 +1,15 @@
-"""fastclip beside torch on the CPU in a hot loop: the same gradients, the same threads, in one run.
+"""Compare fastclip with torch on the CPU in a hot loop: the same gradients and the same threads, in one run.
 
     python -m benchmarks.cpu [-k "GPT-2 and idle"] [any other option of pytest]
 
-What a user waits for, inside of a training step with cold caches, is measured by `benchmarks.steps`. Here nothing
-happens but clipping, again and again: it shows how close each kind of gradients comes to what memory allows.
+`benchmarks.steps` measures what a user waits for: the clip in a training step, with cold caches. Here a loop does
+nothing but clip. That shows how near each kind of gradients comes to the bandwidth of memory.
 
-pytest-benchmark measures. The contenders take turns, so that what else the machine does meets all of them. The table on
-top gives medians over all turns and their ratio, torch's time over fastclip's, beside the ratio that is asked for; and
-how long the same threads take to read the same bytes and do nothing else. A second table tells where fastclip's time
-goes. The picture, `out/cpu.png`, shows the ratios. The exit status says whether everything ran, not how fast: machines
-differ.
+pytest-benchmark measures. The contenders take turns, so that other load on the machine affects all of them. The first
+table has the medians over all turns, their ratio (torch's time over fastclip's), the ratio that is asked for, and the
+time in which the same threads read the same bytes and do nothing else. The second table has the time of each step of
+fastclip's clip. The picture, `out/cpu.png`, shows the ratios. The exit status tells whether everything ran, not how
+fast, since machines differ.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from fastclip.core.collect import collect
 from fastclip.core.prepare import prepare
 
 TURNS = 5
-ROUNDS = 7  # a turn
+ROUNDS = 7  # in a turn
 PICTURE = Path("out/cpu.png")
-LARGE = 1 << 20  # elements; with fewer, a pure read is not what a call is held against
-READ = 1 << 20  # bytes that are read by one call
+LARGE = 1 << 20  # elements: lists with fewer are not compared with a pure read
+READ = 1 << 20  # bytes that one NumPy call reads
 
 
 def _gpt2(dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -66,7 +66,7 @@ def _normal(shapes: Sequence[Shape], dtype: torch.dtype = torch.float32) -> list
 
 
 def _norm_bounds(p: float) -> Callable[[list[Tensor], bool], Iterator[float]]:
-    """Bounds that never clip, or that clip every time: each below the norm that the one before it left."""
+    """Bounds that never clip or, if `clips`, clip every time: each is below the norm after the previous clip."""
 
     def bounds(grads: list[Tensor], clips: bool) -> Iterator[float]:
         norm = fastclip.get_total_norm(grads, p, norm_dtype=torch.float64).item()
@@ -79,7 +79,7 @@ _EUCLIDEAN = _norm_bounds(2.0)
 
 
 def _value_bounds(grads: list[Tensor], clips: bool) -> Iterator[float]:
-    """Bounds with nothing outside, or with 1 % of the values outside each time: each clamps a little more."""
+    """Bounds with no value outside or, if `clips`, with 1 % of them outside: each bound is a little smaller."""
     magnitudes = torch.cat([grad.flatten() for grad in grads]).abs_()
     bound = magnitudes.kthvalue(int(len(magnitudes) * 0.99)).values.item()
     return (bound * (1 - 1e-4 * i) if clips else magnitudes.max().item() * 2 for i in count(1))
@@ -90,13 +90,13 @@ class Workload:
     """A row of the table.
 
     Attributes:
-        gradients: Makes them.
-        idle: The ratio that is asked for where nothing is clipped; 0 for none.
-        clipping: The same where something is.
+        gradients: Makes the gradients.
+        idle: The ratio that is asked for if nothing is clipped; 0 for none.
+        clipping: The same if something is clipped.
         function: The name of the function to call.
-        more: What it takes after parameters and bound.
+        more: Its arguments after parameters and bound.
         bounds: Makes a bound for each round.
-        moves: Whether each round has its gradients elsewhere.
+        moves: Whether the gradients move between rounds.
     """
 
     gradients: Callable[[], list[Tensor]]
@@ -131,7 +131,7 @@ WORKLOADS = {
 
 
 def _read(parameters: list[Tensor]) -> Callable[..., object]:
-    """What reads the gradients' bytes by as many threads as torch has, and does nothing else worth mentioning."""
+    """Return a function that reads the gradients' bytes by as many threads as torch has, and does little else."""
     words = [grad.flatten().view(torch.uint8).numpy() for grad in _grads(parameters)]
     words = [array[: array.nbytes // 8 * 8].view(np.uint64) for array in words]
     pieces = [array[i : i + READ // 8] for array in words for i in range(0, len(array), READ // 8)]
@@ -159,7 +159,7 @@ CONTENDERS: dict[str, Callable[[Workload, list[Tensor]], Callable[..., object]]]
 }
 
 
-_left: list[Any] = []  # gradients that moved away; kept, so that none comes to lie where one was
+_old_grads: list[Any] = []  # alive until the end, so that no moved gradient gets the address of an earlier one
 
 
 @cache
@@ -179,26 +179,26 @@ def _parameters(workload: str) -> list[Tensor]:
 @pytest.mark.parametrize("clips", [False, True], ids=["idle", "clipping"])
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_call(benchmark: Any, workload: str, clips: bool, turn: int, contender: str) -> None:
-    """A turn of one cell of the table; `benchmark` is pytest-benchmark's fixture."""
+    """Measure one turn of a cell of the table. `benchmark` is pytest-benchmark's fixture."""
     benchmark.extra_info["turn"] = turn
     row = WORKLOADS[workload]
     parameters = _parameters(workload)
     if contender == "read" and (clips or sum(p.numel() for p in parameters) < LARGE):
-        pytest.skip("a read is compared with large gradients that are not clipped")
+        pytest.skip("a read is compared only with large gradients that are not clipped")
     bounds = row.bounds(_grads(parameters), clips)
     call = CONTENDERS[contender](row, parameters)
 
     def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
         for parameter in parameters if row.moves else ():
-            _left.append(parameter.grad)
-            parameter.grad = _left[-1].clone()
+            _old_grads.append(parameter.grad)
+            parameter.grad = _old_grads[-1].clone()
         return (parameters, next(bounds), *row.more), {}
 
     benchmark.pedantic(call, setup=setup, rounds=ROUNDS, warmup_rounds=2)
 
 
 def main(arguments: list[str]) -> int:
-    """Run the benchmarks, print the table of medians and draw the ratios.
+    """Run the benchmarks, print the tables and draw the ratios.
 
     Returns:
         pytest's exit status.
@@ -211,7 +211,7 @@ def main(arguments: list[str]) -> int:
             "--benchmark-only",
             "--benchmark-disable-gc",
             "--benchmark-quiet",
-            "-Wignore::pytest_benchmark.logger.PytestBenchmarkWarning",  # of nothing measured, which the status tells
+            "-Wignore::pytest_benchmark.logger.PytestBenchmarkWarning",  # that nothing was measured: the status tells
             f"--benchmark-json={report}",
         ]
         status = pytest.main([__file__, *options, *arguments])
@@ -225,7 +225,7 @@ def main(arguments: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Line:
-    """What was measured of one workload, in ms, and the ratio that is asked for."""
+    """The measured times of one workload, in ms, and the ratio that is asked for."""
 
     workload: str
     clips: bool
@@ -236,12 +236,12 @@ class Line:
 
     @property
     def ratio(self) -> float:
-        """The time of torch over that of fastclip."""
+        """The ratio of torch's time to fastclip's."""
         return self.torch / self.fastclip
 
     @property
     def what(self) -> str:
-        """Whether it clipped."""
+        """Whether it clipped, in a word."""
         return "clipping" if self.clips else "idle"
 
 
@@ -277,7 +277,7 @@ def _table(lines: Sequence[Line]) -> str:
 
 
 def _profile(workloads: Collection[str]) -> str:
-    """A table of the steps that a clip by the 2-norm is made of."""
+    """A table of the steps of a clip by the 2-norm."""
     text = f"{'us':27}{'collect':>10} {'prepare':>10} {'reduce':>10} {'scale':>10}\n"
     for name, row in WORKLOADS.items():
         if name not in workloads or row.bounds is not _EUCLIDEAN or row.moves:
@@ -303,7 +303,7 @@ def _microseconds(step: Callable[[], object]) -> float:
 
 
 def _draw(lines: Sequence[Line], path: Path) -> None:
-    """Write a picture of the ratios, with a mark at each one that is asked for."""
+    """Draw the ratios, with a mark at each ratio that is asked for."""
     figure = Figure(figsize=(9, 1.2 + 0.32 * len(lines)), layout="constrained")
     axes = figure.subplots()
     places = range(len(lines), 0, -1)

@@ -1,8 +1,8 @@
-"""The tables of `docs/performance.md`: what clipping takes on GPUs that nobody here has, derived and not measured.
+"""The tables of `docs/performance.md`: derived, not measured, times of clipping on four GPUs.
 
     python -m benchmarks.derived
 
-It writes them into the document, whose text tells what they rest on.
+The command writes the tables into the document, which explains the assumptions.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- derived: begin -->\n", "<!-- derived: end -->\n"
 
 TB_PER_S = {"A100": 2.04, "H100": 3.35, "B200": 8.0, "MI300X": 5.3}
-"""Of memory, as the makers state them, for the SXM and OAM modules (A100: of 80 GB)."""
+"""Memory bandwidth as the makers state it, for the SXM and OAM modules (A100: the one with 80 GB)."""
 
-LAUNCH_US = 2.0  # what a launch adds to the GPU's time when many are queued: the last one drains, the next one fills it
-PUBLISHED_FROM = 100  # tensors: below, what a call costs by itself would count, which is not published
-CUDA_12, CUDA_13 = (110, 320), (770, 2240)  # tensors and blocks of a launch of multi_tensor_apply
+LAUNCH_US = 2.0  # GPU time that a launch adds if many are queued: one launch drains and the next one fills the GPU
+PUBLISHED_FROM = 100  # tensors: with fewer, the fixed cost of a call matters, and nobody has published it
+CUDA_12, CUDA_13 = (110, 320), (770, 2240)  # the most tensors and blocks of a launch of multi_tensor_apply
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Peer:
     """A way to clip.
 
     Attributes:
-        passes: Over the bytes of the gradients, reads and writes.
-        host_us: Of the host: for a call, and for each tensor. None where nobody has published it.
+        passes: The passes over the bytes of the gradients, reads and writes.
+        host_us: Host time of a call, and of each tensor. None if nobody has published it.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Peer:
     host_us: tuple[float, float] | None
 
     def launches(self, workload: Workload) -> int:
-        """The kernels of one call."""
+        """The number of launches of one call."""
         shapes = workload.shapes
         dtypes = len({dtype for _, dtype in shapes})
         if self.name.startswith("fastclip"):
@@ -51,18 +51,18 @@ class Peer:
             return foreach_launches(shapes, *CUDA_12)
         if self.name == "torch foreach, CUDA 13":
             return foreach_launches(shapes, *CUDA_13)
-        if self.name == "Automodel #3685":  # one for the norm of each dtype, then torch's scaling
+        if self.name == "Automodel #3685":  # one launch for the norm of each dtype, then torch's scaling
             return dtypes + foreach_launches(shapes, *CUDA_13) // 2
-        # Apex and Transformer Engine: multi_tensor_apply of their own for each dtype, and no stack
+        # Apex and Transformer Engine: their own multi_tensor_apply for each dtype, and no stack.
         each = [[shape for shape in shapes if shape[1] == dtype] for dtype in {dtype for _, dtype in shapes}]
         return sum(foreach_launches(group, *CUDA_12) - -(-len(group) // 128) - 7 for group in each) + 4
 
     def gpu_ms(self, workload: Workload, gpu: str) -> float:
-        """Bytes over bandwidth, and the launches."""
+        """Bytes over bandwidth, plus the cost of the launches."""
         return self.passes * workload.nbytes / TB_PER_S[gpu] / 1e9 + self.launches(workload) * LAUNCH_US / 1e3
 
     def host_ms(self, workload: Workload) -> float | None:
-        """What the host takes until all is issued; None where nothing is known of so few tensors."""
+        """Host time until all launches are issued; None if nothing is published for so few tensors."""
         few = self.host_us and not self.host_us[0] and len(workload.shapes) < PUBLISHED_FROM
         return (self.host_us[0] + self.host_us[1] * len(workload.shapes)) / 1e3 if self.host_us and not few else None
 
@@ -79,7 +79,7 @@ PEERS = (
 
 
 def markdown() -> str:
-    """All tables: for each GPU its time, then launches and the host's time, which no GPU changes."""
+    """Return all tables: the GPU time for each GPU, then launches and host time, which are the same for all."""
     chosen = [workload for workload in published() if not workload.name.startswith(("10 x", "100 x"))]
     lines: list[str] = []
     for gpu, speed in TB_PER_S.items():
@@ -110,7 +110,7 @@ def _hosts(chosen: list[Workload]) -> Iterator[str]:
 
 
 def renewed(document: str) -> str:
-    """The document with its tables derived anew."""
+    """Return the document with new tables."""
     head, _, rest = document.partition(BEGIN)
     _, _, tail = rest.partition(END)
     return f"{head}{BEGIN}\n{markdown()}\n{END}{tail}"

@@ -1,15 +1,14 @@
-"""What clipping DTensors costs beside torch: collectives, their bytes, and the host's time, without a network.
+"""The cost of clipping DTensors, fastclip's and torch's: collectives, their bytes, and host time, without a network.
 
     python -m benchmarks.distributed [triton | numpy]
 
-One process plays a rank of eight, in a process group that torch calls fake: its collectives return at once and move
-nothing. So what is measured is what the host does, and what is counted is what would go over the wire. The gradients'
-parts have 8 elements each. Plain tensors of the same sizes come first: what lies between is what it costs that
-gradients are DTensors.
+One process acts as one of eight ranks, in torch's fake process group: its collectives return at once and move nothing.
+So the benchmark measures host time, and counts the bytes that a network would carry. Each local shard has 8 elements.
+Plain tensors of the same sizes come first: the difference is the cost of DTensors.
 
-As in `benchmarks.counts`, fastclip's kernels are launched through a stand-in driver that returns at once, and torch
-works on the CPU, arithmetic on tiny tensors included; what both do to single numbers, around ten operations, is done on
-the CPU. With ``numpy``, fastclip clips on the CPU instead, as torch does.
+As in `benchmarks.counts`, fastclip launches its kernels through a stand-in driver that returns at once. torch computes
+on the CPU, with arithmetic on tiny tensors. Both do around ten operations on single numbers on the CPU. With ``numpy``,
+fastclip clips on the CPU, too.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,16 +37,16 @@ import fastclip
 WORLD = 8
 COUNTS = (20, 200, 2000)
 ROUNDS = 15
-SECONDS = 0.02  # of calls at least: Python takes a few hundred to be at its speed
-PART = (2, 4)  # the shape of a rank's part
+SECONDS = 0.02  # the least total time of calls: Python needs a few hundred calls to warm up
+SHARD = (2, 4)  # the shape of a rank's local shard
 
 
 class Model(NamedTuple):
     """A way to shard.
 
     Attributes:
-        shape: Of the mesh; without dimensions, there are no DTensors.
-        placements: Those of the parameters, which take turns.
+        shape: The shape of the mesh; without dimensions, there are no DTensors.
+        placements: The placements of the parameters, in turns.
     """
 
     shape: tuple[int, ...]
@@ -66,7 +66,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts collectives (that reduce, as those of clipping do), and the bytes of what a rank puts in."""
+    """Counts collectives that reduce, as those of clipping do, and the bytes of one rank's input."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -74,7 +74,7 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count an operation, if it is a collective; DTensors' own come here again by their parts."""
+        """Count an operation if it is a collective. Operations on DTensors come here again, on their local shards."""
         if DTensor in types:
             return NotImplemented
         if "c10d" in func.namespace and "reduce" in func.name():
@@ -85,17 +85,17 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def give_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Put new gradients in place, as a backward pass does; FSDP2 too makes them with the parameter's own spec."""
+    """Give parameters new gradients, as a backward pass does. Like FSDP2, use the parameter's own spec."""
     for parameter in parameters:
-        grad = torch.ones(PART)
+        grad = torch.ones(SHARD)
         if isinstance(parameter, DTensor):
             grad = DTensor(grad, parameter._spec, requires_grad=False)  # type: ignore[no-untyped-call]
         parameter.grad = grad
 
 
 def make(model: Model, count: int) -> list[nn.Parameter]:
-    """Make parameters."""
-    values = [torch.zeros(PART) for _ in range(count)]
+    """Make `count` parameters of a model."""
+    values = [torch.zeros(SHARD) for _ in range(count)]
     if model.shape:
         mesh = init_device_mesh("cpu", model.shape, mesh_dim_names=("a", "b")[: len(model.shape)])
         placements = [model.placements[i % len(model.placements)] for i in range(count)]
@@ -106,7 +106,7 @@ def make(model: Model, count: int) -> list[nn.Parameter]:
 
 
 def measure(function: Callable[..., Any], parameters: Sequence[nn.Parameter], *, moves: bool) -> float:
-    """Return the median time of a call, in seconds, with gradients that stay or, if `moves`, are new each time."""
+    """Return the median time of a call in seconds. If `moves`, each call gets new gradients."""
     times: list[float] = []
     give_gradients(parameters)
     while len(times) < ROUNDS + 2 or sum(times) < SECONDS:
@@ -118,10 +118,25 @@ def measure(function: Callable[..., Any], parameters: Sequence[nn.Parameter], *,
     return statistics.median(times[2:])
 
 
+def _line(name: str, model: Model, count: int) -> str:
+    """Measure one row of the table."""
+    parameters = make(model, count)
+    cells, times = "", []
+    for function in FUNCTIONS.values():
+        stays, moves = (measure(function, parameters, moves=moves) for moves in (False, True))
+        with Traffic() as traffic:
+            function(parameters, 1.0)
+        times.append((stays, moves))
+        cells += f"{traffic.collectives:12} {traffic.bytes:6} {stays * 1e3:7.2f} ({moves * 1e3:6.2f})"
+    theirs, ours = times
+    return f"{name:24} {count:8}{cells} {theirs[0] / ours[0]:5.1f} ({theirs[1] / ours[1]:5.1f})"
+
+
 def main(arguments: Sequence[str]) -> int:
     """Print the table."""
     backend = arguments[0] if arguments else "triton"
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)  # that torch's all-reduces go one after another
+    # torch warns that its all-reduces are serialised.
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     os.environ["FASTCLIP_BACKEND"] = backend
     if backend == "triton":
@@ -135,19 +150,8 @@ def main(arguments: Sequence[str]) -> int:
     print(f"torch {torch.__version__}, {backend}; ms, in brackets with new gradients in each call; bytes of one rank")
     columns = "".join(f"{name:>12} {'bytes':>6} {'host time':>16}" for name in FUNCTIONS)
     print(f"{'model':24} {'DTensors':>8}{columns} {'ratio':>13}")
-    for name, model in MODELS.items():
-        for count in COUNTS:
-            parameters = make(model, count)
-            cells, times = "", []
-            for function in FUNCTIONS.values():
-                stays, moves = (measure(function, parameters, moves=moves) for moves in (False, True))
-                with Traffic() as traffic:
-                    function(parameters, 1.0)
-                times.append((stays, moves))
-                cells += f"{traffic.collectives:12} {traffic.bytes:6} {stays * 1e3:7.2f} ({moves * 1e3:6.2f})"
-            theirs, ours = times
-            ratios = f"{theirs[0] / ours[0]:5.1f} ({theirs[1] / ours[1]:5.1f})"
-            print(f"{name:24} {count:8}{cells} {ratios}", flush=True)
+    for (name, model), count in product(MODELS.items(), COUNTS):
+        print(_line(name, model, count), flush=True)
     dist.destroy_process_group()
     return 0
 

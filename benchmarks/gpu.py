@@ -1,19 +1,19 @@
-"""fastclip beside torch, Apex, Transformer Engine and a clip by hand on a GPU: correctness first.
+"""Compare fastclip with torch, Apex, Transformer Engine and a clip by hand on a GPU: correctness first.
 
     python -m benchmarks.gpu [--only NAME] [--small] [--out out]
 
-No speed is reported on a red gate: `python -m fastclip check` must agree, and each contender's norm and its clipped
-gradients must be right for the workload that it is timed on. Then, for the norm alone, for norm and clipping where
-nothing is to be clipped (`idle`) and where all is (`clipping`), and for clipping by value with nothing outside:
+A wrong result has no speed. `python -m fastclip check` must pass, and each contender's norm and clipped gradients must
+be right for each workload that it is timed on. The benchmark times four operations: the norm alone (`norm`), clipping
+by norm with a bound that changes nothing (`idle`) and with one that clips (`clipping`), and clipping by value with no
+value outside (`value`). For each it reports:
 
-- GPU time and host time, apart from each other (`benchmarks.clock`), with the gradients in the L2 cache as far as it
-  holds them (`hot`) and with other data there (`cold`);
-- the floor: what reading them once, and scaling them in place where all is clipped, takes at the speed that torch's
-  own operations reach on one large tensor in the same run; and how much of the GPU time that is.
+- GPU time and host time, measured separately (`benchmarks.clock`), with as many gradients as fit in the L2 cache
+  (`hot`), and with other data in the cache (`cold`);
+- the floor: the time to read the gradients once, and to scale them in place if `clipping`, at the bandwidth that
+  torch's own operations reach on one large tensor in the same run; and the floor as a share of GPU time.
 
-Rows are written as they come, to a CSV with the device and all versions; a plot follows. Without a GPU it runs small
-workloads on the CPU, by whatever backend serves there, so that it is known to run: those times are both the wall
-clock's, and tell little.
+Each row goes to a CSV file as soon as it is measured, with the device and all versions. A plot follows. Without a GPU,
+small workloads run on the CPU, to test the benchmark itself. Both times are then wall-clock time.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from benchmarks.workloads import Workload, exact_norm, gradients_of, models, par
 from fastclip.switching import check
 
 COMPILED_UP_TO = 10  # tensors: torch.compile takes half a minute for some hundred
-LOOP_UP_TO = 1000  # tensors: it launches three kernels for each
-LESS_EACH_TIME = 0.98  # each bound that clips, of the one before: so many calls leave fp16 and bf16 far from 0
+LOOP_UP_TO = 1000  # tensors: the loop launches three kernels for each
+SHRINK = 0.98  # the ratio of successive bounds that clip: after all calls, fp16 and bf16 values are still far from 0
 
 Norm = Callable[[list[Tensor]], Tensor]
 Clip = Callable[[list[nn.Parameter], float], Any]
@@ -51,12 +51,12 @@ Clip = Callable[[list[nn.Parameter], float], Any]
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to take the norm, and to clip, of one list of gradients by the p-norm.
+    """An implementation of the p-norm and of clipping, for one list of gradients.
 
     Attributes:
-        norm: None where it offers no norm alone.
-        clip: By the norm.
-        value: Clips to [-bound, bound]; None where it does not.
+        norm: Returns the norm; None if there is no function for it.
+        clip: Clips by the norm.
+        value: Clips to [-bound, bound]; None if there is no function for it.
     """
 
     name: str
@@ -66,43 +66,57 @@ class Contender:
 
 
 def contenders(workload: Workload, params: list[nn.Parameter]) -> Iterator[Contender]:
-    """Those that are installed and can serve the workload, fastclip first."""
-    utils, p, tensors = torch.nn.utils, workload.p, len(workload.shapes)
-    device = params[0].device
+    """Yield the implementations that are installed and support the workload, fastclip first."""
+    p, tensors, device = workload.p, len(workload.shapes), params[0].device
     yield Contender(
         "fastclip",
         partial(fastclip.get_total_norm, norm_type=p),
         lambda params, bound: fastclip.clip_grad_norm_(params, bound, p),
         fastclip.clip_grad_value_,
     )
-    for name, foreach, most in (("torch foreach", True, sys.maxsize), ("torch loop", False, LOOP_UP_TO)):
-        if tensors <= most:
-            yield Contender(
-                name,
-                partial(utils.get_total_norm, norm_type=p, foreach=foreach),
-                partial(utils.clip_grad_norm_, norm_type=p, foreach=foreach),
-                partial(utils.clip_grad_value_, foreach=foreach),
-            )
-    if device.type == "cuda" and p == 2 and by_hand.serves(gradients_of(params)):
+    yield _torch("torch foreach", p, foreach=True)
+    if tensors <= LOOP_UP_TO:
+        yield _torch("torch loop", p, foreach=False)
+    if device.type == "cuda":
+        yield from _on_gpu_only(p, params)
+    if tensors <= COMPILED_UP_TO:  # last, since it takes longest
+        yield _torch_compile(p, device)
+
+
+def _torch(name: str, p: float, *, foreach: bool) -> Contender:
+    utils = torch.nn.utils
+    return Contender(
+        name,
+        partial(utils.get_total_norm, norm_type=p, foreach=foreach),
+        partial(utils.clip_grad_norm_, norm_type=p, foreach=foreach),
+        partial(utils.clip_grad_value_, foreach=foreach),
+    )
+
+
+def _torch_compile(p: float, device: torch.device) -> Contender:
+    torch.compiler.reset()  # drops what was compiled for another workload
+    # Compiling C++ takes long and tells nothing about a GPU. So the CPU only tests the tracing.
+    compiler = "inductor" if device.type == "cuda" else "eager"
+    utils = torch.nn.utils
+    norm, clip = (torch.compile(f, backend=compiler) for f in (utils.get_total_norm, utils.clip_grad_norm_))
+    # With the second bound, which comes before any timing, torch compiles again with the bound as an input.
+    return Contender("torch.compile", partial(norm, norm_type=p), partial(clip, norm_type=p))
+
+
+def _on_gpu_only(p: float, params: list[nn.Parameter]) -> Iterator[Contender]:
+    if p == 2 and by_hand.supports(gradients_of(params)):
         hand = by_hand.ByHand(gradients_of(params))
         yield Contender("by hand, CUDA", lambda _: hand.norm(), lambda _, bound: hand.clip(bound))
-    if device.type == "cuda" and find_spec("apex"):
+    if find_spec("apex"):
         from apex.contrib.clip_grad import clip_grad_norm_ as apex_clip
 
         yield Contender("Apex", None, partial(apex_clip, norm_type=p))
-    if device.type == "cuda" and find_spec("transformer_engine") and p == 2:
+    if find_spec("transformer_engine") and p == 2:
         yield _transformer_engine()
-    if tensors <= COMPILED_UP_TO:  # last, since it takes longest
-        torch.compiler.reset()  # whatever was compiled for another workload
-        # Compiling C++ takes long, and says nothing of a GPU: on the CPU only the tracing is tried.
-        compiler = "inductor" if device.type == "cuda" else "eager"
-        norm, clip = (torch.compile(f, backend=compiler) for f in (utils.get_total_norm, utils.clip_grad_norm_))
-        # The bound becomes an input as soon as it is another one, which it is before anything is timed.
-        yield Contender("torch.compile", partial(norm, norm_type=p), partial(clip, norm_type=p))
 
 
 def _transformer_engine() -> Contender:
-    """As Megatron-LM uses it: one launch a dtype, and the coefficient on the host."""
+    """Clip as Megatron-LM does with Transformer Engine: one launch a dtype, and the coefficient on the host."""
     from transformer_engine.pytorch.optimizers import multi_tensor_applier, multi_tensor_l2norm, multi_tensor_scale
 
     def by_dtype(grads: Iterable[Tensor]) -> list[list[Tensor]]:
@@ -130,14 +144,14 @@ def _transformer_engine() -> Contender:
     return Contender("Transformer Engine", norm, clip)
 
 
-# ---- The gate
+# ---- Correctness
 
 
-def objections(contender: Contender, workload: Workload, params: list[nn.Parameter]) -> list[str]:
-    """What is wrong with the contender's results. Leaves the gradients clipped."""
+def errors_of(contender: Contender, workload: Workload, params: list[nn.Parameter]) -> list[str]:
+    """Return what is wrong with the contender's results. Afterwards the gradients are clipped."""
     grads, p, found = gradients_of(params), workload.p, []
     exact = exact_norm(grads, p)
-    # Peers sum in fp32, and those that return 16 bits take the coefficient from them.
+    # Other libraries sum in fp32. If they return a norm of 16 bits, they compute the coefficient from it.
     tolerance = max(1e-4, 4 * max(torch.finfo(dtype).eps for _, dtype in workload.shapes))
 
     def compare(what: str, value: float, right: float) -> None:
@@ -163,7 +177,7 @@ def objections(contender: Contender, workload: Workload, params: list[nn.Paramet
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the CSV; times in milliseconds, see `benchmarks.clock.Timing`."""
+    """A line of the CSV file. Times are in milliseconds; see `benchmarks.clock.Timing`."""
 
     workload: str
     tensors: int
@@ -186,7 +200,7 @@ OPERATIONS = ("norm", "idle", "clipping", "value")
 def works(
     contender: Contender, workload: Workload, params: list[nn.Parameter]
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The operations of a contender, each as something to call."""
+    """Yield the operations of a contender by name, as functions without arguments."""
     grads, p = gradients_of(params), workload.p
     exact = exact_norm(grads, p)
     largest = exact_norm(grads, float("inf"))
@@ -196,20 +210,20 @@ def works(
     yield "idle", lambda: contender.clip(params, 2 * exact)
     if value:
         yield "value", lambda: value(params, 2 * largest)
-    # Each bound is below the norm that the one before it left, so that every call clips.
-    bounds = (exact * LESS_EACH_TIME**i for i in count(1))
+    # Each bound is below the norm after the previous clip, so that every call clips.
+    bounds = (exact * SHRINK**i for i in count(1))
     yield "clipping", lambda: contender.clip(params, next(bounds))
 
 
 def time_contender(
     contender: Contender, workload: Workload, params: list[nn.Parameter], clock: Clock, limits: Ceilings
 ) -> Iterator[Row]:
-    """Time each operation, with a hot and, where it makes a difference, a cold cache."""
-    drives_itself_out = workload.nbytes >= 4 * clock.cache_bytes
+    """Time each operation with a hot and a cold cache. Large gradients leave the cache cold by themselves."""
+    is_always_cold = workload.nbytes >= 4 * clock.cache_bytes
     for operation, work in works(contender, workload, params):
         floor = limits.floor_ms(workload.nbytes, writes=operation == "clipping")
-        for cache in ("cold",) if drives_itself_out else ("hot", "cold"):
-            timing = clock.time(work, cold=cache == "cold" and not drives_itself_out)
+        for cache in ("cold",) if is_always_cold else ("hot", "cold"):
+            timing = clock.time(work, cold=cache == "cold" and not is_always_cold)
             yield Row(
                 workload.name,
                 len(workload.shapes),
@@ -227,7 +241,7 @@ def time_contender(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, time, and write what was found.
+    """Check and time all contenders, and write the results.
 
     Returns:
         1 if fastclip is wrong anywhere, else 0.
@@ -255,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def environment_of(device: torch.device) -> str:
-    """The device and the versions, in a line."""
+    """Return the device and all versions in one line."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     packages = {**fastclip.info().versions, "fastclip": fastclip.__version__, "CUDA": str(torch.version.cuda)}
     return "; ".join([name, *(f"{package} {version}" for package, version in packages.items())])
@@ -273,30 +287,35 @@ def _run(
     rows: list[Row] = []
     is_right = True
     for workload in chosen:
-        if device.type == "cuda":
-            gc.collect()  # the gradients of the one before
-            torch.cuda.empty_cache()
-            if workload.nbytes * 1.2 > torch.cuda.mem_get_info(device)[0]:
-                print(f"{workload.name:28} skipped: {workload.nbytes / 1e9:.1f} GB of gradients do not fit")
-                continue
+        if not _fits(workload, device):
+            print(f"{workload.name:28} skipped: {workload.nbytes / 1e9:.1f} GB of gradients do not fit")
+            continue
         params = parameters_of(workload, device)
         for contender in contenders(workload, params):
             refill(gradients_of(params))
             try:
-                wrong = objections(contender, workload, params)
-                if not wrong:
-                    for row in time_contender(contender, workload, params, clock, limits):
-                        print(_line(row), flush=True)
-                        writer.writerow({"environment": environment, **asdict(row)})
-                        file.flush()
-                        rows.append(row)
-            except Exception as error:  # noqa: BLE001 - one that cannot do it does not keep the others from being timed
+                wrong = errors_of(contender, workload, params)
+                for row in () if wrong else time_contender(contender, workload, params, clock, limits):
+                    print(_line(row), flush=True)
+                    writer.writerow({"environment": environment, **asdict(row)})
+                    file.flush()
+                    rows.append(row)
+            except Exception as error:  # noqa: BLE001 - one contender's error must not stop the others
                 wrong = [f"{type(error).__name__}: {error}"]
             if wrong:
                 print(f"{workload.name:28} {contender.name:18} WRONG, and not timed: {'; '.join(wrong)}", flush=True)
                 is_right &= contender.name != "fastclip"
         del params
     return rows, is_right
+
+
+def _fits(workload: Workload, device: torch.device) -> bool:
+    """Whether the device has memory for the gradients, after those of the previous workload are freed."""
+    if device.type != "cuda":
+        return True
+    gc.collect()
+    torch.cuda.empty_cache()
+    return workload.nbytes * 1.2 <= torch.cuda.mem_get_info(device)[0]
 
 
 def _line(row: Row) -> str:
@@ -307,7 +326,7 @@ def _line(row: Row) -> str:
 
 
 def _plot(path: Path, environment: str, rows: Sequence[Row]) -> None:
-    """GPU and host time of each workload with a cold cache, a panel for each operation."""
+    """Draw GPU and host time of each workload with a cold cache, one panel for each operation."""
     names = list(dict.fromkeys(row.contender for row in rows))
     order = list(dict.fromkeys(row.workload for row in rows))
     figure = Figure(figsize=(20, 2 + 0.4 * len(order)), layout="constrained")

@@ -1,9 +1,9 @@
-"""What a monitor costs beside the clipping: the same gradients, clipped in turns with and without one.
+"""The cost of a monitor: the same gradients, clipped in turns with and without one.
 
     python -m benchmarks.monitor [--device cuda] [--steps 2000]
 
-Medians of a step's time on the host, the looks not included, which are told apart: what reading costs, a step. On a GPU
-the host runs ahead of the device, and waits for it at a look only.
+The table has the median host time of a step. A monitor reads the device only at the end: that time, divided by the
+number of steps, is a column of its own. On a GPU the host runs ahead of the device, and syncs only then.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _parameters(count: int, size: int, device: str) -> list[tuple[str, Tensor]]:
 def _candidates(
     named: list[tuple[str, Tensor]], steps: int
 ) -> dict[str, tuple[Callable[[], object], fastclip.Monitor | None]]:
-    """What is timed, and the monitor that is read afterwards. The bound is so large that nothing is written."""
+    """Return what is timed, and the monitor that is read afterwards. The bound is so large that nothing is written."""
     parameters = [parameter for _, parameter in named]
     loss = torch.ones((), device=parameters[0].device)
     rule = fastclip.ClipByGlobalNorm(1e9)
@@ -54,7 +54,7 @@ def _candidates(
     def watched(monitor: fastclip.Monitor) -> tuple[Callable[[], object], fastclip.Monitor]:
         return lambda: monitor.update(fastclip.clip_grads_(parameters, rule), loss), monitor
 
-    # No look but the one at the end: nobody skips, and `every` is longer than the benchmark.
+    # The monitor syncs only at the end: no step is skipped, and `every` is longer than the benchmark.
     options: Any = {"history": steps + 1, "every": steps + 1, "max_skipped": steps + 1}
     return {
         "clip_grad_norm_": (lambda: fastclip.clip_grad_norm_(parameters, 1e9), None),
@@ -67,7 +67,7 @@ def _candidates(
 
 
 def main(arguments: list[str]) -> int:
-    """Measure and print a table, in microseconds.
+    """Measure, and print a table in microseconds.
 
     Returns:
         The exit status.

@@ -1,13 +1,14 @@
-"""All that a GPU is asked, in one command and some ten minutes: is it right, how fast is it, what do the tools see.
+"""Run every test and benchmark that needs a GPU, in one command of some ten minutes.
 
     make gpu PY=python3                          everything
     make gpu PY=python3 PARTS="check tests"      some parts, in their usual order
-    python -m benchmarks.on_gpu --dry [PARTS]    the same on the CPU with tiny sizes, to see that all of it runs
+    python -m benchmarks.on_gpu --dry [PARTS]    the same on the CPU with tiny sizes, to test the command itself
 
-Correctness comes first, side by side, for nothing is timed there; then times, each part alone; then NVIDIA's tools.
-Every part has a time limit of its own and a log; none stops the others, and what a part finds it writes as it comes.
-Without a GPU each part says so and ends at once. The results, eight files at most, are in --out (default: $OUT or
-out/gpu): log.txt with everything, summary.txt with the end of it, gpu.csv, gpu.png, training.csv, sweep.csv, ncu.csv.
+The parts that test correctness come first, side by side, since they time nothing. Then come the benchmarks and NVIDIA's
+tools, each alone. Each part has its own time limit, and writes its results as they come. A part that fails does not
+stop the others. Without a GPU, each part reports that and ends at once. The results, at most eight files, are in --out
+(default: $OUT or out/gpu): log.txt with all output, summary.txt with its end, gpu.csv, gpu.png, training.csv,
+sweep.csv and ncu.csv.
 
 In two calls of 3 and 6 minutes: PARTS="machine check tests memcheck compile", then "machine gpu training ncu sweep
 optimizer counts racecheck". The exit status is 1 if a part failed.
@@ -39,22 +40,32 @@ TOOLS = ("nvidia-smi", "nvcc", "ncu", "compute-sanitizer", "gcc")
 SMI = "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
 TESTS = ("-q", "-p", "no:cacheprovider", "--maxfail", "40", "--durations", "5")
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
-NCU = ("ncu", "--profile-from-start", "off", "--clock-control", "none", "--cache-control", "none", "--csv")
-DRY = {"OMP_NUM_THREADS": "1"}  # threads that wait for each other take minutes beside other work
+NCU = (
+    *("ncu", "--profile-from-start", "off", "--clock-control", "none", "--cache-control", "none", "--csv"),
+    *("--target-processes", "all", "--metrics", ",".join(profiled.METRICS)),
+)
+DRY = {"OMP_NUM_THREADS": "1"}  # on a busy machine, threads that wait for each other take minutes
+
+
+def _module(name: str, *arguments: str) -> tuple[str, ...]:
+    return (PYTHON, "-m", name, *arguments)
+
+
+EVERY_KERNEL = _module("benchmarks.profiled", "every-kernel")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One thing to ask.
+    """One test or benchmark.
 
     Attributes:
-        seconds: It is ended after so many.
-        command: What is run; its last lines are shown.
+        seconds: Its time limit.
+        command: The command to run.
         dry: The same with tiny sizes, on the CPU.
-        shown: How many of its lines.
+        shown: The number of lines of its output, from the end, that are printed.
         needs: A tool that may be missing.
-        alone: Whether nothing else may run beside it: it is timed.
-        environment: Variables that it is run with.
+        alone: Whether it runs alone, since it is timed.
+        environment: Additional environment variables.
     """
 
     name: str
@@ -68,76 +79,63 @@ class Part:
 
 
 def parts(out: Path) -> Iterator[Part]:
-    """All parts, in the order in which they are run."""
+    """Yield all parts, in the order in which they run."""
+    yield from _side_by_side()
+    yield from _one_by_one(out)
 
-    def module(name: str, *arguments: str) -> tuple[str, ...]:
-        return (PYTHON, "-m", name, *arguments)
 
-    where = ("--out", str(out))
-    csv_of_ncu = out / "ncu.csv"
-    # Several at once, and none for ever, where pytest can do that.
+def _side_by_side() -> Iterator[Part]:
+    """The parts that are not timed, and run at the same time."""
+    check = _module("fastclip", "check")
+    yield Part("check", 120, (*check, "--device", "cuda"), check, 12, alone=False)
+    # Parallel workers, and a time limit for each test, if pytest has the plugins.
     workers = ("-n", "8") if find_spec("xdist") else ()
     limits = ("--timeout", "120") if find_spec("pytest_timeout") else ()
-    yield Part(
-        "check", 120, module("fastclip", "check", "--device", "cuda"), module("fastclip", "check"), 12, alone=False
-    )
-    yield Part(
-        "tests",
-        170,
-        module("pytest", *TESTS, "--leg", "gpu", *workers, *limits, "tests"),
-        module("pytest", *TESTS, "--leg", "numpy", "tests/core/test_device.py"),
-        8,
-        alone=False,
-    )
-    every_kernel = module("benchmarks.profiled", "every-kernel")
+    tests = _module("pytest", *TESTS, "--leg", "gpu", *workers, *limits, "tests")
+    dry_tests = _module("pytest", *TESTS, "--leg", "numpy", "tests/core/test_device.py")
+    yield Part("tests", 170, tests, dry_tests, 8, alone=False)
     yield Part(
         "memcheck",
         150,
-        (*SANITIZER, "memcheck", *every_kernel),
-        every_kernel,
+        (*SANITIZER, "memcheck", *EVERY_KERNEL),
+        EVERY_KERNEL,
         needs="compute-sanitizer",
         alone=False,
         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
-    compile_ = module("benchmarks.sweep", "--compile")
+    compile_ = _module("benchmarks.sweep", "--compile")
     yield Part("compile", 150, compile_, compile_, alone=False)
-    yield Part("gpu", 150, module("benchmarks.gpu", *where), module("benchmarks.gpu", "--small", *where), 6)
-    yield Part(
-        "training", 90, module("benchmarks.training", *where), module("benchmarks.training", "--small", *where), 2
-    )
-    clips = module("benchmarks.profiled", "clips")
-    looked_at = (
-        *NCU,
-        "--target-processes",
-        "all",
-        "--metrics",
-        ",".join(profiled.METRICS),
-        "--log-file",
-        str(csv_of_ncu),
-    )
-    yield Part("ncu", 90, (*looked_at, *clips), (*clips, "--small"), needs="ncu")
-    yield Part("sweep", 90, module("benchmarks.sweep", *where), module("benchmarks.sweep", "--small", *where), 10)
-    yield Part(
-        "optimizer",
-        60,
-        module("benchmarks.optimizer", "--device", "cuda"),
-        module("benchmarks.optimizer", "--rounds", "1", "--only", "150 x 1000"),
-        32,
-    )
-    yield Part("counts", 60, module("benchmarks.counts", "1", "100", "2000"), module("benchmarks.counts", "1"), 22)
-    yield Part("racecheck", 60, (*SANITIZER, "racecheck", *every_kernel), every_kernel, needs="compute-sanitizer")
 
 
-# ---- Running them
+def _one_by_one(out: Path) -> Iterator[Part]:
+    """The parts that run alone: those that are timed, and racecheck."""
+    to_out = ("--out", str(out))
+    for name, seconds, shown in (("gpu", 150, 6), ("training", 90, 2)):
+        command = _module(f"benchmarks.{name}", *to_out)
+        yield Part(name, seconds, command, (*command, "--small"), shown)
+    clips = _module("benchmarks.profiled", "clips")
+    ncu = (*NCU, "--log-file", str(out / "ncu.csv"))
+    yield Part("ncu", 90, (*ncu, *clips), (*clips, "--small"), needs="ncu")
+    sweep = _module("benchmarks.sweep", *to_out)
+    yield Part("sweep", 90, sweep, (*sweep, "--small"), 10)
+    optimizer = _module("benchmarks.optimizer")
+    dry_optimizer = (*optimizer, "--rounds", "1", "--only", "150 x 1000")
+    yield Part("optimizer", 60, (*optimizer, "--device", "cuda"), dry_optimizer, 32)
+    counts = _module("benchmarks.counts", "1")
+    yield Part("counts", 60, (*counts, "100", "2000"), counts, 22)
+    yield Part("racecheck", 60, (*SANITIZER, "racecheck", *EVERY_KERNEL), EVERY_KERNEL, needs="compute-sanitizer")
+
+
+# ---- Running the parts
 
 
 class Session:
-    """Runs parts, and writes what they say.
+    """Runs parts, and logs their output.
 
     Args:
         out: The folder of the results.
-        limit: Seconds for everything.
-        dry: Whether to run what a part has for the CPU.
+        limit: The time limit for all parts, in seconds.
+        dry: Whether to run each part's command for the CPU.
     """
 
     def __init__(self, out: Path, limit: float, *, dry: bool) -> None:
@@ -149,29 +147,29 @@ class Session:
         self.verdicts: dict[str, str] = {}
 
     def say(self, text: str) -> None:
-        """Print, and write to the log."""
+        """Print a text, and write it to the log."""
         print(text, flush=True)
         self.log.write(text + "\n")
         self.log.flush()
 
     def run(self, chosen: Sequence[Part]) -> None:
-        """Run parts one after another, those that nothing is timed in side by side."""
+        """Run the parts that are not timed side by side, then the others one after another."""
         together = [part for part in chosen if not part.alone]
-        for finish in [self._started(part) for part in together]:
+        for finish in [self._start(part) for part in together]:
             finish()
         for part in chosen:
             if part.alone:
-                self._started(part)()
+                self._start(part)()
 
-    def _started(self, part: Part) -> Callable[[], None]:
-        """Start a part; what is returned waits for its end and reports it."""
+    def _start(self, part: Part) -> Callable[[], None]:
+        """Start a part. Return a function that waits for its end and reports it."""
         left = self.end - time.monotonic()
         missing = "" if self.dry or not part.needs or shutil.which(part.needs) else f"there is no {part.needs}"
         if not self.dry and not _gpu():
             missing = "torch sees no GPU"
         if missing or left < 1:
             return lambda: self._report(part, f"SKIPPED: {missing or 'no time left'}", 0.0, "")
-        output = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed when it is reported
+        output = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - `_finish` closes it
         command = part.dry if self.dry else part.command
         start = time.monotonic()
         process = subprocess.Popen(  # noqa: S603 - the commands are above
@@ -190,7 +188,7 @@ class Session:
             if status:
                 verdict = f"FAILED with {status}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)  # what it has started, too
+            os.killpg(process.pid, 9)  # with its child processes
             process.wait()
             verdict = "TIMED OUT"
         output.seek(0)
@@ -208,7 +206,7 @@ class Session:
             print(line[:240], flush=True)
 
     def close(self) -> int:
-        """Write the summary; return the exit status."""
+        """Write the summary, and return the exit status."""
         summary = [f"{name}: {verdict}" for name, verdict in self.verdicts.items()]
         summary.append(f"all in {time.monotonic() - self.start:.0f} s")
         summary += summary_of(self.out)
@@ -218,11 +216,11 @@ class Session:
         return int(any(not verdict.startswith(("ok", "SKIPPED")) for verdict in self.verdicts.values()))
 
 
-# ---- What they found
+# ---- The summary
 
 
 def summary_of(out: Path) -> Iterator[str]:
-    """The figures that count, from the files that the parts have left."""
+    """Yield the most important figures, from the files of the parts."""
     yield from _clips(_table(out / "gpu.csv"))
     yield from _steps(_table(out / "training.csv"))
     if (out / "ncu.csv").exists():
@@ -234,7 +232,7 @@ def _table(file: Path) -> list[dict[str, str]]:
 
 
 def _clips(rows: Sequence[dict[str, str]]) -> Iterator[str]:
-    """A line for each workload: GPU time with a cold cache, host time, and how near fastclip comes to the floor."""
+    """Yield a line for each workload: GPU time with a cold cache, host time, and the floor as a share of GPU time."""
     found = {(r["workload"], r["operation"], r["contender"]): r for r in rows if r["cache"] == "cold"}
     if rows:
         yield f"\nus of the GPU / of the host, cold cache; {rows[0]['environment']}"
@@ -256,7 +254,7 @@ def _times(row: dict[str, str] | None) -> str:
 
 
 def _steps(rows: Sequence[dict[str, str]]) -> Iterator[str]:
-    """A line for each training: what each way to clip takes, and the step with it."""
+    """Yield a line for each training: the times of each way to clip, and of the step with it."""
     if rows:
         yield "\nin a training step, ms: the clip on the GPU / on the host, in a step of"
     cases: dict[tuple[str, str, str], list[dict[str, str]]] = {}
@@ -278,7 +276,7 @@ def _gpu() -> bool:
 
 
 def machine() -> Iterator[str]:
-    """What this machine is, and what is on it."""
+    """Yield lines about the machine, its tools and its packages."""
     yield f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()} at {PYTHON}"
     commit = subprocess.run(["git", "log", "-1", "--format=%H %s"], capture_output=True, text=True, check=False)  # noqa: S607
     yield f"commit {commit.stdout.strip() or 'unknown'}"

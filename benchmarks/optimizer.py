@@ -1,13 +1,13 @@
-"""Clipping with the optimizer's step, and with a GradScaler's unscaling: apart from it, and in one with it.
+"""Clipping and the optimizer's step, and clipping and a GradScaler's unscaling: separate, and in one call.
 
     python -m benchmarks.optimizer [--device cuda] [--rounds 21] [--only NAME]
 
-The rows of an optimizer are a clip and a fused step: torch's clip, fastclip's ahead of the step, and fastclip's folded
-into it. Those of `unscale` are the unscaling and a clip: torch's two, torch's and fastclip's, and fastclip's one. Each
-candidate has parameters and gradients of its own, the same values for all, and they take turns. Times are medians; on a
-GPU the device is waited for. "Differs" is how far the gradients are, after the first of the calls that are timed, from
-those of fastclip's clip that stands apart, relative to the largest of the tensor: what rounding makes of the same norm,
-and in torch's column what its fp32 sum of squares adds.
+The rows of an optimizer time a clip and a fused step: torch's clip, fastclip's before the step (`ahead`), and
+fastclip's folded into it (`folded`). The rows `unscale` time the unscaling and a clip: torch's both, torch's and
+fastclip's (`apart`), and fastclip's one call for both (`in one`). Each candidate has its own parameters and gradients,
+with the same values, and they take turns. Times are medians, and include a sync on a GPU. "Differs" compares the
+gradients after the first timed call with those of `ahead` or `apart`: the largest difference, relative to the largest
+element of the tensor. It is rounding and, in torch's column, the error of its fp32 sum of squares.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WORKLOADS = {
     "150 x 100,000": [100_000] * 150,
     "40 x 1,000,000": [1_000_000] * 40,
 }
-ON_CPU_ONLY = {"Adagrad"}  # fused
+ON_CPU_ONLY = {"Adagrad"}  # which has no fused step on a GPU
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, fused=True),
     "Adam": lambda parameters: torch.optim.Adam(parameters, fused=True),
@@ -38,11 +38,11 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "Adagrad": lambda parameters: torch.optim.Adagrad(parameters, fused=True),
 }
 SCALE = 2.0**16
-FAR = 1e9  # a bound that nothing reaches
+FAR = 1e9  # a bound above every norm
 
 
 class Candidate:
-    """Parameters and their optimizer; `call` does what is timed, on gradients that are new each time."""
+    """Parameters and their optimizer. `call` is what is timed; each call has new values in the gradients."""
 
     def __init__(self, sizes: Sequence[int], make: Callable[[Any], Optimizer], device: str) -> None:
         self.parameters = [nn.Parameter(torch.zeros(size, device=device)) for size in sizes]
@@ -57,12 +57,12 @@ class Candidate:
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
     def refill(self, values: Sequence[Tensor]) -> None:
-        """Give the gradients these values, where they are."""
+        """Set the values of the gradients in place."""
         torch._foreach_copy_(self.grads, list(values))
 
 
 def steps(sizes: Sequence[int], optimizer: str, device: str, bound: float) -> dict[str, Candidate]:
-    """A clip and a step."""
+    """Return the candidates for a clip and a step."""
     torch_s, ahead, folded = (Candidate(sizes, OPTIMIZERS[optimizer], device) for _ in range(3))
 
     def call_of(candidate: Candidate, clip: Callable[..., object]) -> Callable[[], object]:
@@ -75,7 +75,7 @@ def steps(sizes: Sequence[int], optimizer: str, device: str, bound: float) -> di
 
 
 def unscaling(sizes: Sequence[int], device: str, bound: float) -> dict[str, Candidate]:
-    """The unscaling and a clip."""
+    """Return the candidates for the unscaling and a clip."""
     candidates = {name: Candidate(sizes, OPTIMIZERS["SGD"], device) for name in ("torch", "apart", "in one")}
 
     def call_of(candidate: Candidate, name: str) -> Callable[[], object]:
@@ -84,7 +84,7 @@ def unscaling(sizes: Sequence[int], device: str, bound: float) -> dict[str, Cand
         clip: Any = {"torch": torch.nn.utils.clip_grad_norm_, "apart": fastclip.clip_grad_norm_}.get(name)
 
         def call() -> None:
-            scaler._per_optimizer_states.clear()  # as `update` leaves them, which is not what is timed
+            scaler._per_optimizer_states.clear()  # as `update` does, which is not timed
             if clip is None:
                 fastclip.unscale_and_clip_grad_norm_(scaler, candidate.optimizer, bound)
             else:
@@ -99,9 +99,9 @@ def unscaling(sizes: Sequence[int], device: str, bound: float) -> dict[str, Cand
 
 
 def compare(candidates: dict[str, Candidate], values: Sequence[Tensor], device: str, rounds: int) -> str:
-    """A row of the table: each candidate's time, and how far its gradients are from the second one's."""
+    """Return a row of the table: each candidate's time, and the distance of its gradients from the second one's."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    far = dict.fromkeys(candidates, 0.0)
+    distances = dict.fromkeys(candidates, 0.0)
     for number in range(rounds + 2):
         for name, candidate in candidates.items():
             candidate.refill(values)
@@ -112,9 +112,9 @@ def compare(candidates: dict[str, Candidate], values: Sequence[Tensor], device: 
             times[name].append(time.perf_counter() - start)
         if number == 2:
             reference = list(candidates.values())[1].grads
-            far = {name: _distance(candidate.grads, reference) for name, candidate in candidates.items()}
+            distances = {name: _distance(candidate.grads, reference) for name, candidate in candidates.items()}
     shown = [f"{name} {median(times[name][2:]) * 1e3:8.2f} ms" for name in candidates]
-    return "  ".join(shown) + "   differs " + ", ".join(f"{value:.1e}" for value in far.values())
+    return "  ".join(shown) + "   differs " + ", ".join(f"{value:.1e}" for value in distances.values())
 
 
 def _distance(grads: Sequence[Tensor], reference: Sequence[Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""What NVIDIA's tools look at: every kernel once, or the kernels of a few clips.
+"""What NVIDIA's tools check and profile: every kernel once, or the kernels of a few clips.
 
 compute-sanitizer --tool memcheck python -m benchmarks.profiled every-kernel
 ncu --profile-from-start off python -m benchmarks.profiled clips
@@ -11,6 +11,7 @@ import csv
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -31,11 +32,11 @@ METRICS = {
     "launch__registers_per_thread": "registers",
     "launch__grid_size": "programs",
 }
-"""What ncu is asked for, and what the summary calls it."""
+"""ncu's metrics, and their names in the summary."""
 
 
 def every_kernel() -> None:
-    """Every kernel: odd sizes and addresses, small tensors and several chunks, all kinds of norms and of bounds."""
+    """Run every kernel: odd sizes and addresses, small tensors and several chunks, all kinds of norms and bounds."""
     params = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         for offset in (0, 1, 3):
@@ -54,7 +55,7 @@ def every_kernel() -> None:
 
 
 def clips(*, small: bool) -> None:
-    """Idle, clipping and by value, of a few lists, warmed up; only these are profiled."""
+    """Clip a few lists: with nothing to clip, with a bound that clips, and by value. Profile after a warm-up."""
     lists = {workload.name: workload for workload in chain(models(), published())}
     for name in ("GPT 1.3B bf16", "GPT-2 124M fp32", "ResNet-50 fp32", "10000 x 4 fp32"):
         params = parameters_of(lists[name].shrunk() if small else lists[name], DEVICE)
@@ -69,18 +70,26 @@ def clips(*, small: bool) -> None:
         exact_now = exact_norm(gradients_of(params))
         calls[1] = lambda params=params, bound=exact_now / 2: fastclip.clip_grad_norm_(params, bound)  # type: ignore[misc]
         print(name, flush=True)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.profiler.start()  # type: ignore[no-untyped-call]
-        for call in calls:
-            call()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.profiler.stop()  # type: ignore[no-untyped-call]
+        with _profiling():
+            for call in calls:
+                call()
+
+
+@contextmanager
+def _profiling() -> Iterator[None]:
+    """Let ncu profile the kernels of a block."""
+    if DEVICE.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()  # type: ignore[no-untyped-call]
+    yield
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()  # type: ignore[no-untyped-call]
 
 
 def summary(file: Path) -> Iterator[str]:
-    """A line for each kernel that ncu has looked at, from its CSV."""
+    """Yield a line for each kernel that ncu profiled, from its CSV file."""
     lines = [line for line in file.read_text().splitlines() if line.startswith('"')]
     kernels: dict[str, list[str]] = {}
     for row in csv.DictReader(lines):
@@ -92,7 +101,7 @@ def summary(file: Path) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a part.
+    """Run a command.
 
     Returns:
         The exit status.

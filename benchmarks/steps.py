@@ -1,14 +1,15 @@
-"""The clip alone, inside of real training steps: what a user waits for.
+"""Time the clip alone, in real training steps: the time that a user waits for.
 
     python -m benchmarks.steps [--seconds 3] [--markdown] [name ...]
 
 Each model trains: zero_grad, forward, backward, the clip, the optimizer's step. torch's clip and fastclip's take turns,
-step by step, and only that call is timed, on a list of the parameters: to walk through the modules, as
-`model.parameters()` does, takes the same time ahead of either, which is printed, too (`walk`). So caches are as cold,
-and gradients as newly allocated, as they are in training; in a loop that does nothing but clip (`benchmarks.cpu`) they
-are not. Gradients are freed between steps (`zero_grad(set_to_none=True)`, torch's default) or zeroed in place. The
-bound is a hundredth of the norm before, so that every step clips, or far above it. The first steps do not count; times
-are medians, and a ratio is torch's over fastclip's. The exit status says whether everything ran, not how fast.
+step by step. Only that call is timed, on a list of the parameters. Before it, `model.parameters()` walks the modules,
+which takes the same time for both and is a column of its own (`walk`). So caches are cold and gradients newly
+allocated, as in training. They are not in a loop that does nothing but clip (`benchmarks.cpu`).
+
+Gradients are freed between steps (`zero_grad(set_to_none=True)`, torch's default) or zeroed in place. The bound is a
+hundredth of the previous norm, so that every step clips, or far above it. The first steps do not count. Times are
+medians, and a ratio is torch's time over fastclip's. The exit status tells whether everything ran, not how fast.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import fastclip
 
 UNTIMED = 20  # steps at the start
 LEAST = 30  # timed steps of each contender, however long they take
-FAR = 1e9  # a bound that no norm reaches
+FAR = 1e9  # a bound above every norm
 
 CLIPS: dict[str, Callable[..., Tensor]] = {
     "torch": torch.nn.utils.clip_grad_norm_,
@@ -104,8 +105,8 @@ class Model:
     Attributes:
         make: Makes the model.
         batch: Makes its input.
-        bars: The ratios that are asked for, clipping and idle.
-        dtype: What the model is converted to.
+        bars: The ratios that are asked for: clipping, and idle.
+        dtype: The dtype of the model.
     """
 
     make: Callable[[], nn.Module]
@@ -114,25 +115,25 @@ class Model:
     dtype: torch.dtype = torch.float32
 
 
-_SMALL, _MANY, _MIDDLING, _BF16 = (2.5, 2.5), (4.0, 4.0), (1.6, 2.2), (2.0, 3.0)
+_SMALL, _MANY, _MEDIUM, _BF16 = (2.5, 2.5), (4.0, 4.0), (1.6, 2.2), (2.0, 3.0)
 
 MODELS = {
     "actor 64x64": Model(lambda: _mlp([8, 64, 64, 2]), lambda: torch.randn(64, 8), _SMALL),
     "critic 256x256": Model(lambda: _mlp([17, 256, 256, 1]), lambda: torch.randn(64, 17), _SMALL),
-    "MLP 512 x 8": Model(lambda: _mlp([512] * 9), lambda: torch.randn(32, 512), _MIDDLING),
-    "MLP 1024 x 8": Model(lambda: _mlp([1024] * 9), lambda: torch.randn(32, 1024), _MIDDLING),
+    "MLP 512 x 8": Model(lambda: _mlp([512] * 9), lambda: torch.randn(32, 512), _MEDIUM),
+    "MLP 1024 x 8": Model(lambda: _mlp([1024] * 9), lambda: torch.randn(32, 1024), _MEDIUM),
     "LSTM 2x256": Model(_LSTM, lambda: torch.randn(16, 20, 64)),
     "conv net": Model(_conv_net, lambda: torch.randn(16, 3, 32, 32)),
-    "encoder 6x256": Model(_encoder, lambda: torch.randn(4, 32, 256), _MIDDLING),
+    "encoder 6x256": Model(_encoder, lambda: torch.randn(4, 32, 256), _MEDIUM),
     "encoder 6x256, bf16": Model(_encoder, lambda: torch.randn(4, 32, 256), _BF16, torch.bfloat16),
-    "the demo's GPT": Model(lambda: _GPT(256, 64, 4, 144, 4), lambda: torch.randint(256, (8, 64)), _MIDDLING),
+    "the demo's GPT": Model(lambda: _GPT(256, 64, 4, 144, 4), lambda: torch.randint(256, (8, 64)), _MEDIUM),
     "GPT-2, a quarter": Model(lambda: _GPT(50257, 64, 6, 384, 6), lambda: torch.randint(50257, (1, 16))),
     "300 small tensors": Model(_Residual, lambda: torch.randn(32, 24), _MANY),
 }
 
 
 class Training:
-    """A model, an optimizer and a batch, of which steps are made."""
+    """A model, its optimizer and a batch."""
 
     def __init__(self, model: Model) -> None:
         torch.manual_seed(0)
@@ -143,11 +144,11 @@ class Training:
         self.module.to(model.dtype)
         self.target = torch.zeros_like(self.module(self.batch))
         self.optimizer = torch.optim.SGD(self.module.parameters(), lr=1e-3)
-        self.norm = 0.0  # the gradients', before the last clip
-        self.walks: list[float] = []  # seconds that it took to list the parameters
+        self.norm = 0.0  # of the gradients, before the last clip
+        self.walks: list[float] = []  # seconds to list the parameters
 
     def step(self, clip: Callable[..., Tensor], *, clips: bool, frees: bool) -> float:
-        """Make a step, and return the seconds that its clip took."""
+        """Take a training step, and return the seconds of its clip."""
         self.optimizer.zero_grad(set_to_none=frees)
         functional.mse_loss(self.module(self.batch), self.target).backward()  # type: ignore[no-untyped-call]
         bound = self.norm / 100 if clips else FAR
@@ -162,14 +163,14 @@ class Training:
         return seconds
 
     def norm_now(self) -> float:
-        """The norm of the gradients as the last step left them."""
+        """Return the norm of the gradients after the last step."""
         grads = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         return fastclip.get_total_norm(grads, norm_dtype=torch.float64).item()
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The medians, in seconds, of the two contenders and of listing the parameters, and the ratio that is asked for."""
+    """Median seconds of both contenders and of listing the parameters, and the ratio that is asked for."""
 
     torch: float
     fastclip: float
@@ -178,14 +179,14 @@ class Cell:
 
     @property
     def ratio(self) -> float:
-        """The time of torch over that of fastclip."""
+        """The ratio of torch's time to fastclip's."""
         return self.torch / self.fastclip
 
 
 def measure(model: Model, *, clips: bool, frees: bool, seconds: float) -> Cell:
-    """Train for about so many seconds, and take the times of both clips."""
+    """Train for about `seconds`, and time both clips."""
     training = Training(model)
-    training.step(CLIPS["torch"], clips=False, frees=frees)  # which finds the first norm
+    training.step(CLIPS["torch"], clips=False, frees=frees)  # sets the first norm
     times: dict[str, list[float]] = {name: [] for name in CLIPS}
     start = perf_counter()
     while len(times["torch"]) < UNTIMED + LEAST or perf_counter() - start < seconds:

@@ -1,11 +1,11 @@
-"""Other tiles, chunks, warps and numbers of programs than the kernels have: is what was derived the best on this GPU?
+"""Time the kernels with other tiles, chunks, warps and numbers of programs: are the derived constants the best here?
 
     python -m benchmarks.sweep [--small] [--compile] [--out out]
 
-Each configuration is a copy of `kernels/` with other constants, launched on the lists of `benchmarks.workloads` with
-cold caches: the reduction, and a scaling that writes. Rows are written as they come, to sweep.csv. Compiling takes
-longest: `--compile` does nothing else, four processes at once, so that a later run finds all in Triton's cache.
-Without a GPU, and with `--small` there, it compiles nothing and only makes the copies of two configurations.
+Each configuration is a copy of `kernels/` with other constants. The reduction and a scaling that writes run on lists of
+`benchmarks.workloads`, with cold caches. Each row goes to sweep.csv as soon as it is measured. Most of the time is
+compilation. `--compile` only compiles, in four processes at once, so that a later run finds everything in Triton's
+cache. Without a GPU, with or without `--small`, it only makes the copies of two configurations, and compiles nothing.
 """
 
 from __future__ import annotations
@@ -36,23 +36,32 @@ from fastclip.backends.triton import PROGRAMS_PER_SM, SEGMENTS, prime_below
 from fastclip.foundation.devices import stream_of
 
 KERNELS = Path(str(importlib.import_module("fastclip.kernels").__file__)).parent
-FOLDER = Path(tempfile.gettempdir()) / f"fastclip-sweep-{os.getuid()}"  # Triton's cache goes by the sources' path, too
+FOLDER = Path(tempfile.gettempdir()) / f"fastclip-sweep-{os.getuid()}"  # fixed: Triton's cache key includes it
 
 LISTS = ("GPT 1.3B bf16", "2000 x 1024x1024 fp32", "ResNet-50 fp32", "2000 x 64 fp32", "10000 x 4 fp32")
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """Constants of `kernels/table.py`."""
+    """The constants of `kernels/table.py` that a copy of the kernels has."""
 
     tile: int = 512
     chunk: int = 8192
     warps: int = 8
 
     def modules(self) -> dict[str, ModuleType]:
-        """The kernels with these constants, as a package of their own."""
+        """Import a copy of the kernels with these constants."""
         name = f"kernels_{self.tile}_{self.chunk}_{self.warps}"
-        package = FOLDER / name
+        package, text = FOLDER / name, self._table()
+        if not package.exists() or (package / "table.py").read_text() != text:
+            shutil.copytree(KERNELS, package, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+            (package / "table.py").write_text(text)
+        if str(FOLDER) not in sys.path:
+            sys.path.insert(0, str(FOLDER))
+        return {module: importlib.import_module(f"{name}.{module}") for module in ("table", "reduce", "apply")}
+
+    def _table(self) -> str:
+        """The source of `kernels/table.py` with these constants."""
         text = (KERNELS / "table.py").read_text()
         for pattern, replacement in (
             (r"TILE_VECTORS = tl\.constexpr\(\d+\)", f"TILE_VECTORS = tl.constexpr({self.tile})"),
@@ -62,12 +71,7 @@ class Configuration:
             text, count = re.subn(pattern, replacement, text)
             if count != 1:
                 raise RuntimeError(f"{count} places in table.py look like {pattern}")
-        if not package.exists() or (package / "table.py").read_text() != text:
-            shutil.copytree(KERNELS, package, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-            (package / "table.py").write_text(text)
-        if str(FOLDER) not in sys.path:
-            sys.path.insert(0, str(FOLDER))
-        return {module: importlib.import_module(f"{name}.{module}") for module in ("table", "reduce", "apply")}
+        return text
 
 
 CONFIGURATIONS = (
@@ -79,7 +83,7 @@ PER_SM = (1, 2, 3, 4, 5, 6, 8)
 
 
 class Launches:
-    """The reduction and the scaling of a list of gradients, by as many programs as are asked for."""
+    """The reduction and the scaling of a list of gradients, by any number of programs."""
 
     def __init__(self, configuration: Configuration, grads: Sequence[Tensor]) -> None:
         modules = configuration.modules()
@@ -108,7 +112,7 @@ class Launches:
         self.registers: int = self._compiled[0].n_regs
 
     def by(self, programs: int) -> tuple[Callable[[], object], Callable[[], object]]:
-        """The two launches, by so many programs at most."""
+        """Return the two launches, by at most `programs` programs."""
         grid = (min(programs, len(self.chunks)), 1, 1)
         stream = stream_of(self.chunks.device)
         reduce, apply = (compiled[grid] for compiled in self._compiled)
@@ -117,7 +121,7 @@ class Launches:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the CSV: a configuration on a list, in µs of the GPU."""
+    """A line of the CSV file: one configuration on one list, GPU time in µs."""
 
     tile: int
     chunk: int
@@ -130,14 +134,18 @@ class Row:
 
 
 def rows(clock: Clock) -> Iterator[Row]:
-    """Time all configurations on all lists; a wrong norm is an error."""
+    """Time all configurations on all lists.
+
+    Raises:
+        RuntimeError: A configuration computes a wrong norm.
+    """
     processors = torch.cuda.get_device_properties(clock.device).multi_processor_count
     lists = {workload.name: workload for workload in chain(models(), published())}
     for name in LISTS:
         grads = gradients_of(parameters_of(lists[name], clock.device))
         exact = exact_norm(grads)
         for configuration in CONFIGURATIONS:
-            refill(grads)  # which scaling has worn by one in ten thousand
+            refill(grads)  # scaling has reduced them by one part in ten thousand
             launches = Launches(configuration, grads)
             for per_sm in PER_SM:
                 reduce, scale = launches.by(prime_below(processors * per_sm))
@@ -146,7 +154,7 @@ def rows(clock: Clock) -> Iterator[Row]:
                 if not abs(launches.norm.item() / exact - 1) < 1e-3:
                     raise RuntimeError(f"{configuration} finds {launches.norm.item()}, not {exact}")
                 reduce_us = clock.time(reduce, cold=True).gpu_ms * 1e3
-                launches.state.fill_(1 - 2.0**-20)  # so that scaling writes, and the values stay about what they are
+                launches.state.fill_(1 - 2.0**-20)  # scaling writes, and hardly changes the values
                 scale_us = clock.time(scale, cold=True).gpu_ms * 1e3
                 constants = (configuration.tile, configuration.chunk, configuration.warps)
                 yield Row(*constants, per_sm, launches.registers, name, reduce_us, scale_us)
@@ -154,7 +162,7 @@ def rows(clock: Clock) -> Iterator[Row]:
 
 
 def best(found: Sequence[Row]) -> Iterator[str]:
-    """What is the best for each list, beside what the kernels have."""
+    """Yield the best configuration for each list, and the kernels' own."""
     for name in dict.fromkeys(row.workload for row in found):
         mine = [row for row in found if row.workload == name]
         for what, kernel in (("reduce_us", "reduce_kernel"), ("scale_us", "apply_kernel")):
@@ -169,21 +177,21 @@ def best(found: Sequence[Row]) -> Iterator[str]:
 
 
 def _compile_all() -> bool:
-    """Compile in processes of their own, since Triton's compiler holds the GIL; tell whether all could."""
+    """Compile in several processes, since Triton's compiler holds the GIL. Return whether all succeeded."""
     code = "from benchmarks import sweep; import sys, torch; c = sweep.CONFIGURATIONS[int(sys.argv[1])]; "
     code += "sweep.Launches(c, [torch.ones(100, device='cuda')])"
     waiting = list(range(len(CONFIGURATIONS)))
     running: list[subprocess.Popen[bytes]] = []
-    could = True
+    succeeded = True
     while waiting or running:
         while waiting and len(running) < 4:
             running.append(subprocess.Popen([sys.executable, "-c", code, str(waiting.pop())]))  # noqa: S603
-        could &= running.pop(0).wait() == 0
-    return could
+        succeeded &= running.pop(0).wait() == 0
+    return succeeded
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Sweep, and print and write what was found.
+    """Time all configurations, write the rows and print the best.
 
     Returns:
         The exit status.

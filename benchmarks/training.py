@@ -1,19 +1,19 @@
-"""The clip inside of the training of a GPT on a GPU: what a step loses to it.
+"""Time the clip in the training of a GPT on a GPU: what it adds to a step.
 
     python -m benchmarks.training [--small] [--out out]
 
 A GPT of 355 M parameters (GPT-2 medium) trains on random tokens with fused AdamW: with bf16 weights, with fp32 weights
-under autocast to bf16, and under autocast to fp16 with a GradScaler. Ways to clip take turns, step by step, on the
-same model: none at all, torch's, fastclip's, and fastclip's folded into the optimizer's step; with the scaler, also
-unscaled apart and in one. Gradients are freed between steps (torch's default) or kept and zeroed; every step clips, or
-none does. In milliseconds, medians:
+under autocast to bf16, and with fp32 weights under autocast to fp16 and a GradScaler. Ways to clip take turns, step by
+step, on the same model: none at all, torch's, fastclip's and, with the scaler, unscaling and clipping in one call.
+Without the scaler, fastclip's clip folded into the optimizer's step follows. Gradients are freed between steps (torch's
+default) or zeroed in place. Every step clips, or none does. The columns are medians in milliseconds:
 
-- `clip_gpu`, `clip_host`: of the clip alone, by events and until the call returns (with `unscale_`, where there is a
-  scaler; when folded, what is scaled is part of the optimizer);
-- `optimizer_gpu`: of the optimizer's step; `step`: of all of it, until the GPU is done.
+- `clip_gpu`, `clip_host`: the clip alone, on the GPU by events, and on the host until the call returns. With a scaler
+  it includes `unscale_`. If folded, the scaling is part of the optimizer's step.
+- `optimizer_gpu`: the optimizer's step. `step`: the whole step, until the GPU is done.
 
-`moved` is the share of steps in which some gradient was not where it had been in the step before. Rows are written as
-they come, to training.csv. Without a GPU a tiny model trains on the CPU, so that it is known to run.
+`moved` is the share of steps in which some gradient had another address than in the step before. Each row goes to
+training.csv as soon as it is measured. Without a GPU, a tiny model trains on the CPU, to test the benchmark itself.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,13 @@ from torch.nn import functional
 import fastclip
 from benchmarks.workloads import gradients_of
 
-FAR = 1e9  # a bound that nothing reaches
-WARM_UP = 3  # steps of each way that do not count
+FAR = 1e9  # a bound above every norm
+WARM_UP = 3  # first steps of each way, which do not count
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of the model, of a batch, and of a measurement in steps of each way."""
+    """The sizes of the model and of a batch, and the number of timed steps of each way."""
 
     vocabulary: int
     context: int
@@ -77,7 +77,7 @@ class _Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2, which returns its loss."""
+    """GPT-2, with the loss as its output."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class GPT(nn.Module):
         nn.init.normal_(self.tokens.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The mean loss of predicting each token but the first."""
+        """Return the mean loss of predicting each token except the first."""
         x, y = tokens[:, :-1], tokens[:, 1:]
         hidden = self.blocks(self.tokens(x) + self.places.weight[: x.shape[1]])
         logits = functional.linear(self.norm(hidden), self.tokens.weight)
@@ -97,14 +97,14 @@ class GPT(nn.Module):
 
 @dataclass(frozen=True)
 class Precision:
-    """How a model computes: the dtype of its weights, that of autocast, and whether the loss is scaled."""
+    """The precision of a training: the dtype of the weights, and that of autocast."""
 
     weights: torch.dtype
     autocast: torch.dtype | None = None
 
     @property
     def is_scaled(self) -> bool:
-        """Whether a GradScaler is needed: gradients of fp16 underflow."""
+        """Whether a GradScaler is needed: fp16 gradients underflow without it."""
         return self.autocast == torch.float16
 
 
@@ -116,7 +116,7 @@ PRECISIONS = {
 
 
 class Training:
-    """A model, its optimizer and its scaler, of which steps are made; on one stream, so that events tell times."""
+    """A model, its optimizer and its scaler, on one stream, so that events measure times."""
 
     def __init__(self, size: Size, precision: Precision, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -124,11 +124,11 @@ class Training:
         self.model = GPT(size).to(device, precision.weights)
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision.is_scaled)  # without one it does nothing
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision.is_scaled)  # does nothing if not enabled
         self.places: list[int] = []
 
     def ways(self) -> dict[str, Callable[[float], object]]:
-        """Ways to clip to a bound, between `backward` and the optimizer's step."""
+        """Return the ways to clip to a bound between `backward` and the optimizer's step."""
         scaler, optimizer, parameters = self.scaler, self.optimizer, self.parameters
 
         def after_unscaling(clip: Callable[..., object]) -> Callable[[float], object]:
@@ -148,7 +148,7 @@ class Training:
         return ways
 
     def step(self, clip: Callable[[float], object], bound: float, *, frees: bool) -> Times:
-        """Make a step."""
+        """Take a training step, and return its times."""
         tokens = torch.randint(self.size.vocabulary, (self.size.batch, self.size.context + 1), device=self.device)
         marks = _Marks(self.device)
         self.optimizer.zero_grad(set_to_none=frees)
@@ -169,7 +169,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Times:
-    """Of a step, in milliseconds; and whether its gradients were elsewhere than the step before's."""
+    """The times of a step in milliseconds, and whether a gradient moved since the step before."""
 
     clip_gpu: float
     clip_host: float
@@ -179,7 +179,7 @@ class Times:
 
 
 class _Marks:
-    """Moments on the GPU and on the host: the start, and those that are set."""
+    """Points in time on the GPU and on the host: the start, and each call of `set`."""
 
     def __init__(self, device: torch.device) -> None:
         self.is_gpu = device.type == "cuda"
@@ -193,14 +193,14 @@ class _Marks:
             torch.cuda.synchronize()
 
     def set(self) -> None:
-        """Note this moment."""
+        """Record this point in time."""
         if self.is_gpu:
             self.events.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
             self.events[-1].record()
         self.walls.append(time.perf_counter() * 1e3)
 
     def times(self) -> tuple[float, float, float, float]:
-        """Of the clip on the GPU and the host, of the optimizer on the GPU, and of the whole step."""
+        """Return the times of the clip on GPU and host, of the optimizer on the GPU, and of the whole step."""
         self._wait()
         end = time.perf_counter() * 1e3
         host = [b - a for a, b in pairwise(self.walls)]
@@ -210,7 +210,7 @@ class _Marks:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the CSV."""
+    """A line of the CSV file."""
 
     precision: str
     gradients: str
@@ -224,29 +224,33 @@ class Row:
 
 
 def rows(size: Size, device: torch.device) -> Iterator[Row]:
-    """Train in all precisions, and time all ways."""
+    """Train in all precisions, and time all ways to clip."""
     for name, precision in PRECISIONS.items():
         training = Training(size, precision, device)
-        ways = training.ways()
-        for frees in (True, False):
-            for bound in (1e-3, FAR):
-                case = (name, "freed" if frees else "kept", "idle" if bound == FAR else "clips")
-                times: dict[str, list[Times]] = {}
-                for number in range(WARM_UP + size.steps):
-                    for way, clip in ways.items():
-                        seen = training.step(clip, bound, frees=frees)
-                        if number >= WARM_UP:
-                            times.setdefault(way, []).append(seen)
-                if not precision.is_scaled:
-                    times["folded"] = list(_folded(training, bound, frees=frees))
-                for way, of_way in times.items():
-                    yield Row(*case, way, *(_middle(of_way, field.name) for field in fields(Times)))
+        for frees, bound in product((True, False), (1e-3, FAR)):
+            case = (name, "freed" if frees else "kept", "idle" if bound == FAR else "clips")
+            for way, times in _times_of_ways(training, bound, frees=frees).items():
+                yield Row(*case, way, *(_middle(times, field.name) for field in fields(Times)))
         del training
         gc.collect()
 
 
+def _times_of_ways(training: Training, bound: float, *, frees: bool) -> dict[str, list[Times]]:
+    """The times of all ways to clip to a bound, without those of the warm-up."""
+    times: dict[str, list[Times]] = {}
+    ways = training.ways()
+    for number in range(WARM_UP + training.size.steps):
+        for way, clip in ways.items():
+            seen = training.step(clip, bound, frees=frees)
+            if number >= WARM_UP:
+                times.setdefault(way, []).append(seen)
+    if not training.precision.is_scaled:
+        times["folded"] = list(_folded(training, bound, frees=frees))
+    return times
+
+
 def _folded(training: Training, bound: float, *, frees: bool) -> Iterator[Times]:
-    """Steps with the clip folded into the optimizer: those that come after its warm-up."""
+    """Yield the times of steps with the clip folded into the optimizer, without those of the warm-up."""
     clipper = fastclip.attach(training.optimizer, fastclip.ClipGradNorm(bound), fold=True)
     try:
         for number in range(WARM_UP + training.size.steps):
@@ -263,7 +267,7 @@ def _middle(times: Sequence[Times], name: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, and print and write what was found.
+    """Train, print the rows and write them.
 
     Returns:
         The exit status.

@@ -1,4 +1,4 @@
-"""Lists of gradients that someone has, or has published times for; and their norm in fp64."""
+"""Lists of gradients, of real models or with published times, and their exact norm in fp64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-SMALLER = 1 << 12  # by this much `shrunk` divides the tensors' sizes, and 50 is the most of them
+SMALLER = 1 << 12  # `shrunk` divides the tensors' sizes by this
+SHRUNK_TENSORS = 50  # the most tensors of a list that was shrunk
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -22,8 +23,8 @@ class Workload:
     """A list of gradients, and the order of the norm to clip by.
 
     Attributes:
-        shapes: Elements and dtype of each gradient.
-        source: Where the workload is from.
+        shapes: The number of elements and the dtype of each gradient.
+        source: The source of the workload.
     """
 
     name: str
@@ -33,27 +34,27 @@ class Workload:
 
     @property
     def nbytes(self) -> int:
-        """Of the gradients together."""
+        """The bytes of all gradients."""
         return sum(numel * dtype.itemsize for numel, dtype in self.shapes)
 
     def shrunk(self) -> Workload:
-        """Something like it that takes no time."""
-        shapes = [(-(-numel // SMALLER), dtype) for numel, dtype in self.shapes[:50]]
+        """Return a small workload of the same kind."""
+        shapes = [(-(-numel // SMALLER), dtype) for numel, dtype in self.shapes[:SHRUNK_TENSORS]]
         return replace(self, name=f"{self.name}, small", shapes=shapes)
 
 
 def models() -> Iterator[Workload]:
-    """Those of models that are trained."""
+    """Yield the workloads of real models, and two of small tensors."""
     yield Workload("GPT-2 124M fp32", _of(gpt(12, 768), FP32), "OpenAI's GPT-2")
     yield Workload("GPT-2 124M bf16", _of(gpt(12, 768), BF16), "OpenAI's GPT-2")
     yield Workload("GPT 1.3B bf16", _of(gpt(24, 2048), BF16), "GPT-3 XL")
     yield Workload("ResNet-50 fp32", _of(resnet50(), FP32), "torchvision")
-    yield Workload("1 x 64 fp32", [(64, FP32)], "the least that a call costs")
-    yield Workload("2000 x 64 fp32", [(64, FP32)] * 2000, "nothing but the cost of a tensor")
+    yield Workload("1 x 64 fp32", [(64, FP32)], "the fixed cost of a call")
+    yield Workload("2000 x 64 fp32", [(64, FP32)] * 2000, "the cost of a tensor")
 
 
 def published() -> Iterator[Workload]:
-    """Those with published numbers."""
+    """Yield the workloads with published times."""
     yield Workload("2000 x 1024x1024 fp32", [(1 << 20, FP32)] * 2000, "pytorch #133586")
     for count in (10, 100, 1000, 10_000):
         for numel in (4, 65_536):
@@ -65,14 +66,14 @@ def published() -> Iterator[Workload]:
 
 
 def gpt(layers: int, width: int) -> list[Shape]:
-    """The tensors of a GPT-2: with 12 layers of 768 they are 148, of 124 M elements."""
+    """Return the shapes of a GPT-2's tensors. With 12 layers of width 768 there are 148, with 124 M elements."""
     layer: list[Shape] = [(width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,)]
     layer += [(width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width), (width,)]
     return [(50_257, width), (1024, width), *layer * layers, (width,), (width,)]
 
 
 def resnet50() -> list[Shape]:
-    """The 161 tensors of ResNet-50, 25.6 M elements: convolutions, each with a batch norm, and one linear layer."""
+    """Return the shapes of ResNet-50's 161 tensors, 25.6 M elements: convolutions, batch norms, a linear layer."""
     convolutions: list[Shape] = [(64, 3, 7, 7)]
     inputs = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
@@ -89,7 +90,7 @@ def _of(shapes: Sequence[Shape], dtype: torch.dtype) -> list[tuple[int, torch.dt
 
 
 def parameters_of(workload: Workload, device: torch.device) -> list[nn.Parameter]:
-    """Parameters without memory of their own, and gradients as `refill` leaves them."""
+    """Make parameters without memory of their own, with gradients that `refill` has filled."""
     made = []
     for numel, dtype in workload.shapes:
         parameter = nn.Parameter(torch.empty(1, dtype=dtype, device=device).expand(numel))
@@ -100,19 +101,19 @@ def parameters_of(workload: Workload, device: torch.device) -> list[nn.Parameter
 
 
 def refill(grads: Sequence[Tensor]) -> None:
-    """Give gradients normal values, the same each time."""
+    """Fill gradients with normal values, the same in each call."""
     generator = torch.Generator(grads[0].device).manual_seed(0)
     for grad in grads:
         grad.normal_(generator=generator)
 
 
 def gradients_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """The parameters' gradients."""
+    """Return the parameters' gradients."""
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def exact_norm(grads: Sequence[Tensor], p: float = 2.0) -> float:
-    """The norm in fp64, in pieces, so that no large temporary is made."""
+    """Compute the norm in fp64, piece by piece to avoid a large temporary."""
     pieces = (piece for grad in grads for piece in torch.split(grad.view(-1), 1 << 27))
     norms = [torch.linalg.vector_norm(piece, p, dtype=torch.float64) for piece in pieces]
     return float(torch.linalg.vector_norm(torch.stack(norms), p))

@@ -1,15 +1,15 @@
-"""An image classifier that does not explode, with and without clipping.
+"""An image classifier whose training does not diverge, with and without clipping.
 
     python examples/classifier.py
 
-The network is the one of PyTorch's CIFAR-10 tutorial, and so is the loop: batches of 4, SGD with a learning rate of
-0.001 and momentum 0.9. Where `--data` holds CIFAR-10 (the folder `cifar-10-batches-py`), it learns that; nothing is
-downloaded. Otherwise it learns the handwritten digits that scikit-learn brings, which are 8 x 8 and grey: four times
-enlarged, with the one channel three times over, they fit the same network.
+Network and loop are those of PyTorch's CIFAR-10 tutorial: batches of 4, SGD with a learning rate of 0.001 and momentum
+0.9. If `--data` contains CIFAR-10 (the folder `cifar-10-batches-py`), the network learns that. Nothing is downloaded.
+Otherwise it learns scikit-learn's handwritten digits. These are 8 x 8 and grey: enlarged by four, with three equal
+channels, they fit the same network.
 
-The gradients are clipped by value to [-1, 1], or by norm to 2; the rules are those of torch's `clip_grad_value_` and
-`clip_grad_norm_`. A healthy run is where one learns what a threshold costs: how often it fires, and what becomes of the
-accuracy.
+The gradients are clipped by value to [-1, 1], or by norm to 2, by the rules of torch's `clip_grad_value_` and
+`clip_grad_norm_`. A run that is stable without clipping shows what a threshold costs: how often it clips, and how the
+accuracy changes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import fastclip
 BATCH = 4
 LEARNING_RATE = 0.001
 MOMENTUM = 0.9
-SMOOTHING = 100  # steps that a point of the picture is the mean of
+SMOOTHING = 100  # steps: a point in the picture is their mean
 
 CLIPS: dict[str, Callable[[nn.Module], fastclip.ClipResult]] = {
     "unclipped": fastclip.measure_grads,
@@ -46,11 +46,11 @@ CLIPS: dict[str, Callable[[nn.Module], fastclip.ClipResult]] = {
     "by norm, 2.0": lambda model: fastclip.clip_grads_(model, fastclip.ClipGradNorm(2.0)),
 }
 COLORS = ("#f2a65a", "#c8553d", "#1b3a5c")
-WIDTHS = (5.0, 1.5, 1.5)  # the first two all but coincide
+WIDTHS = (5.0, 1.5, 1.5)  # the first two curves almost coincide
 
 
 class Images(NamedTuple):
-    """Images from -1 to 1, [images, 3, 32, 32], and their classes, [images]."""
+    """Images with values from -1 to 1, [images, 3, 32, 32], and their classes, [images]."""
 
     name: str
     train: Tensor
@@ -60,10 +60,14 @@ class Images(NamedTuple):
 
 
 class ArraysOnly(pickle.Unpickler):
-    """Reads pickles of NumPy arrays, as CIFAR-10's are; whatever else a pickle would call is refused."""
+    """Reads pickles of NumPy arrays, such as CIFAR-10's. It raises if a pickle would call anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what the pickle names, if it takes part in making an array."""
+        """Return a class or function of the pickle.
+
+        Raises:
+            pickle.UnpicklingError: NumPy does not need it to make an array.
+        """
         if (module, name) not in {
             ("numpy.core.multiarray", "_reconstruct"),
             ("numpy._core.multiarray", "_reconstruct"),
@@ -95,7 +99,7 @@ class Network(nn.Module):
 
 @dataclass
 class Run:
-    """What a run leaves behind, a value per step, and the accuracy at its end."""
+    """The results of a run: one value for each step, and the accuracy at the end."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)  # before clipping
@@ -104,7 +108,7 @@ class Run:
 
 
 def read_cifar10(folder: Path) -> Images:
-    """Read CIFAR-10 as its authors pack it for Python: rows of 3072 bytes, red, green and blue."""
+    """Read CIFAR-10 in its authors' format for Python: rows of 3072 bytes, red, green and blue."""
 
     def read(names: list[str]) -> tuple[Tensor, Tensor]:
         batches = []
@@ -130,7 +134,7 @@ def read_digits() -> Images:
 
 
 def train(name: str, images: Images, steps: int) -> Run:
-    """Train a new network; the runs differ in clipping alone."""
+    """Train a new network. The runs differ only in clipping."""
     torch.manual_seed(0)
     batches = torch.Generator().manual_seed(0)
     model = Network()
@@ -143,7 +147,7 @@ def train(name: str, images: Images, steps: int) -> Run:
             optimizer.zero_grad()
             loss = functional.cross_entropy(model(images.train[batch]), images.train_classes[batch])
             loss.backward()  # type: ignore[no-untyped-call]
-            found = CLIPS[name](model)  # between backward and step: the line that differs between the runs
+            found = CLIPS[name](model)  # between backward and step: only this line differs between the runs
             optimizer.step()
             run.losses.append(loss.item())
             run.norms.append(found.norm.item())
@@ -158,7 +162,7 @@ def train(name: str, images: Images, steps: int) -> Run:
 
 
 def table(runs: dict[str, Run]) -> str:
-    """Return the result in figures."""
+    """Return a table of the results."""
     rows = [
         ("", list(runs)),
         (f"loss at the end (mean of {SMOOTHING} steps)", [f"{last_loss(run):.3f}" for run in runs.values()]),
@@ -172,12 +176,12 @@ def table(runs: dict[str, Run]) -> str:
 
 
 def last_loss(run: Run) -> float:
-    """Return the mean of the last losses: a batch of four is noisy."""
+    """Return the mean of the last losses, since a batch of four is noisy."""
     return statistics.fmean(run.losses[-SMOOTHING:])
 
 
 def findings(runs: dict[str, Run]) -> str:
-    """Say in words what happened."""
+    """Describe the results in words."""
     plain, by_value, by_norm = runs.values()
     value_share, norm_share = statistics.fmean(by_value.clipped), statistics.fmean(by_norm.clipped)
     return (
@@ -224,9 +228,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train with each way of clipping."""
+    """Train once with each way of clipping."""
     options = parse(arguments)
-    torch.set_num_threads(1)  # the tensors are small, and threads that wait for a busy core make it slow
+    torch.set_num_threads(1)  # the tensors are small: threads that wait for a busy core would slow it down
     folder = options.data / "cifar-10-batches-py"
     images = read_cifar10(folder) if folder.is_dir() else read_digits()
     print(f"{len(images.train)} of {images.name} to learn from, {len(images.test)} to test with\n")

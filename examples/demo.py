@@ -2,10 +2,10 @@
 
     python examples/demo.py
 
-The model (about a million parameters) learns to predict the next byte of Python source: the standard library's own
-files, so nothing is downloaded. Both runs start from the same seed and see the same batches; they differ in one thing,
-the function that clips. In addition, on every step both functions clip copies of the *same* gradients, which gives a
-fair ratio of their times and shows whether they compute the same thing. A table is printed and a picture written; the
+The model (about a million parameters) learns to predict the next byte of Python source. The text is the standard
+library's own files, so nothing is downloaded. Both runs have the same seed and see the same batches. They differ only
+in the function that clips. In addition, in every step both functions clip copies of the *same* gradients. That gives a
+fair ratio of their times, and shows whether they compute the same. The demo prints a table and draws a picture. The
 exit status is 1 if the two disagree.
 """
 
@@ -39,15 +39,15 @@ BATCH = 8
 
 LEARNING_RATE = 1e-3
 WARM_UP_STEPS = 10  # over which the learning rate rises
-UNTIMED_STEPS = 3  # at the start, whose times do not count: memory is first touched and kernels are built there
+UNTIMED_STEPS = 3  # first steps, whose times do not count: they touch memory first and build kernels
 
-# Both functions sum the squares of the same float32 gradients, in another order. The largest tensor has
-# 4 * WIDTH**2 = 83,000 elements, which torch's CPU kernel adds up in 8 lanes or more: n = 10,000 additions one after
-# the other, each of which loses at most 2**-24 of the sum. The square root halves the loss: n * 2**-24 / 2 = 3e-4 of
-# the norm, at worst, which the clipped gradients inherit. About 1e-5 is seen; the table says how much of it is whose.
+# Both functions sum the squares of the same float32 gradients, in different orders. The largest tensor has
+# 4 * WIDTH**2 = 83,000 elements. torch's CPU kernel adds them in 8 lanes or more: n = 10,000 successive additions, each
+# with an error of at most 2**-24 of the sum. The square root halves the error: n * 2**-24 / 2 = 3e-4 of the norm, at
+# worst, and the same for clipped gradients. About 1e-5 is observed; the table shows the error of each function.
 TOLERANCE = 3e-4
-# Training then amplifies a difference in rounding from step to step. The picture marks the step where the two losses
-# part by more than this, which is well under the width of a curve.
+# Training amplifies a difference in rounding from step to step. The picture marks the step in which the two losses
+# differ by more than this, which is far less than the width of a curve.
 LOSS_TOLERANCE = 1e-3
 
 Clip = Callable[[list[nn.Parameter], float], Tensor]
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix into each position what the earlier ones hold."""
+        """Attend from each position to the earlier ones."""
         heads = self.queries_keys_values(x).unflatten(-1, (3, HEADS, WIDTH // HEADS))
         queries, keys, values = heads.permute(2, 0, 3, 1, 4)  # each: batch, head, position, width of a head
         mixed = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
@@ -72,10 +72,10 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer of a transformer: attention, then a small network at each position, both residual."""
+    """A transformer layer: attention, then a small network at each position, both residual."""
 
     def __init__(self) -> None:
-        """Make the two halves, each behind a LayerNorm."""
+        """Make the two halves, each with a LayerNorm before it."""
         super().__init__()
         self.attention = nn.Sequential(nn.LayerNorm(WIDTH), Attention())
         self.network = nn.Sequential(
@@ -83,7 +83,7 @@ class Layer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add what each half contributes."""
+        """Add the output of each half."""
         x = x + self.attention(x)
         out: Tensor = x + self.network(x)
         return out
@@ -103,7 +103,7 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            elif parameter.ndim > 1:  # the weights of LayerNorm have one dimension and stay at one
+            elif parameter.ndim > 1:  # the weights of LayerNorm have one dimension, and stay 1
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -113,10 +113,10 @@ class GPT(nn.Module):
 
 
 class SameGradients:
-    """Clips copies of the same gradients with each function; keeps the times and the differences."""
+    """Clips copies of the same gradients with each function, and records times and differences."""
 
     def __init__(self, clips: dict[str, Clip], model: GPT) -> None:
-        """Allocate a set of parameters with gradients for each function, so that no step pays for fresh memory."""
+        """Allocate parameters with gradients for each function, so that no step allocates memory for them."""
         self.clips = clips
         self.parameters = {name: [nn.Parameter(torch.empty_like(p)) for p in model.parameters()] for name in clips}
         self.gradients = {
@@ -126,14 +126,14 @@ class SameGradients:
             for parameter, gradient in zip(self.parameters[name], self.gradients[name], strict=True):
                 parameter.grad = gradient
         self.seconds: dict[str, list[float]] = {name: [] for name in clips}
-        # The largest so far; those of norms are relative to the norm, those of gradients to the largest element.
+        # The largest values so far, of norms relative to the norm, and of gradients to the largest element.
         self.norm_errors = dict.fromkeys(clips, 0.0)  # against the norm in float64
         self.norm_difference = 0.0
         self.gradient_difference = 0.0
         self.steps = 0
 
     def step(self, gradients: list[Tensor], max_norm: float) -> None:
-        """Clip copies of `gradients`. Who goes first alternates, so that neither always finds the warmer machine."""
+        """Clip copies of `gradients`. The order alternates, so that neither function always has the warmer caches."""
         norms = {}
         for name in self.clips if self.steps % 2 == 0 else reversed(self.clips):
             for copy, gradient in zip(self.gradients[name], gradients, strict=True):
@@ -154,32 +154,32 @@ class SameGradients:
         self.gradient_difference = larger(self.gradient_difference, difference.item())
 
     def median_seconds(self, name: str) -> float:
-        """Return the median time that one function took."""
+        """Return the median time of one function."""
         return statistics.median(self.seconds[name][UNTIMED_STEPS:])
 
     def agree(self) -> bool:
-        """Return whether both functions computed the same thing on every step."""
+        """Return whether both functions computed the same in every step, within the tolerance."""
         return self.norm_difference <= TOLERANCE and self.gradient_difference <= TOLERANCE
 
 
 @dataclass
 class Run:
-    """What one training run leaves behind, a value per step."""
+    """The results of a training run, one value for each step."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)  # before clipping
 
     def final_loss(self) -> float:
-        """Return the mean of the last ten losses: a single batch is noisy."""
+        """Return the mean of the last ten losses, since a single batch is noisy."""
         return statistics.fmean(self.losses[-10:])
 
     def clipped(self, max_norm: float) -> int:
-        """Return the number of steps on which clipping fired."""
+        """Return the number of steps that were clipped."""
         return sum(norm > max_norm for norm in self.norms)
 
 
 class Progress:
-    """One line that is rewritten on a terminal, or a plain line now and then elsewhere."""
+    """Progress of a run: on a terminal a line that is rewritten, elsewhere a line every 20 steps."""
 
     def __init__(self, name: str, steps: int) -> None:
         """Start the clock."""
@@ -202,12 +202,12 @@ class Progress:
 
 
 def larger(a: float, b: float) -> float:
-    """Return the larger of two numbers, or NaN if either is one (`max` would lose it)."""
+    """Return the larger of two numbers, or NaN if either is NaN (`max` may ignore it)."""
     return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
 
 
 def read_text(limit: int = 4_000_000) -> Tensor:
-    """Return up to `limit` bytes of the standard library's sources, the same on every call."""
+    """Return up to `limit` bytes of the standard library's sources, the same in every call."""
     folder = Path(sysconfig.get_path("stdlib"))
     text = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))[:limit]
     if len(text) < 1000 * BLOCK:
@@ -216,7 +216,7 @@ def read_text(limit: int = 4_000_000) -> Tensor:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device to use, set up so that the same seed gives the same run."""
+    """Return the device to use, configured so that the same seed gives the same run."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -224,19 +224,19 @@ def choose_device(name: str) -> torch.device:
             sys.exit("demo: --device cuda, but torch finds no GPU")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        # That also fills new memory, to show reads of it; here it would only cost time.
+        # That also fills new memory, to reveal reads of it. Here it would only cost time.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return torch.device(name)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the GPU, if one is used, has finished."""
+    """Wait until the device is idle, if it is a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def train(name: str, same: SameGradients, text: Tensor, device: torch.device, options: argparse.Namespace) -> Run:
-    """Train a new model, clipping with the function called `name`; all else follows from the options."""
+    """Train a new model, clipping with the function called `name`. All else depends only on the options."""
     clip = same.clips[name]
     torch.manual_seed(options.seed)
     batches = torch.Generator().manual_seed(options.seed)
@@ -253,7 +253,7 @@ def train(name: str, same: SameGradients, text: Tensor, device: torch.device, op
         loss = model(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         same.step([parameter.grad for parameter in parameters if parameter.grad is not None], options.max_norm)
-        norm = clip(parameters, options.max_norm)  # the line that differs between the runs
+        norm = clip(parameters, options.max_norm)  # only this line differs between the runs
         optimizer.step()
         schedule.step()
         run.losses.append(loss.item())
@@ -264,14 +264,14 @@ def train(name: str, same: SameGradients, text: Tensor, device: torch.device, op
 
 @dataclass
 class Parting:
-    """How far the losses of the two runs lie apart."""
+    """The difference between the losses of the two runs."""
 
     largest: float
-    horizon: int  # the number of steps before they are more than LOSS_TOLERANCE apart
+    horizon: int  # the number of steps before they differ by more than LOSS_TOLERANCE
     steps: int
 
     def __str__(self) -> str:
-        """Say it in words."""
+        """Describe it in words."""
         which = "all" if self.horizon == self.steps else f"the first {self.horizon} of"
         return f"within {LOSS_TOLERANCE:g} on {which} {self.steps} steps"
 
@@ -285,7 +285,7 @@ def parting(runs: dict[str, Run]) -> Parting:
 
 
 def table(runs: dict[str, Run], same: SameGradients, max_norm: float) -> str:
-    """Return the result in words and figures."""
+    """Return a table of the results."""
     losses = parting(runs)
     seconds = {name: same.median_seconds(name) for name in runs}
     rows: list[tuple[str, list[str]]] = [
@@ -310,7 +310,7 @@ def table(runs: dict[str, Run], same: SameGradients, max_norm: float) -> str:
 
 
 def draw(runs: dict[str, Run], max_norm: float, out: Path) -> None:
-    """Write a picture of the losses and the gradient norms."""
+    """Draw the losses and the gradient norms."""
     torch_run, fastclip_run = runs["torch"], runs["fastclip"]
     losses = parting(runs)
     steps = range(1, losses.steps + 1)
@@ -357,7 +357,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the comparison; return the exit status."""
+    """Run the comparison, and return the exit status."""
     options = parse(arguments)
     device = choose_device(options.device)
     text = read_text()

@@ -1,11 +1,12 @@
-"""A mixture of experts whose experts lie on a mesh of their own, clipped together with the rest of the model.
+"""A mixture of experts with the experts on their own mesh, clipped together with the rest of the model.
 
     python examples/experts.py
 
-Four processes share the model twice over. What every token passes is sharded over all four (FSDP2). The experts are
-first given out among two of them (expert parallelism), then each expert is sharded over the two that have it. So a list
-of all parameters has DTensors on two meshes, on which torch's `clip_grad_norm_` raises. fastclip's takes it as it is,
-with one all-reduce for each process group. The result is compared with the same model in one process, in fp64.
+Four processes train the model. The layers that all tokens pass are sharded over all four (FSDP2). The experts are
+distributed over two processes (expert parallelism), and each expert is sharded over the two processes that have it. So
+the list of all parameters has DTensors on two meshes, for which torch's `clip_grad_norm_` raises. fastclip's supports
+it, with one all-reduce for each process group. The example compares the result with the same model in one process, in
+fp64.
 """
 
 from __future__ import annotations
@@ -30,25 +31,25 @@ MAX_NORM = 0.2
 
 
 class Experts(nn.Module):
-    """A linear map for each expert; on a mesh, every process of it has some of the experts."""
+    """A linear map for each expert. On a mesh, each process has some of the experts."""
 
     def __init__(self) -> None:
-        """Make the experts, all of them."""
+        """Make all experts."""
         super().__init__()
         self.weight = nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH) / WIDTH**0.5)
         self.mesh: DeviceMesh | None = None
 
-    def give_out(self, mesh: DeviceMesh) -> None:
-        """Leave each process of a mesh of one dimension its share of the experts."""
+    def distribute(self, mesh: DeviceMesh) -> None:
+        """Distribute the experts over the processes of a mesh with one dimension."""
         self.mesh = mesh
         self.weight = nn.Parameter(distribute_tensor(self.weight.detach(), mesh, [Shard(0)]))
 
     def forward(self, x: Tensor, shares: Tensor) -> Tensor:
-        """Map tokens, [tokens, width], by the experts, in these shares, [tokens, experts]."""
+        """Map tokens, [tokens, width], by the experts, weighted by `shares`, [tokens, experts]."""
         if self.mesh is None:
             return _mapped(x, shares, self.weight)
-        # The mesh's processes have different tokens: all of these are gathered, each process has its own experts map
-        # them, and adds up with the others what belongs to its tokens.
+        # The processes of the mesh have different tokens. Each process gathers all tokens and maps them by its own
+        # experts. Then the processes add up the results, and each receives those of its own tokens.
         everything = torch.cat([x, shares], dim=1)
         gathered = DTensor.from_local(everything, self.mesh, [Shard(0)], run_check=False).redistribute(
             placements=[Replicate()]
@@ -57,7 +58,7 @@ class Experts(nn.Module):
         weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
         mine = shares.chunk(self.mesh.size(), dim=1)[self.mesh.get_local_rank()]
         added = DTensor.from_local(_mapped(x, mine, weight), self.mesh, [Partial()], run_check=False)
-        return added.redistribute(placements=[Shard(0)]).to_local().clone()  # FSDP2 warns of what is a view
+        return added.redistribute(placements=[Shard(0)]).to_local().clone()  # FSDP2 warns of a view
 
 
 def _mapped(x: Tensor, shares: Tensor, weight: Tensor) -> Tensor:
@@ -86,24 +87,24 @@ class Model(nn.Module):
 
 
 def make_model(dtype: torch.dtype = torch.float32) -> Model:
-    """Make the model; the same one in every process."""
+    """Make the model, with the same weights in every process."""
     torch.manual_seed(0)
     return Model().to(dtype)
 
 
 def data(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Tokens, and what the model is to say of them."""
+    """Return the tokens, and the targets."""
     x = torch.randn(BATCH, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return x.to(dtype), x.prod(1, keepdim=True).to(dtype)
 
 
 def distribute(model: Model) -> None:
-    """Shard the experts over two meshes' dimensions, and all else over a mesh of one."""
+    """Shard the experts over both dimensions of a mesh, and all else over a mesh with one dimension."""
     everyone = init_device_mesh("cpu", (PROCESSES,), mesh_dim_names=("data",))
     grid = init_device_mesh("cpu", (PROCESSES // 2, 2), mesh_dim_names=("shards", "experts"))
-    model.experts.give_out(grid["experts"])
+    model.experts.distribute(grid["experts"])
     fully_shard(model.experts, mesh=grid["shards"], shard_placement_fn=lambda _: Shard(1))
-    # An expert has the tokens of all processes, but its gradient would be divided by the number of its shards.
+    # An expert sees the tokens of all processes, but by default its gradient is divided by the number of its shards.
     model.experts.set_gradient_divide_factor(PROCESSES)  # type: ignore[operator]  # `fully_shard` makes it an FSDPModule
     model.experts.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]  # gloo has no scaled sum
     fully_shard(model, mesh=everyone)
@@ -130,7 +131,7 @@ def train(steps: int) -> Run:
 
 
 def alone(steps: int) -> Run:
-    """Train in this process, in fp64, by torch's own clipping."""
+    """Train in this process, in fp64, with torch's own clipping."""
     model = make_model(torch.float64)
     return train_alone(model, data(torch.float64), LEARNING_RATE, MAX_NORM, steps)
 

@@ -1,4 +1,4 @@
-"""What the examples on several processes share: starting them, on this machine's CPU, and comparing what they find."""
+"""Shared code of the distributed examples: start processes on this machine's CPU, and compare the results."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ PROCESSES = 4
 
 
 class Run(NamedTuple):
-    """What training was like.
+    """The results of a run, one value for each step.
 
     Attributes:
-        losses: The mean loss over all data, before each step.
+        losses: The mean loss over all data, before the step.
         norms: The norm of all gradients, before clipping.
     """
 
@@ -30,7 +30,7 @@ class Run(NamedTuple):
 def train_alone(
     model: nn.Module, data: tuple[Tensor, Tensor], learning_rate: float, max_norm: float, steps: int
 ) -> Run:
-    """Train in this process, on inputs and targets, by torch's own clipping."""
+    """Train in this process, on inputs and targets, with torch's own clipping."""
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
     x, target = data
     run = Run([], [])
@@ -47,13 +47,13 @@ def train_alone(
 def main(
     description: str | None, train: Callable[[int], Run], alone: Callable[[int], Run], arguments: Sequence[str]
 ) -> int:
-    """Train on four processes, and in this one; print losses and norms side by side.
+    """Train on four processes and in this one, and print losses and norms side by side.
 
     Args:
-        description: The example's; its first line is shown as help.
-        train: Takes the number of steps; is called by every process, in a process group of gloo.
-        alone: The same, in fp64, in one process.
-        arguments: Those of the command line.
+        description: The example's docstring, whose first line is the help text.
+        train: Trains for a number of steps. Every process calls it, in a gloo process group.
+        alone: Does the same in one process, in fp64.
+        arguments: The command line's arguments.
 
     Returns:
         The exit status.
@@ -62,10 +62,10 @@ def main(
     parser.add_argument("--steps", type=int, default=20)
     steps = parser.parse_args(arguments).steps
     with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder) / "found"
-        given = (train, steps, str(Path(folder) / "store"), str(found))
-        multiprocessing.spawn(_be, given, PROCESSES)  # type: ignore[attr-defined, no-untyped-call]
-        losses, norms = torch.load(found)
+        results = Path(folder) / "results"
+        given = (train, steps, str(Path(folder) / "store"), str(results))
+        multiprocessing.spawn(_run_rank, given, PROCESSES)  # type: ignore[attr-defined, no-untyped-call]
+        losses, norms = torch.load(results)
     expected = alone(steps)
     print(f"step   loss on {PROCESSES}   alone, fp64   norm on {PROCESSES}   alone, fp64")
     for step, (loss, other, norm, other_norm) in enumerate(
@@ -77,14 +77,14 @@ def main(
     return 0
 
 
-def _be(rank: int, train: Callable[[int], Run], steps: int, store: str, found: str) -> None:
-    """Be one of the processes; the first one leaves what it found in a file."""
+def _run_rank(rank: int, train: Callable[[int], Run], steps: int, store: str, results: str) -> None:
+    """Train as one of the processes. The first one saves its results to a file."""
     torch.set_num_threads(1)
-    rendezvous = dist.FileStore(store, PROCESSES)  # type: ignore[attr-defined]  # which torch does not list
+    rendezvous = dist.FileStore(store, PROCESSES)  # type: ignore[attr-defined]  # not in torch's stubs
     dist.init_process_group("gloo", store=rendezvous, rank=rank, world_size=PROCESSES)
     run = train(steps)
     if rank == 0:
-        torch.save(tuple(run), found)
+        torch.save(tuple(run), results)
     dist.destroy_process_group()
 
 

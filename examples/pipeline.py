@@ -1,10 +1,11 @@
-"""A pipeline of two stages, each of them sharded over two processes (FSDP2), clipped as one model.
+"""A pipeline of two stages, each sharded over two processes (FSDP2), clipped as one model.
 
     python examples/pipeline.py
 
-No process has parameters of both stages, so none can take the norm of all gradients from what it has. torchtitan's way:
-`get_total_norm` takes the norm of a stage, one all-reduce adds the stages up, and `clip_grads_with_norm_` scales by
-what came of it. Four processes on the CPU; the result is compared with the same model in one process, in fp64.
+No process has parameters of both stages, so none can compute the norm of all gradients alone. The example clips as
+torchtitan does: `get_total_norm` computes the norm of a stage, one all-reduce combines the stages, and
+`clip_grads_with_norm_` scales by the common norm. There are four processes on the CPU. The example compares the result
+with the same model in one process, in fp64.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ def clip_grad_norm_over_stages_(
     """Clip the gradients of all stages by their common norm, and return it.
 
     Args:
-        parameters: Those of this process's stage.
+        parameters: The parameters of this process's stage.
         max_norm: The largest norm allowed.
-        norm_type: Its order, above 0.
-        stages: The mesh of one dimension that has a process of each stage.
+        norm_type: The order of the norm, above 0.
+        stages: A mesh with one dimension that has one process of each stage.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = fastclip.get_total_norm(grads, norm_type, norm_dtype=torch.float64)
@@ -58,20 +59,20 @@ def clip_grad_norm_over_stages_(
 
 
 def make_stages(dtype: torch.dtype = torch.float32) -> list[nn.Sequential]:
-    """Make the model, cut in two; the same one in every process."""
+    """Make the model in two stages, with the same weights in every process."""
     torch.manual_seed(0)
     sizes = ((3, WIDTH, WIDTH), (WIDTH, WIDTH, 1))
     return [nn.Sequential(nn.Linear(a, b), nn.Tanh(), nn.Linear(b, c)).to(dtype) for a, b, c in sizes]
 
 
 def data(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Points, and what the model is to say of them."""
+    """Return the inputs, and the targets."""
     x = torch.randn(BATCH, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return x.to(dtype), x.prod(1, keepdim=True).to(dtype)
 
 
 def train(steps: int) -> Run:
-    """Train on four processes: two stages, over each of which data and parameters are cut in two."""
+    """Train on four processes: two stages of two processes each, which share its data and parameters."""
     mesh = init_device_mesh("cpu", (STAGES, 2), mesh_dim_names=("stages", "data"))
     here, share = mesh["stages"].get_local_rank(), mesh["data"].get_local_rank()
     module = make_stages()[here]
@@ -91,7 +92,7 @@ def train(steps: int) -> Run:
             schedule.step(target=target, losses=losses)
         norm = clip_grad_norm_over_stages_(parameters, MAX_NORM, 2.0, mesh["stages"])
         optimizer.step()
-        # The loss is known to the processes of the last stage.
+        # Only the processes of the last stage know the loss.
         loss = torch.stack(losses).mean().detach() / 2 if losses else torch.zeros(())
         dist.all_reduce(loss)
         run.losses.append(loss.item())
@@ -100,7 +101,7 @@ def train(steps: int) -> Run:
 
 
 def alone(steps: int) -> Run:
-    """Train in this process, in fp64, by torch's own clipping."""
+    """Train in this process, in fp64, with torch's own clipping."""
     model = nn.Sequential(*make_stages(torch.float64))
     return train_alone(model, data(torch.float64), LEARNING_RATE, MAX_NORM, steps)
 

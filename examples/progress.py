@@ -1,4 +1,4 @@
-"""What the examples share: a line of progress, and a picture written to a folder that may not exist yet."""
+"""Shared code of the examples: show progress, and save a picture."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 
 def show(line: str, step: int, steps: int, every: int) -> None:
-    """Report on a step: rewrite one line on a terminal; elsewhere print a line `every` so many steps, and the last."""
+    """Report on a step. On a terminal, rewrite one line. Elsewhere, print a line every `every` steps, and the last."""
     last = step == steps
     if sys.stdout.isatty():
         print(f"\r{line}", end="\n" if last else "", flush=True)
@@ -18,7 +18,7 @@ def show(line: str, step: int, steps: int, every: int) -> None:
 
 
 def save(figure: Figure, out: Path) -> None:
-    """Write a picture, and say where."""
+    """Save a picture, in a new folder if necessary, and print its path."""
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=130)
     print(f"Picture: {out}")

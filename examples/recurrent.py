@@ -1,15 +1,14 @@
-"""A recurrent network that falls off the cliff, and the same one held by clipping.
+"""A recurrent network whose gradients explode, and the same network with clipping, which keeps learning.
 
     python examples/recurrent.py
 
-A plain ReLU network reads 200 bytes of Python source and predicts each next one; the text is the standard library's.
-Its recurrent weights begin at 0.95 times the identity, so that what it reads fades slowly; the price is that a small
-change of these weights acts 200 times over. Pascanu, Mikolov and Bengio ("On the difficulty of training recurrent
-neural networks", 2013) describe what follows: the loss is a plain with cliffs, and at a cliff the gradient is larger by
-orders of magnitude. The learning rate rises from step to step, until the run without clipping steps over one.
+A plain ReLU network reads 200 bytes of Python source, from the standard library, and predicts each next byte. Its
+recurrent weights are initially 0.95 times the identity, so that its memory fades slowly. But then a small change of
+these weights acts 200 times. Pascanu, Mikolov and Bengio ("On the difficulty of training recurrent neural networks",
+2013) describe the result: the loss is flat with cliffs, and at a cliff the gradient is orders of magnitude larger. The
+learning rate rises in each step, until the run without clipping steps over a cliff.
 
-Both runs are watched by a monitor. Its triggers report the step in which the norm jumps, and name the parameters that
-it comes from.
+A monitor watches both runs. Its triggers report the step in which the norm jumps, and the parameters that cause it.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ import fastclip
 from fastclip.monitoring.history import Array, History
 from fastclip.monitoring.interface import Report
 
-LENGTH = 200  # bytes that the gradient goes back through
+LENGTH = 200  # bytes that the gradient is propagated through
 WIDTH = 96
 BATCH = 16
 RECURRENT_GAIN = 0.95
-LEARNING_RATE_RISE = 0.001  # a step
+LEARNING_RATE_RISE = 0.001  # in each step
 MOMENTUM = 0.9
 MAX_NORM = 1.0
 JUMP = 10.0  # times the running mean of the norm
@@ -49,7 +48,7 @@ class Network(nn.Module):
     """An embedding, a plain recurrent layer, and a head that predicts the next byte at each position."""
 
     def __init__(self) -> None:
-        """Make the layers; the recurrent one begins by passing on most of its state."""
+        """Make the layers. Initially the recurrent one keeps most of its state."""
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.rnn = nn.RNN(WIDTH, WIDTH, nonlinearity="relu", batch_first=True)
@@ -64,14 +63,14 @@ class Network(nn.Module):
 
 @dataclass
 class Run:
-    """What a run leaves behind."""
+    """The results of a run."""
 
     history: History
     reports: list[Report]
 
     @property
     def lost(self) -> int | None:
-        """The step in which the loss was no longer finite."""
+        """The step in which the loss became infinite or NaN; None if it stayed finite."""
         return None if math.isfinite(self.history.loss[-1]) else int(self.history.steps[-1])
 
     @property
@@ -80,18 +79,18 @@ class Run:
         return [report for report in self.reports if isinstance(report.trigger, fastclip.Jump)]
 
     def final_loss(self) -> float:
-        """Return the mean of the last ten losses: a single batch is noisy."""
+        """Return the mean of the last ten losses, since a single batch is noisy."""
         return float(self.history.loss[-10:].mean())
 
     def finite_norms(self) -> Array:
-        """Return the norms before clipping, without those that are not finite."""
+        """Return the finite norms, before clipping."""
         norm = self.history.norm
         finite: Array = norm[np.isfinite(norm)]
         return finite
 
 
 def train(name: str, text: Tensor, options: argparse.Namespace) -> Run:
-    """Train a new network; the runs differ in clipping alone."""
+    """Train a new network. The runs differ only in clipping."""
     torch.manual_seed(options.seed)
     batches = torch.Generator().manual_seed(options.seed)
     model = Network()
@@ -123,7 +122,7 @@ def train(name: str, text: Tensor, options: argparse.Namespace) -> Run:
 
 
 def table(runs: dict[str, Run]) -> str:
-    """Return the result in figures."""
+    """Return a table of the results."""
     rows = [
         ("", list(runs)),
         ("step in which the loss was lost", [f"{run.lost or '-'}" for run in runs.values()]),
@@ -137,7 +136,7 @@ def table(runs: dict[str, Run]) -> str:
 
 
 def findings(runs: dict[str, Run]) -> str:
-    """Say in words what happened."""
+    """Describe the results in words."""
     plain, clipped = runs["unclipped"], runs["clipped"]
     lines = []
     if plain.lost:
@@ -158,7 +157,7 @@ def findings(runs: dict[str, Run]) -> str:
 
 
 def draw(runs: dict[str, Run], out: Path) -> None:
-    """Draw loss and norm of both runs, and where the triggers fired."""
+    """Draw loss and norm of both runs, and mark the steps in which triggers fired."""
     figure = Figure(figsize=(11, 7), layout="constrained")
     loss_axes, norm_axes = figure.subplots(2, 1, sharex=True)
     for (name, run), color in zip(runs.items(), COLORS, strict=True):
@@ -189,7 +188,7 @@ def draw(runs: dict[str, Run], out: Path) -> None:
 
 
 def label_style(color: str) -> dict[str, Any]:
-    """Return how a few words to the right of a point are written."""
+    """Return the style of a label to the right of a point."""
     return {"xytext": (12, -4), "textcoords": "offset points", "color": color, "weight": "bold"}
 
 
@@ -206,9 +205,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run both; return 1 if the clipped run was lost."""
+    """Train both runs. Return 1 if the loss of the clipped one became infinite or NaN."""
     options = parse(arguments)
-    torch.set_num_threads(1)  # the tensors are small, and threads that wait for a busy core make it slow
+    torch.set_num_threads(1)  # the tensors are small: threads that wait for a busy core would slow it down
     text = read_text()
     runs = {name: train(name, text, options) for name in ("unclipped", "clipped")}
     for name, run in runs.items():

@@ -1,23 +1,23 @@
-"""A regression that goes to NaN under Adam, saved by each way of clipping; and what clipping does not mend.
+"""A regression whose loss becomes NaN under Adam. Every way of clipping prevents that, but does not replace scaling.
 
     python examples/regression.py
 
 The data are scikit-learn's `make_regression` with inputs and targets raised to the fifth power: targets reach 1e14, and
-gradients 1e20. The scale of a gradient is nothing to Adam, which divides by it: no step is ever long, whatever happens.
-But it squares the gradient, and Keras' Adam keeps the mean of the squares by
+gradients 1e20. Adam divides by the size of the gradient, so its steps are never long, whatever that size. But Adam also
+squares the gradient. Keras' Adam updates the mean of the squares by
 
     v += (1 - beta2) * (g**2 - v)
 
-A gradient above 1.8e19 has a square beyond float32, so v is infinite; a step later inf - inf makes v and the weight
-NaN. That is `KerasAdam` here. torch's Adam runs beside it: written as beta2 * v + (1 - beta2) * g * g, its v survives
-up to 5.8e20, and is infinite from there on, so that the weight never moves again but is no NaN.
+If a gradient is above 1.8e19, its square overflows float32 and v is infinite. In the next step, inf - inf makes v and
+the weight NaN. `KerasAdam` here does that. torch's Adam runs for comparison. It computes beta2 * v + (1 - beta2) * g *
+g, which is finite for gradients up to 5.8e20. Above, v stays infinite, so the weight stops moving but is not NaN.
 
-Clipped gradients have small squares, whichever way they are clipped. The norm that it takes has squares in it too, but
-fastclip's does not overflow. (Keras' own `global_clipnorm` does: tried with Keras 3.15 on JAX, a gradient of 2e19 gives
-it an infinite norm, and every weight is NaN.)
+Clipped gradients have small squares, whatever the way of clipping. A norm is a sum of squares, too, but fastclip's does
+not overflow. (Keras' own `global_clipnorm` does: with Keras 3.15 on JAX, a gradient of 2e19 gave an infinite norm, and
+every weight was NaN.)
 
-The last run shows what clipping does not do: with data that are standardised, the usual learning rate, and no clipping,
-the loss in validation is soon below that of all others.
+The last run shows what clipping does not do. With standardised data, the usual learning rate and no clipping, the
+validation loss is soon below that of all other runs.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from progress import save, show
 from sklearn.datasets import make_regression
@@ -48,8 +49,8 @@ POWER = 5
 HIDDEN = 50
 BATCH = 32
 
-# A step of Adam moves a weight by about the learning rate, and targets of 1e14 are far away: at 0.1 no run, clipped or
-# not, explains 0.1 % of the variance.
+# A step of Adam moves a weight by about the learning rate, and targets reach 1e14. With a rate of 0.1 no run, clipped
+# or not, explains even 0.1 % of the variance.
 LEARNING_RATE = 10.0
 STANDARDISED_LEARNING_RATE = 1e-3
 
@@ -60,7 +61,7 @@ class KerasAdam(torch.optim.Optimizer):
     """Adam as Keras 3 computes it."""
 
     def __init__(self, parameters: list[nn.Parameter], lr: float) -> None:
-        """Take Keras' defaults for all but the learning rate."""
+        """Use Keras' defaults, except for the learning rate."""
         super().__init__(parameters, {"lr": lr, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-7})
 
     @torch.no_grad()
@@ -81,7 +82,7 @@ class KerasAdam(torch.optim.Optimizer):
 
 
 class Data(NamedTuple):
-    """Inputs and targets, split; `unit` turns a squared error into one of the targets as they were raised."""
+    """Inputs and targets for training and validation. A squared error times `unit` is in units of the raw targets."""
 
     train_inputs: Tensor
     valid_inputs: Tensor
@@ -90,16 +91,16 @@ class Data(NamedTuple):
     unit: float
 
     def variances(self) -> tuple[float, float]:
-        """Return the squared error, in training and validation, of always answering with the mean."""
+        """Return the squared error of predicting the mean, in training and validation."""
         return self.unit * self.train_targets.var().item(), self.unit * self.valid_targets.var().item()
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run does: the optimizer, how its gradients are clipped, and on which data."""
+    """The configuration of a run: the optimizer, how gradients are clipped, the data, and the style in the picture."""
 
     name: str
-    clip: dict[str, Any] = field(default_factory=dict)  # what `fastclip.attach` is given
+    clip: dict[str, Any] = field(default_factory=dict)  # arguments of `fastclip.attach`
     optimizer: type[KerasAdam | torch.optim.Adam] = KerasAdam
     standardised: bool = False
     color: str = "#c8553d"
@@ -119,12 +120,12 @@ SETTINGS = (
 
 @dataclass
 class Run:
-    """What a run leaves behind: a value for each epoch that it finished."""
+    """The results of a run, one value for each epoch that it finished."""
 
     train_losses: list[float] = field(default_factory=list)
     valid_losses: list[float] = field(default_factory=list)
-    largest: list[float] = field(default_factory=list)  # of the gradients' elements, before clipping; also of the last
-    lost: int | None = None  # the step whose loss was NaN
+    largest: list[float] = field(default_factory=list)  # gradient element before clipping, of a lost epoch, too
+    lost: int | None = None  # the step in which the loss was NaN
 
     def last(self) -> tuple[float, float]:
         """Return the last losses in training and validation."""
@@ -132,7 +133,7 @@ class Run:
 
 
 def load(*, standardised: bool) -> Data:
-    """Make the data; standardise them by the training part's means and deviations, if that is asked for."""
+    """Make the data. If `standardised`, scale them by the means and deviations of the training data."""
     inputs, targets = make_regression(n_samples=SAMPLES, n_features=FEATURES, random_state=RANDOM_STATE)
     arrays = train_test_split(inputs**POWER, targets[:, None] ** POWER, test_size=0.2, random_state=RANDOM_STATE)
     unit = 1.0
@@ -145,7 +146,7 @@ def load(*, standardised: bool) -> Data:
 
 
 def train(setting: Setting, epochs: int) -> Run:
-    """Train a new model; all runs start from the same weights and see the same batches."""
+    """Train a new model. All runs have the same initial weights and see the same batches."""
     data = load(standardised=setting.standardised)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1))
@@ -156,42 +157,46 @@ def train(setting: Setting, epochs: int) -> Run:
     run = Run()
     start = time.perf_counter()
     for epoch in range(1, epochs + 1):
-        losses = []
-        largest = torch.zeros(())
-        for batch in torch.randperm(len(data.train_inputs)).split(BATCH):  # type: ignore[no-untyped-call]
-            loss = functional.mse_loss(model(data.train_inputs[batch]), data.train_targets[batch])
-            losses.append(data.unit * loss.item())
-            if math.isnan(losses[-1]):
-                break
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            largest = torch.stack(
-                [largest, *(p.grad.abs().max() for p in model.parameters() if p.grad is not None)]
-            ).max()
-            optimizer.step()
-        run.largest.append(largest.item())
+        losses, largest = train_epoch(model, optimizer, data)
+        run.largest.append(largest)
         line = f"{setting.name:<24} epoch {epoch:>2} of {epochs}"
         if math.isnan(losses[-1]):
             run.lost = (epoch - 1) * math.ceil(len(data.train_inputs) / BATCH) + len(losses)
             show(f"{line}  the loss is NaN in step {run.lost}", epoch, epoch, 1)
             break
-        with torch.no_grad():
-            valid_loss = data.unit * functional.mse_loss(model(data.valid_inputs), data.valid_targets).item()
         run.train_losses.append(sum(losses) / len(losses))
-        run.valid_losses.append(valid_loss)
-        seconds = time.perf_counter() - start
-        show(
-            f"{line}  loss {run.train_losses[-1]:.3e}  validation {valid_loss:.3e}"
-            f"  largest gradient {run.largest[-1]:.0e}  {seconds:4.1f} s",
-            epoch,
-            epochs,
-            every=10,
-        )
+        run.valid_losses.append(validate(model, data))
+        line += f"  loss {run.train_losses[-1]:.3e}  validation {run.valid_losses[-1]:.3e}"
+        line += f"  largest gradient {largest:.0e}  {time.perf_counter() - start:4.1f} s"
+        show(line, epoch, epochs, every=10)
     return run
 
 
+def train_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data) -> tuple[list[float], float]:
+    """Train for an epoch, or until the loss is NaN. Return the losses, and the largest element of all gradients."""
+    losses: list[float] = []
+    largest = torch.zeros(())
+    for batch in torch.randperm(len(data.train_inputs)).split(BATCH):  # type: ignore[no-untyped-call]
+        loss = functional.mse_loss(model(data.train_inputs[batch]), data.train_targets[batch])
+        losses.append(data.unit * loss.item())
+        if math.isnan(losses[-1]):
+            break
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        peaks = (p.grad.abs().max() for p in model.parameters() if p.grad is not None)
+        largest = torch.stack([largest, *peaks]).max()
+        optimizer.step()
+    return losses, largest.item()
+
+
+@torch.no_grad()
+def validate(model: nn.Module, data: Data) -> float:
+    """Return the validation loss."""
+    return data.unit * functional.mse_loss(model(data.valid_inputs), data.valid_targets).item()
+
+
 def table(runs: dict[str, Run], variance: float) -> str:
-    """Return the last losses in figures; `variance` is what always answering with the mean loses in validation."""
+    """Return a table of the last losses. `variance` is the validation loss of predicting the mean."""
     rows = [("", "last loss", "in validation", "explained", "largest gradient")]
     for name, run in runs.items():
         loss, valid_loss = run.last()
@@ -201,7 +206,7 @@ def table(runs: dict[str, Run], variance: float) -> str:
 
 
 def findings(runs: dict[str, Run], variance: float) -> str:
-    """Say in words what happened."""
+    """Describe the results in words."""
     plain, *clipped, _, standardised = runs.values()
     lines = []
     if plain.lost:
@@ -229,46 +234,46 @@ def draw(runs: dict[str, Run], variances: tuple[float, float], out: Path) -> Non
     train_axes, valid_axes, gradient_axes = figure.subplots(1, 3)
     for setting in SETTINGS:
         run = runs[setting.name]
-        panels = [
-            (train_axes, [loss / variances[0] for loss in run.train_losses]),
-            (valid_axes, [loss / variances[1] for loss in run.valid_losses]),
-        ]
-        if not setting.standardised:  # whose gradients are 1e18 times smaller
-            panels.append((gradient_axes, run.largest))
-        for axes, values in panels:
-            epochs = range(1, len(values) + 1)
-            axes.plot(epochs, values, setting.line, color=setting.color, linewidth=setting.width, label=setting.name)
-            if run.lost and values:
-                axes.plot(epochs[-1], values[-1], "X", color=setting.color, markersize=12, zorder=3)
-                axes.annotate(
-                    f"NaN in step {run.lost},\nepoch {len(run.largest)}",
-                    (epochs[-1], values[-1]),
-                    xytext=(0.25, 0.25) if axes is gradient_axes else (0.5, 0.94),
-                    textcoords="axes fraction",
-                    color=setting.color,
-                    weight="bold",
-                    va="center",
-                    arrowprops={"arrowstyle": "-", "color": setting.color},
-                )
-    gradient_axes.axhline(SQUARE_OVERFLOWS, color="black", linestyle=":")
-    gradient_axes.text(
-        0.98,
-        SQUARE_OVERFLOWS,
-        "above, the square overflows",
-        transform=gradient_axes.get_yaxis_transform(),
-        ha="right",
-        va="bottom",
-    )
-    gradient_axes.set_yscale("log")
+        plot(train_axes, [loss / variances[0] for loss in run.train_losses], setting, run, (0.5, 0.94))
+        plot(valid_axes, [loss / variances[1] for loss in run.valid_losses], setting, run, (0.5, 0.94))
+        if not setting.standardised:  # standardised gradients are 1e18 times smaller
+            plot(gradient_axes, run.largest, setting, run, (0.25, 0.25))
+    mark_overflow(gradient_axes)
     train_axes.set(title="Training loss", ylabel="mean squared error / variance of the targets")
     valid_axes.set(title="Validation loss")
-    gradient_axes.set(title="Largest element of the gradients, before clipping")
+    gradient_axes.set(title="Largest element of the gradients, before clipping", yscale="log")
     for axes in (train_axes, valid_axes, gradient_axes):
         axes.set(xlabel="epoch")
         axes.grid(alpha=0.3)
     handles, labels = train_axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     save(figure, out)
+
+
+def plot(axes: Axes, values: list[float], setting: Setting, run: Run, note: tuple[float, float]) -> None:
+    """Plot a value for each epoch. If the loss became NaN, mark that, with a note at this position in the panel."""
+    epochs = range(1, len(values) + 1)
+    axes.plot(epochs, values, setting.line, color=setting.color, linewidth=setting.width, label=setting.name)
+    if run.lost and values:
+        axes.plot(epochs[-1], values[-1], "X", color=setting.color, markersize=12, zorder=3)
+        axes.annotate(
+            f"NaN in step {run.lost},\nepoch {len(run.largest)}",
+            (epochs[-1], values[-1]),
+            xytext=note,
+            textcoords="axes fraction",
+            color=setting.color,
+            weight="bold",
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": setting.color},
+        )
+
+
+def mark_overflow(axes: Axes) -> None:
+    """Mark the gradient above which the square overflows."""
+    axes.axhline(SQUARE_OVERFLOWS, color="black", linestyle=":")
+    above_line = axes.get_yaxis_transform()
+    text = "above, the square overflows"
+    axes.text(0.98, SQUARE_OVERFLOWS, text, transform=above_line, ha="right", va="bottom")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -283,9 +288,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train every run; return 1 if a clipped one was lost."""
+    """Train all runs. Return 1 if the loss of a clipped one became NaN."""
     options = parse(arguments)
-    torch.set_num_threads(1)  # the tensors are small, and threads that wait for a busy core make it slow
+    torch.set_num_threads(1)  # the tensors are small: threads that wait for a busy core would slow it down
     variances = load(standardised=False).variances()
     runs = {setting.name: train(setting, options.epochs) for setting in SETTINGS}
     print(f"\n{table(runs, variances[1])}\n\n{findings(runs, variances[1])}")

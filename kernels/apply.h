@@ -1,10 +1,10 @@
-/* apply: x <- x * coefficient, in place. Included once for each type, by level.h.
+/* apply: x <- x * coefficient, in place. level.h includes this file once for each element type.
  *
- * The product is taken in fp32 (fp64 for fp64) and rounded once. Where the coefficient is 1 nothing is read or written.
- * NaN and inf keep their meaning: a NaN coefficient poisons all, and inf * 0 = NaN.
+ * The product is computed in fp32 (fp64 for fp64) and rounded once. If the coefficient is 1, no memory is touched.
+ * NaN and inf keep their meaning: a NaN coefficient makes every element NaN, and inf * 0 = NaN.
  */
 TARGET static void NAME(scale)(void *elements, int64_t count, double coefficient) {
-    /* A coefficient below this is split in two factors, so that none is subnormal: norms reach beyond 2^126. */
+    /* A smaller coefficient is split into two factors, neither of them subnormal: a norm may be far above 2^126. */
     const double small = sizeof(WIDE) == 4 ? 0x1p-100 : 0x1p-900;
     const double power = fabs(coefficient) < small ? small : 1;
     const WIDE factor = (WIDE)(coefficient / power), second = (WIDE)power;

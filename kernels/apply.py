@@ -1,10 +1,11 @@
-"""Scale all gradients in place by a coefficient that lies on the device: ``g <- g * coefficient``.
+"""Scale all gradients in place by a coefficient in device memory: ``g <- g * coefficient``.
 
-Where the coefficient is exactly 1 nothing is read and nothing written. NaN and inf keep their meaning: a NaN
-coefficient poisons every gradient, and the coefficient 0 of an infinite norm makes inf * 0 = NaN of the culprit.
+Where the coefficient is exactly 1, the kernel neither reads nor writes the gradient. NaN and inf keep their meaning: a
+NaN coefficient makes every gradient NaN. An infinite norm gives the coefficient 0, and inf * 0 = NaN marks the element
+that caused it.
 
-Launches: 1. Bytes: 1R + 1W, or none; where one coefficient for all is 1, not even the table is read. The chunks are
-walked backwards, so that what the reduction read last, and the L2 cache still holds, is read first.
+Launches: 1. Bytes: 1R + 1W, or none; if one coefficient for all is 1, not even the table is read. Programs walk the
+chunks backwards: the reduction read the last chunks last, so the L2 cache still holds them.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ import triton.language as tl
 
 from .table import (
     CHUNK_VECTORS,
-    NUMBERS,
     TILE_VECTORS,
-    at,
+    UNSPECIALIZED,
     body_of,
     edge_of,
     first_chunk,
@@ -24,6 +24,7 @@ from .table import (
     group_of,
     groups_of,
     locate,
+    pointer_to,
     tile_of,
 )
 
@@ -36,7 +37,10 @@ def _scale(pointers, mask, factor, power, TYPE: tl.constexpr):
 
 @triton.jit
 def _factors(coefficient, TYPE: tl.constexpr):
-    """A coefficient as two factors of the type to multiply in, neither subnormal: norms reach far beyond 2**126."""
+    """Split a coefficient into two factors of the type of the product, neither of them subnormal.
+
+    A norm far above 2**126 gives a coefficient that is subnormal in fp32.
+    """
     WIDE: tl.constexpr = tl.float64 if TYPE == tl.float64 else tl.float32
     SMALL: tl.constexpr = 2.0**-100 if WIDE == tl.float32 else 2.0**-900
     is_small = tl.abs(coefficient) < SMALL
@@ -66,7 +70,7 @@ def _apply_chunks(chunks, rows, coefficients, stride, begin, end, TYPE: tl.const
             _scale(pointers, mask, factor, power, TYPE)
 
 
-@triton.jit(do_not_specialize=[*NUMBERS, "coefficients", "stride"])
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "coefficients", "stride"])
 def apply_kernel(
     chunks,
     rows,
@@ -81,8 +85,9 @@ def apply_kernel(
     fp64_end: tl.int64,
     fp64_small_end: tl.int64,
 ):
-    """Scale tensor t by ``coefficients[t * stride]`` (fp64): stride 0 takes one coefficient for all."""
-    chunks, rows, coefficients = at(chunks, tl.int64), at(rows, tl.int64), at(coefficients, tl.float64)
+    """Scale tensor t by ``coefficients[t * stride]`` (fp64). Stride 0 means one coefficient for all."""
+    chunks, rows = pointer_to(chunks, tl.int64), pointer_to(rows, tl.int64)
+    coefficients = pointer_to(coefficients, tl.float64)
     if (stride != 0) | (tl.load(coefficients) != 1):
         _apply_groups(chunks, rows, coefficients, stride, fp64_end, fp64_small_end, tl.float64)
         _apply_groups(chunks, rows, coefficients, stride, fp16_end, fp16_small_end, tl.float16)

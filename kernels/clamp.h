@@ -1,6 +1,6 @@
-/* clamp: x <- min(max(x, low), high), in place. Included once for each type, by level.h.
+/* clamp: x <- min(max(x, low), high), in place. level.h includes this file once for each element type.
  *
- * A NaN stays one, to the bit. Only groups of LANES elements are written of which one is outside.
+ * A NaN keeps its bits. A group of LANES elements is written only if one of them is outside the bounds.
  */
 TARGET static NOINLINE void NAME(clamp_group)(ELEMENT *x, int64_t count, WIDE low, WIDE high) {
     const ELEMENT lowest = NAME(narrow)(low), highest = NAME(narrow)(high);
@@ -17,7 +17,7 @@ TARGET static int NAME(clamp)(void *elements, int64_t count, double low, double 
     ELEMENT *x = elements;
     int64_t whole = count / LANES * LANES;
     int was_outside = 0;
-    if (isnan(lowest) || isnan(highest)) { /* makes NaN of everything, as torch has it */
+    if (isnan(lowest) || isnan(highest)) { /* as in torch, every element becomes NaN */
         for (int64_t i = 0; i < count; i++) x[i] = NAME(narrow)((WIDE)NAN);
         return 1;
     }

@@ -1,4 +1,4 @@
-/* See cpu.h: from a table of gradients to chunks, from chunks to threads, and from partial sums to norms. */
+/* See cpu.h: dispatch by instruction set, tasks on threads, and norms from partial sums. */
 #include "cpu.h"
 
 #include <math.h>
@@ -18,8 +18,8 @@ static Order order_of(double p) {
     return order;
 }
 
-/* What no elements contribute. */
-static Partial nothing(Order order) {
+/* The partial sum of no elements: merging it changes nothing. */
+static Partial identity(Order order) {
     Partial partial = {order.kind == SMALLEST ? INFINITY : 0, 1};
     return partial;
 }
@@ -27,7 +27,7 @@ static Partial nothing(Order order) {
 static Partial merge(Partial a, Partial b, Order order) {
     if (order.kind == LARGEST || order.kind == SMALLEST) {
         int b_is_better = order.kind == LARGEST ? b.sum > a.sum : b.sum < a.sum;
-        return isnan(b.sum) || b_is_better ? b : a; /* a NaN in `a` is never worse */
+        return isnan(b.sum) || b_is_better ? b : a; /* a NaN in `a` stays */
     }
     if (b.sum == 0) return a;
     if (a.sum == 0) return b;
@@ -48,7 +48,7 @@ static double norm_of(Partial partial, Order order) {
     switch (order.kind) {
     case SQUARES: return sqrt(partial.sum) * partial.peak;
     case CUBES: return cbrt(partial.sum) * partial.peak;
-    case POWERS: return isnan(order.p) ? NAN : pow(partial.sum, 1 / order.p) * partial.peak; /* 1^NaN is 1 */
+    case POWERS: return isnan(order.p) ? NAN : pow(partial.sum, 1 / order.p) * partial.peak; /* pow(1, NaN) is 1 */
     default: return partial.sum * partial.peak;
     }
 }
@@ -75,21 +75,21 @@ static inline uint32_t bits_of(float value) {
     return bits;
 }
 
-/* v^p where that is at most 1, and v not subnormal: 2^(p * log2(v)), by operations that exist for vectors. The error is
- * under 2^-44 where the result is above 2^-60; beneath that, which adds nothing to a sum that has a 1 in it, nobody minds.
- * Of 0 (p > 0) and of infinity (p < 0) it is 0. */
+/* v^p = 2^(p * log2(v)) by operations that vectorise, for v not subnormal and a result of at most 1. The error is below
+ * 2^-44 for results above 2^-60. Smaller ones may be less accurate, since they do not change a sum that contains a 1.
+ * For v = 0 (p > 0) and v = inf (p < 0) the result is 0. */
 static inline double power_of(double v, double p) {
     uint64_t bits, biased;
     double mantissa, exponent, whole, result;
     memcpy(&bits, &v, sizeof bits);
-    /* v = mantissa * 2^exponent, with a mantissa from sqrt(1/2) to sqrt(2) */
+    /* v = mantissa * 2^exponent, with the mantissa between sqrt(1/2) and sqrt(2) */
     biased = bits + (0x3ff0000000000000 - 0x3fe6a09e667f3bcd);
     bits = bits - (biased & 0xfff0000000000000) + 0x3ff0000000000000;
     memcpy(&mantissa, &bits, sizeof mantissa);
     bits = 0x4330000000000000 | biased >> 52; /* 2^52 + the exponent */
     memcpy(&exponent, &bits, sizeof exponent);
     exponent -= 0x1p52 + 1023;
-    /* ln(mantissa) = 2 artanh(s), by its series */
+    /* ln(mantissa) = 2 artanh(s), by its power series */
     double s = (mantissa - 1) / (mantissa + 1), t = s * s;
     double series = 1.0 / 21;
     series = series * t + 1.0 / 19, series = series * t + 1.0 / 17, series = series * t + 1.0 / 15;
@@ -98,7 +98,7 @@ static inline double power_of(double v, double p) {
     series = series * t + 1;
     double y = p * (exponent + 2 * 1.4426950408889634 * s * series); /* 1 / ln 2 */
     y = y < -1000 ? -1000 : y;
-    /* 2^y = 2^whole * e^(rest * ln 2), by the series of the exponential function */
+    /* 2^y = 2^whole * e^(rest * ln 2), by the power series of e^x */
     whole = y + 0x1.8p52;
     memcpy(&bits, &whole, sizeof bits);
     double rest = (y - (whole - 0x1.8p52)) * 0.6931471805599453;
@@ -108,14 +108,14 @@ static inline double power_of(double v, double p) {
     result = result * rest + 1.0 / 5040, result = result * rest + 1.0 / 720, result = result * rest + 1.0 / 120;
     result = result * rest + 1.0 / 24, result = result * rest + 1.0 / 6, result = result * rest + 0.5;
     result = result * rest + 1, result = result * rest + 1;
-    bits <<= 52; /* whole, where an exponent is */
+    bits <<= 52; /* whole, shifted to the exponent's bits */
     memcpy(&biased, &result, sizeof biased);
     bits += biased;
     memcpy(&result, &bits, sizeof result);
     return v == 0 || v > 0x1.fffffffffffffp1023 ? 0 : result;
 }
 
-/* In a tree, which is shallow, and has one shape. */
+/* Adds pairwise, in one fixed order: the rounding error grows with log2(LANES). */
 static double sum_of_lanes(double sums[LANES]) {
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; i++) sums[i] += sums[i + half];
@@ -153,7 +153,7 @@ static double sum_of_lanes(double sums[LANES]) {
 const Level *const *levels(void) {
     static const Level *const all[] = {&avx512, &avx2, &baseline, NULL};
     unsigned eax, ebx, ecx = 0, edx;
-    int has_f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ecx & bit_F16C; /* clang's builtin does not know of it */
+    int has_f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ecx & bit_F16C; /* clang's builtin does not support it */
     int has_avx2 = has_f16c && __builtin_cpu_supports("avx2");
     int has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -166,14 +166,14 @@ const Level *const *levels(void) {
 }
 #endif
 
-/* One call's work. Its tasks are handed out one by one, to whichever thread comes next. */
+/* The work of one call. Each thread takes the next task when it is free. */
 typedef struct Work Work;
 struct Work {
     const Level *level;
     const Table *table;
     char *const *address;
-    void (*step)(Work *work, int64_t chunk, void *x, int64_t count);
-    int64_t next; /* the number of tasks that were taken */
+    void (*kernel)(Work *work, int64_t chunk, void *x, int64_t count);
+    int64_t next; /* the next task to start */
     int backwards;
     /* reduce */
     Order order;
@@ -184,9 +184,9 @@ struct Work {
     int was_outside;
 };
 
-static const int64_t sizes[TYPES] = {4, 2, 2, 8}; /* bytes an element */
+static const int64_t itemsize[TYPES] = {4, 2, 2, 8}; /* bytes an element */
 
-static void take(void *argument) {
+static void run_tasks(void *argument) {
     Work *work = argument;
     const Table *table = work->table;
     for (;;) {
@@ -198,20 +198,20 @@ static void take(void *argument) {
             int64_t index = work->backwards ? end - 1 - i : begin + i;
             Chunk chunk = table->chunk[index];
             Row row = table->row[chunk.row];
-            char *x = work->address[chunk.row] + chunk.start * sizes[row.type];
-            work->step(work, index, x, at_most(CHUNK, row.count - chunk.start));
+            char *x = work->address[chunk.row] + chunk.start * itemsize[row.type];
+            work->kernel(work, index, x, at_most(CHUNK, row.count - chunk.start));
         }
     }
 }
 
-static void share(Work *work, Team team) {
+static void run_in_pool(Work *work, Team team) {
     if (team.parallel && team.threads > 1 && work->table->tasks > 1)
-        team.parallel(take, work, (unsigned)at_most(team.threads, work->table->tasks), 0);
+        team.parallel(run_tasks, work, (unsigned)at_most(team.threads, work->table->tasks), 0);
     else
-        take(work);
+        run_tasks(work);
 }
 
-static void fold_step(Work *work, int64_t chunk, void *x, int64_t count) {
+static void fold_chunk(Work *work, int64_t chunk, void *x, int64_t count) {
     Chunk own = work->table->chunk[chunk];
     Row row = work->table->row[own.row];
     work->partial[chunk] = work->level->fold[row.type](x, count, row.count - own.start - count, work->order);
@@ -220,35 +220,35 @@ static void fold_step(Work *work, int64_t chunk, void *x, int64_t count) {
 int reduce(const Level *level, const Table *table, char *const *address, double p, Team team, double *total,
            double *norms) {
     Order order = order_of(p);
-    Partial few[64], *partial = few;
+    Partial on_stack[64], *partial = on_stack;
     if (table->chunks > 64 && !(partial = malloc((size_t)table->chunks * sizeof *partial))) return -1;
-    Work work = {.level = level, .table = table, .address = address, .step = fold_step, .order = order,
+    Work work = {.level = level, .table = table, .address = address, .kernel = fold_chunk, .order = order,
                  .partial = partial};
-    share(&work, team);
-    Partial all = nothing(order);
+    run_in_pool(&work, team);
+    Partial all = identity(order);
     for (int64_t i = 0; i < table->chunks;) {
         int64_t row = table->chunk[i].row;
         Partial own = partial[i++];
         for (; i < table->chunks && table->chunk[i].row == row; i++) own = merge(own, partial[i], order);
         if (norms) norms[row] = norm_of(own, order);
-        if (order.kind == NONZEROS) own.sum = own.sum > 0; /* of each gradient's number, whether there is any */
+        if (order.kind == NONZEROS) own.sum = own.sum > 0; /* counts the gradient if it has any */
         all = merge(all, own, order);
     }
     *total = norm_of(all, order);
-    if (partial != few) free(partial);
+    if (partial != on_stack) free(partial);
     return 0;
 }
 
-static void scale_step(Work *work, int64_t chunk, void *x, int64_t count) {
+static void scale_chunk(Work *work, int64_t chunk, void *x, int64_t count) {
     int64_t row = work->table->chunk[chunk].row;
     work->level->scale[work->table->row[row].type](x, count, work->coefficient[row * work->stride]);
 }
 
 void apply(const Level *level, const Table *table, char *const *address, const double *coefficient, int64_t stride,
            Team team) {
-    Work work = {.level = level, .table = table, .address = address, .step = scale_step, .backwards = 1,
+    Work work = {.level = level, .table = table, .address = address, .kernel = scale_chunk, .backwards = 1,
                  .coefficient = coefficient, .stride = stride};
-    share(&work, team);
+    run_in_pool(&work, team);
 }
 
 void store(void *to, int type, double value) {
@@ -262,14 +262,14 @@ int clip(const Level *level, const Table *table, char *const *address, double p,
          void *norm, int type) {
     double total;
     if (reduce(level, table, address, p, team, &total, NULL)) return -1;
-    /* As torch: it is finite where the norm is 0. Under an infinite bound nothing is clipped, whatever the norm. */
+    /* torch's formula, which is finite if the norm is 0. But an infinite bound clips nothing, whatever the norm. */
     double coefficient = max_norm == INFINITY ? 1 : max_norm / (total + 1e-6);
-    if (!(coefficient >= 1)) apply(level, table, address, &coefficient, 0, team); /* a NaN, too */
+    if (!(coefficient >= 1)) apply(level, table, address, &coefficient, 0, team); /* true for a NaN, too */
     store(norm, type, total);
     return 0;
 }
 
-static void clamp_step(Work *work, int64_t chunk, void *x, int64_t count) {
+static void clamp_chunk(Work *work, int64_t chunk, void *x, int64_t count) {
     int64_t row = work->table->chunk[chunk].row, i = row * work->stride;
     if (work->level->clamp[work->table->row[row].type](x, count, work->low[i], work->high[i]))
         __atomic_store_n(&work->was_outside, 1, __ATOMIC_RELAXED);
@@ -277,15 +277,15 @@ static void clamp_step(Work *work, int64_t chunk, void *x, int64_t count) {
 
 int clamp(const Level *level, const Table *table, char *const *address, const double *low, const double *high,
           int64_t stride, Team team) {
-    Work work = {.level = level, .table = table, .address = address, .step = clamp_step, .low = low, .high = high,
+    Work work = {.level = level, .table = table, .address = address, .kernel = clamp_chunk, .low = low, .high = high,
                  .stride = stride};
-    share(&work, team);
+    run_in_pool(&work, team);
     return work.was_outside;
 }
 
 typedef struct { uintptr_t begin, end; } Span;
 
-/* By merging, which is quick where they are nearly in order, as those of gradients are. */
+/* Merge sort: it is fast for spans that are almost sorted, as those of gradients are. */
 static void sort(Span *span, Span *scratch, int64_t count) {
     if (count < 2) return;
     int64_t half = count / 2;
@@ -298,17 +298,17 @@ static void sort(Span *span, Span *scratch, int64_t count) {
 }
 
 int are_apart(const Table *table, char *const *address) {
-    Span few[128], *span = few;
+    Span on_stack[128], *span = on_stack;
     if (table->rows > 64 && !(span = malloc((size_t)table->rows * 2 * sizeof *span))) return -1;
     int apart = 1;
     for (int64_t i = 0; i < table->rows; i++) {
-        int64_t size = sizes[table->row[i].type];
+        int64_t size = itemsize[table->row[i].type];
         span[i].begin = (uintptr_t)address[i];
         span[i].end = span[i].begin + (uintptr_t)(table->row[i].count * size);
         apart &= span[i].begin != 0 && span[i].begin % size == 0;
     }
     sort(span, span + table->rows, table->rows);
     for (int64_t i = 1; i < table->rows; i++) apart &= span[i - 1].end <= span[i].begin;
-    if (span != few) free(span);
+    if (span != on_stack) free(span);
     return apart;
 }

@@ -1,12 +1,12 @@
-/* The kernels for CPUs: reduce, apply and clamp over a table of gradients, in plain C.
+/* The kernels for CPUs: reduce, apply and clamp over a table of gradients, in plain C, without Python or torch.
  *
- * The same three steps as the Triton kernels beside them, and the same idea of a table. What depends on sizes and
- * element types only is laid out once (`Table`, made by fastclip/backends/native.py); addresses come with each call,
- * so gradients that moved cost nothing. Nothing here knows of Python or torch.
+ * They do the same three steps as the Triton kernels in this folder, over a similar table. The table depends only on
+ * sizes and element types, and fastclip/backends/native.py builds it once. Addresses are arguments of each call, so
+ * gradients that move cost nothing.
  *
- * Every chunk of a gradient leaves its contribution in a slot of its own, and one thread adds the slots up in their
- * order: the result has the same bits for any number of threads. It has them for any instruction set, too, since
- * lanes are counted in elements, whatever a register holds, and no multiplication is fused with an addition
+ * Each chunk of a gradient has its own slot for its partial sum, and one thread adds the slots up in order. So the
+ * result has the same bits for any number of threads. It has the same bits on any instruction set, too: the number of
+ * lanes does not depend on the width of a register, and no multiplication is fused with an addition
  * (-ffp-contract=off).
  */
 #ifndef FASTCLIP_CPU_H
@@ -14,17 +14,17 @@
 
 #include <stdint.h>
 
-enum { FP32, BF16, FP16, FP64, TYPES }; /* in the order of ELEMENT_SIZES in table.py */
+enum { FP32, BF16, FP16, FP64, TYPES }; /* element types, in the order of ELEMENT_SIZES in table.py */
 
 enum {
-    LANES = 64,           /* sums that run side by side: enough for the registers of any instruction set */
-    BLOCK = 32 * LANES,   /* elements whose powers are added in their own precision: no lane passes 32 additions */
-    CHUNK = 8 * BLOCK,    /* elements that are one thread's at a time */
-    FEW = 16,             /* elements that take less time one by one */
-    AHEAD = 8192          /* bytes: how far ahead memory is asked for, which reads 15 % faster than the processor by itself */
+    LANES = 64,            /* sums in parallel: enough to fill the registers of any instruction set */
+    BLOCK = 32 * LANES,    /* elements whose powers are added in their own precision: at most 32 additions a lane */
+    CHUNK = 8 * BLOCK,     /* elements that one thread processes at a time */
+    SCALAR_MAX = 16,       /* elements: up to here a scalar loop is faster than lanes */
+    PREFETCH_BYTES = 8192  /* how far ahead: reads are 15 % faster than with the processor's own prefetching */
 };
 
-typedef struct { int64_t count, type; } Row; /* one gradient: its elements, and their type */
+typedef struct { int64_t count, type; } Row; /* one gradient: the number of its elements, and their type */
 
 typedef struct { int64_t row, start; } Chunk; /* up to CHUNK elements of one gradient, from `start` on */
 
@@ -32,57 +32,57 @@ typedef struct {
     int64_t rows, chunks, tasks;
     const Row *row;       /* [rows] */
     const Chunk *chunk;   /* [chunks], in the order of the rows */
-    const int64_t *task;  /* [tasks + 1]: the first chunk of each; what a thread takes at a time */
+    const int64_t *task;  /* [tasks + 1]: the first chunk of each task; a thread takes one task at a time */
 } Table;
 
-/* How threads are had: `share(work, argument)` runs in up to `threads` of them at once, and has ended in all of them
- * on return. It is the entry point of the OpenMP that torch has loaded, so that there is one pool of threads. */
+/* Runs `work(argument)` on up to `threads` threads at once, and returns when all have finished. It is the entry point
+ * of the OpenMP that torch has loaded, so torch and these kernels share one thread pool. */
 typedef void (*Parallel)(void (*work)(void *), void *argument, unsigned threads, unsigned flags);
 
-typedef struct { Parallel parallel; unsigned threads; } Team; /* `parallel` may be NULL: then there is one thread */
+typedef struct { Parallel parallel; unsigned threads; } Team; /* one thread if `parallel` is NULL */
 
-/* A sum of powers, kept in range: the sum of |x|^p is sum * peak^p. For p = inf and -inf, `sum` is the largest or the
- * smallest |x|; for p = 0 the number of elements that are not 0. */
+/* A sum of powers that cannot overflow: the sum of |x|^p is sum * peak^p. For p = inf and -inf, `sum` is the largest or
+ * smallest |x|. For p = 0 it is the number of elements that are not 0. */
 typedef struct { double sum, peak; } Partial;
 
-typedef struct { int kind; double p; } Order; /* the order of a norm, and which code serves it; see `order_of` */
+typedef struct { int kind; double p; } Order; /* the order of a norm, and its code path; see `order_of` */
 
 typedef struct {
     const char *name;
     Partial (*fold[TYPES])(const void *x, int64_t count, int64_t following, Order order);
     void (*scale[TYPES])(void *x, int64_t count, double coefficient);
     int (*clamp[TYPES])(void *x, int64_t count, double low, double high);
-} Level; /* one instruction set */
+} Level; /* the kernels for one instruction set, by element type */
 
-/* The instruction sets that this processor has, the best one first; the last entry is NULL. */
+/* The instruction sets that this processor supports, best first. The last entry is NULL. */
 const Level *const *levels(void);
 
-/* Norm clipping in one go: reduce, the coefficient min(max_norm / (norm + 1e-6), 1), apply. The norm is left in `norm`,
- * rounded to a type. Returns as reduce does. */
+/* Clips by the norm: reduce, the coefficient min(max_norm / (norm + 1e-6), 1), apply. Stores the norm in `norm`,
+ * rounded to `type`. Returns what reduce returns. */
 int clip(const Level *level, const Table *table, char *const *address, double p, double max_norm, Team team,
          void *norm, int type);
 
-/* Rounds a number to a type. */
+/* Stores a number at `to`, rounded to `type`. */
 void store(void *to, int type, double value);
 
-/* The p-norm of all gradients, and in `norms`, unless that is NULL, that of each. For p = 0 it is the number of
- * gradients with an element that is not 0, and in `norms` the number of such elements. Returns -1 where there is no
- * memory for the chunks' partial sums, else 0. Reads each gradient once. */
+/* Stores the p-norm of all gradients in `total`, and the norm of each in `norms` unless that is NULL. For p = 0,
+ * `total` is the number of gradients with a nonzero element, and `norms` holds the number of nonzero elements of each.
+ * Reads each gradient once. Returns 0, or -1 if there is no memory for the chunks' partial sums. */
 int reduce(const Level *level, const Table *table, char *const *address, double p, Team team, double *total,
            double *norms);
 
-/* Multiplies gradient i by coefficient[i * stride]. One whose coefficient is 1, in the precision of the product, is
- * neither read nor written. Begins where the reduction ended, with what the cache still holds. */
+/* Multiplies gradient i by coefficient[i * stride]. If that is 1 in the precision of the product, the gradient is
+ * neither read nor written. Walks the table backwards, since the cache still holds what the reduction read last. */
 void apply(const Level *level, const Table *table, char *const *address, const double *coefficient, int64_t stride,
            Team team);
 
-/* Clamps gradient i to [low[i * stride], high[i * stride]], rounded to its type; writes only around elements that are
- * outside. Returns whether any was. */
+/* Clamps gradient i to [low[i * stride], high[i * stride]], rounded to its type. Writes only groups with an element
+ * outside the bounds. Returns whether there was any. */
 int clamp(const Level *level, const Table *table, char *const *address, const double *low, const double *high,
           int64_t stride, Team team);
 
-/* Whether all gradients have memory, aligned to their elements, which no two share; -1 where there is no memory to find
- * out. Each has at least one element. */
+/* Whether every gradient has memory, it is aligned to the element size, and no two overlap. Returns -1 if there is no
+ * memory for the check. Each gradient has at least one element. */
 int are_apart(const Table *table, char *const *address);
 
 #endif

@@ -1,9 +1,9 @@
-/* One element type: how it is widened for computing, and how a result is rounded to it. Included once for each type,
- * by level.h, with TYPE, LEVEL and TARGET defined. The 16-bit types are converted by integer arithmetic that compilers turn
- * into vector code for any instruction set. For fp16 that takes long, and a level may define VECTOR, and how one of fp32
- * is loaded from fp16 and stored, by the processor's own instructions.
+/* One element type: `widen` converts it for computing, and `narrow` rounds a result to it. level.h includes this file
+ * once for each type, with TYPE, LEVEL and TARGET defined. The 16-bit types are converted by integer arithmetic, which
+ * compilers vectorise for any instruction set. For fp16 that is slow. So a level may define VECTOR, a register of fp32,
+ * and LOAD_FP16, STORE_FP16 and STORE_FP32, by the processor's own instructions.
  *
- * LOADED(x) gets LANES elements ready, of which VALUE(i) is one, widened; `multiply` works on as many. */
+ * LOADED(x) loads LANES elements, and VALUE(i) is the i-th of them, widened. `multiply` scales LANES elements. */
 
 #undef ELEMENT
 #undef WIDE
@@ -28,7 +28,7 @@ TARGET static inline float NAME(narrow)(float x) { return x; }
 TARGET static inline float NAME(widen)(uint16_t x) { return float_of((uint32_t)x << 16); }
 TARGET static inline uint16_t NAME(narrow)(float x) {
     uint32_t bits = bits_of(x);
-    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* to the nearest, ties to even */
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* to nearest, ties to even */
     return (uint16_t)(x != x ? 0x7fc0 : rounded);
 }
 
@@ -40,7 +40,7 @@ TARGET static inline uint16_t NAME(narrow)(float x) {
 TARGET static inline float NAME(widen)(uint16_t x) {
     uint32_t magnitude = x & 0x7fff, exponent = magnitude & 0x7c00;
     uint32_t normal = (magnitude << 13) + ((127 - 15) << 23);
-    uint32_t special = normal + ((127 - 15) << 23); /* infinities and NaNs have the largest exponent there too */
+    uint32_t special = normal + ((127 - 15) << 23); /* inf and NaN get fp32's largest exponent */
     uint32_t subnormal = bits_of((float)(int32_t)magnitude * 0x1p-24f);
     uint32_t bits = exponent == 0x7c00 ? special : exponent ? normal : subnormal;
     return float_of(bits | (uint32_t)(x & 0x8000) << 16);
@@ -63,10 +63,10 @@ TARGET static inline double NAME(widen)(double x) { return x; }
 TARGET static inline double NAME(narrow)(double x) { return x; }
 #endif
 
-/* Asks for what comes AHEAD of the LANES elements at x, of which `left` remain from there on. */
+/* Prefetches the LANES elements that lie PREFETCH_BYTES ahead of x. `left` elements remain from x on. */
 TARGET static inline void NAME(prefetch)(const ELEMENT *x, int64_t left) {
-    if (left > AHEAD / (int64_t)sizeof *x)
-        for (int i = 0; i < LANES * (int)sizeof *x; i += 64) PREFETCH((const char *)x + AHEAD + i);
+    if (left > PREFETCH_BYTES / (int64_t)sizeof *x)
+        for (int i = 0; i < LANES * (int)sizeof *x; i += 64) PREFETCH((const char *)x + PREFETCH_BYTES + i);
 }
 
 #undef LOADED

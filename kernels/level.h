@@ -1,5 +1,5 @@
-/* One instruction set: the three kernels for each element type, and the table of them. Included by cpu.c once for each,
- * with LEVEL (a name) and TARGET (what tells the compiler) defined. */
+/* One instruction set: the three kernels for each element type, and their dispatch table. cpu.c includes this file once
+ * for each set, with LEVEL (its name) and TARGET (the compiler's attribute for it) defined. */
 #define TYPE 0
 #include "elements.h"
 #include "reduce.h"

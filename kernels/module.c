@@ -1,8 +1,8 @@
-/* fastclip.kernels.native: the kernels of cpu.h, as Python calls them. Its functions are documented at the end.
+/* fastclip.kernels.native: Python bindings of the kernels in cpu.h. The method table at the end documents them.
  *
- * It trusts its one caller, fastclip/backends/native.py: a table is bytes that lay_out there made, and an address is
- * that of memory that is there. Built against the stable ABI. Nothing is linked but libc and libm; the threads are
- * torch's, whose entry point `use_threads` is given.
+ * The module trusts its only caller, fastclip/backends/native.py: a table is the bytes that `lay_out` there returns,
+ * and an address is valid. It is built against the stable ABI, and links only libc and libm. The thread pool is
+ * torch's: `use_threads` takes its entry point.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -18,17 +18,17 @@ static const Level *level;
 static Parallel parallel;
 
 #ifndef _WIN32
-/* The threads of an OpenMP that was used before a fork are not in the child, where waiting for them never ends. */
-static void stay_alone(void) { parallel = NULL; }
+/* A fork does not copy OpenMP's threads. The child would wait for them for ever. */
+static void drop_thread_pool(void) { parallel = NULL; }
 #endif
 
-enum { UNHURRIED = 1 << 14 }; /* elements: work on more lasts longer than it takes to hand the GIL to and fro */
+enum { RELEASE_GIL_ABOVE = 1 << 14 }; /* elements: more take longer than to release and re-acquire the GIL */
 
-/* What all three take: a table, and the addresses of its gradients. */
+/* The arguments that all kernels share: a table, and the addresses of its gradients. */
 typedef struct {
     Table table;
     char **address;
-    char *few[64];
+    char *on_stack[64];
     Team team;
     PyThreadState *state;
 } Call;
@@ -48,23 +48,23 @@ static int begin(Call *call, PyObject *bytes, PyObject *addresses, PyObject *thr
     }
     call->team.parallel = parallel;
     call->team.threads = (unsigned)PyLong_AsUnsignedLong(threads);
-    call->address = call->few;
+    call->address = call->on_stack;
     if (count > 64 && !(call->address = malloc((size_t)count * sizeof *call->address))) {
         PyErr_NoMemory();
         return -1;
     }
     for (Py_ssize_t i = 0; i < count; i++) call->address[i] = PyLong_AsVoidPtr(PyList_GetItem(addresses, i));
     if (PyErr_Occurred()) {
-        if (call->address != call->few) free(call->address);
+        if (call->address != call->on_stack) free(call->address);
         return -1;
     }
-    call->state = layout[3] > UNHURRIED ? PyEval_SaveThread() : NULL;
+    call->state = layout[3] > RELEASE_GIL_ABOVE ? PyEval_SaveThread() : NULL;
     return 0;
 }
 
 static void end(Call *call) {
     if (call->state) PyEval_RestoreThread(call->state);
-    if (call->address != call->few) free(call->address);
+    if (call->address != call->on_stack) free(call->address);
 }
 
 static PyObject *native_reduce(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
@@ -143,20 +143,20 @@ static PyObject *native_are_apart(PyObject *self, PyObject *const *arguments, Py
 
 static PyObject *grad_name, *data_ptr_name;
 
-/* Whether an object is of one of two types, and of none that is derived from them. */
+/* Whether the type of an object is exactly one of two types, not a subclass. */
 static int is_one_of(PyObject *object, PyObject *const types[2]) {
     PyObject *type = (PyObject *)Py_TYPE(object);
     return type == types[0] || type == types[1];
 }
 
-/* 1, and a gradient and its address; 0 if this one is to be looked at in another way; -1 with an exception set. */
+/* Returns 1 and stores a gradient and its address; 0 if `gather` does not support it; -1 with an exception set. */
 static int gather_one(PyObject *owner, PyObject *const types[2], PyObject **grad, PyObject **address) {
     if (!owner || !is_one_of(owner, types)) return owner ? 0 : -1;
     if (!(*grad = PyObject_GetAttr(owner, grad_name))) return -1;
     if (!is_one_of(*grad, types)) return 0;
     if ((*address = PyObject_CallMethodObjArgs(*grad, data_ptr_name, NULL))) return 1;
     if (!PyErr_ExceptionMatches(PyExc_RuntimeError)) return -1;
-    PyErr_Clear(); /* it has none: it is sparse, or a transform's */
+    PyErr_Clear(); /* it has no address: it is sparse, or belongs to a transform */
     return 0;
 }
 
@@ -172,7 +172,7 @@ static PyObject *native_gather(PyObject *self, PyObject *const *arguments, Py_ss
     for (Py_ssize_t i = 0; outcome == 1 && i < size; i++) {
         PyObject *grad = NULL, *address = NULL;
         outcome = gather_one(PyList_GetItem(owners, i), types, &grad, &address);
-        PyList_SetItem(grads, i, grad); /* which takes the reference */
+        PyList_SetItem(grads, i, grad); /* steals the reference */
         PyList_SetItem(addresses, i, address);
     }
     if (outcome == 1) found = PyTuple_Pack(2, grads, addresses);
@@ -198,10 +198,10 @@ static PyObject *native_use_level(PyObject *self, PyObject *name) {
     for (const Level *const *each = levels(); *each; each++) {
         PyObject *own = PyUnicode_FromString((*each)->name);
         if (!own) return NULL;
-        int is_it = PyUnicode_Compare(own, name) == 0;
+        int matches = PyUnicode_Compare(own, name) == 0;
         Py_DECREF(own);
         if (PyErr_Occurred()) return NULL;
-        if (is_it) {
+        if (matches) {
             level = *each;
             Py_RETURN_NONE;
         }
@@ -222,27 +222,29 @@ static PyObject *native_use_threads(PyObject *self, PyObject *address) {
 static PyMethodDef methods[] = {
     {"reduce", FAST(native_reduce), METH_FASTCALL,
      "reduce(table, addresses, p, norms, threads)\n--\n\n"
-     "The p-norm of all gradients; that of each to the fp64 numbers at the address `norms`, unless that is 0."},
+     "Return the p-norm of all gradients. Store the norm of each as fp64 at the address `norms`, unless that is 0."},
     {"clip", FAST(native_clip), METH_FASTCALL,
      "clip(table, addresses, p, max_norm, norm, type, threads)\n--\n\n"
-     "Clip by the p-norm of all gradients, and leave it at the address `norm`, rounded to an element type."},
+     "Clip by the p-norm of all gradients, and store it at the address `norm`, rounded to an element type."},
     {"apply", FAST(native_apply), METH_FASTCALL,
      "apply(table, addresses, coefficient, threads)\n--\n\n"
-     "Multiply by a float, or each gradient by its own of the fp64 numbers at an address."},
+     "Multiply all gradients by a float, or each by its own coefficient, fp64 at an address."},
     {"clamp", FAST(native_clamp), METH_FASTCALL,
      "clamp(table, addresses, low, high, threads)\n--\n\n"
-     "Clamp to two floats, or each gradient to its own of the fp64 numbers at two addresses. Returns whether any\n"
+     "Clamp all gradients to two floats, or each to its own bounds, fp64 at two addresses. Return whether any\n"
      "element was outside."},
     {"are_apart", FAST(native_are_apart), METH_FASTCALL,
-     "are_apart(table, addresses)\n--\n\nWhether all gradients have memory, which no two share."},
+     "are_apart(table, addresses)\n--\n\n"
+     "Return whether every gradient has memory, it is aligned to the element size, and no two overlap."},
     {"gather", FAST(native_gather), METH_FASTCALL,
      "gather(owners, types)\n--\n\n"
-     "The gradients of a list of tensors and their addresses; None unless all are there, and all of these two types."},
+     "Return the gradients of a list of tensors and their addresses. Return None if a gradient is missing or has no\n"
+     "address, or if a tensor or a gradient is not of exactly one of the two types."},
     {"levels", native_levels, METH_NOARGS,
-     "levels()\n--\n\nThe names of the instruction sets that this processor has, the best one first."},
+     "levels()\n--\n\nReturn the names of the instruction sets that this processor supports, best first."},
     {"use_level", native_use_level, METH_O, "use_level(name)\n--\n\nUse this instruction set from now on."},
     {"use_threads", native_use_threads, METH_O,
-     "use_threads(address)\n--\n\nUse the threads of an OpenMP: the address of its GOMP_parallel, or 0 for none."},
+     "use_threads(address)\n--\n\nUse an OpenMP's thread pool: the address of its GOMP_parallel, or 0 for one thread."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -257,7 +259,7 @@ PyMODINIT_FUNC PyInit_native(void) {
     data_ptr_name = PyUnicode_InternFromString("data_ptr");
     if (!grad_name || !data_ptr_name) return NULL;
 #ifndef _WIN32
-    if (pthread_atfork(NULL, NULL, stay_alone)) return PyErr_NoMemory();
+    if (pthread_atfork(NULL, NULL, drop_thread_pool)) return PyErr_NoMemory();
 #endif
     return PyModule_Create(&definition);
 }

@@ -1,4 +1,4 @@
-"""The kernels for CPUs, in C: see `module.c`, where each function is documented, and `cpu.h`."""
+"""The kernels for CPUs, in C. `module.c` documents each function, and `cpu.h` the kernels."""
 
 from torch import Tensor
 

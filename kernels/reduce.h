@@ -1,16 +1,17 @@
-/* reduce: what one chunk of a gradient contributes to a norm. Included once for each type, by level.h.
+/* reduce: the partial sum of one chunk of a gradient. level.h includes this file once for each element type.
  *
- * Powers are added in the element's own precision (fp32 for the 16-bit types) in LANES lanes over one BLOCK, and from
- * there on in fp64. A block whose sum left the range in which that is right is done again in fp64, divided by its
- * leading value: a finite gradient never has an infinite norm, nor a tiny one the norm 0.
+ * Within a BLOCK, powers are added in the element's own precision (fp32 for the 16-bit types), in LANES lanes. Blocks
+ * are added in fp64. If a block's sum is outside the range in which it is accurate, it is computed again in fp64 from
+ * elements divided by the block's peak, the |x| with the largest power. So finite gradients never have an infinite
+ * norm, and tiny ones never have the norm 0.
  */
 
-/* Adds up TERM of each element, v. */
+/* Defines the sum of TERM over all elements v. */
 #define SUM(KIND, TERM)                                                                                               \
-    TARGET static double NAME(KIND)(const ELEMENT *x, int64_t count, int64_t left) {                                                \
+    TARGET static double NAME(KIND)(const ELEMENT *x, int64_t count, int64_t left) {                                  \
         WIDE lanes[LANES] = {0};                                                                                      \
         double sums[LANES], sum = 0;                                                                                  \
-        if (count <= FEW) {                                                                                           \
+        if (count <= SCALAR_MAX) {                                                                                    \
             for (int64_t i = 0; i < count; i++) {                                                                     \
                 WIDE v = NAME(widen)(x[i]);                                                                           \
                 sum += (WIDE)(TERM);                                                                                  \
@@ -47,8 +48,7 @@ TARGET static double NAME(scaled_powers)(const ELEMENT *x, int64_t count, double
     return sum;
 }
 
-/* The same of values that are not fp64, of which the leading one is finite and not 0: as vectors, of which `pow` knows
- * nothing. */
+/* The same, vectorised, which `pow` is not: for values that are not fp64, with a peak that is finite and not 0. */
 TARGET static double NAME(powers)(const ELEMENT *x, int64_t count, double p, double peak) {
     double lanes[LANES] = {0};
     for (int64_t i = 0; i < count; i += LANES) {
@@ -59,10 +59,10 @@ TARGET static double NAME(powers)(const ELEMENT *x, int64_t count, double p, dou
     return sum_of_lanes(lanes);
 }
 
-/* The largest or the smallest |x|: by its bits, whose order as integers is that of the numbers. Those of a NaN are above
- * all others; where the smallest is sought it counts as -1, which is a NaN's pattern too. */
+/* Defines the largest or smallest |x|. It compares the bits as integers, which have the same order as the numbers. A
+ * NaN is above all numbers. For the smallest it counts as -1, which is a NaN's bits, too. */
 #define EXTREME(KIND, FIRST, KEY, IS_BETTER)                                                                          \
-    TARGET static double NAME(KIND)(const ELEMENT *x, int64_t count, int64_t left) {                                                \
+    TARGET static double NAME(KIND)(const ELEMENT *x, int64_t count, int64_t left) {                                  \
         BITS lanes[LANES];                                                                                            \
         int64_t whole = count / LANES * LANES;                                                                        \
         for (int j = 0; j < LANES; j++) lanes[j] = FIRST;                                                             \
@@ -76,7 +76,7 @@ TARGET static double NAME(powers)(const ELEMENT *x, int64_t count, double p, dou
             }                                                                                                         \
         }                                                                                                             \
         for (int64_t j = 0; j < count - whole; j++) {                                                                 \
-            BITS v = NAME(key)(NAME(widen)(x[whole + j]));                                                           \
+            BITS v = NAME(key)(NAME(widen)(x[whole + j]));                                                            \
             BITS key = KEY;                                                                                           \
             lanes[j] = key IS_BETTER lanes[j] ? key : lanes[j];                                                       \
         }                                                                                                             \
@@ -90,7 +90,7 @@ TARGET static double NAME(powers)(const ELEMENT *x, int64_t count, double p, dou
 TARGET static inline BITS NAME(key)(WIDE wide) {
     BITS bits;
     memcpy(&bits, &wide, sizeof bits);
-    return bits & (BITS)(~(uint64_t)0 >> (65 - 8 * sizeof bits)); /* without the sign */
+    return bits & (BITS)(~(uint64_t)0 >> (65 - 8 * sizeof bits)); /* clears the sign */
 }
 
 #define INFINITE (sizeof(BITS) == 4 ? (BITS)0x7f800000 : (BITS)0x7ff0000000000000)
@@ -99,10 +99,10 @@ EXTREME(smallest, INFINITE, v > INFINITE ? -1 : v, <)
 #undef INFINITE
 #undef EXTREME
 
-/* The sum of powers of up to BLOCK elements, of `left` that remain. */
+/* The sum of powers of `count` elements, at most BLOCK. `left` elements remain from x on. */
 TARGET static Partial NAME(block)(const ELEMENT *x, int64_t count, int64_t left, Order order) {
-    /* Above `tiny`, what BLOCK powers lost to subnormal rounding is under 2^-40 of their sum. Below `huge`, sums of
-     * blocks stay finite in fp64. */
+    /* Above `tiny`, subnormal rounding of BLOCK powers costs less than 2^-40 of their sum. Below `huge`, sums of blocks
+     * stay finite in fp64. */
     const double tiny = sizeof(WIDE) == 4 ? 0x1p-85 : 0x1p-900, huge = sizeof(WIDE) == 4 ? INFINITY : 0x1p900;
     Partial partial = {0, 1};
     switch (order.kind) {
@@ -114,19 +114,22 @@ TARGET static Partial NAME(block)(const ELEMENT *x, int64_t count, int64_t left,
     case CUBES: partial.sum = NAME(cubes)(x, count, left); break;
     }
     if (partial.sum > tiny && partial.sum < huge) return partial; /* other powers are always scaled */
-    double peak = order.p < 0 ? NAME(smallest)(x, count, left) : NAME(largest)(x, count, left); /* the largest power is its */
+    /* The |x| with the largest power. */
+    double peak = order.p < 0 ? NAME(smallest)(x, count, left) : NAME(largest)(x, count, left);
     if (peak > 0 && peak < INFINITY) partial.peak = peak;
-    else if (order.kind != POWERS) return partial; /* nothing but 0, or something that is not finite */
+    else if (order.kind != POWERS) return partial; /* all are 0, or one is not finite */
     int as_vectors = sizeof(WIDE) == 4 && order.kind == POWERS && peak > 0 && peak < INFINITY;
     partial.sum = (as_vectors ? NAME(powers) : NAME(scaled_powers))(x, count, order.p, partial.peak);
     return partial;
 }
 
-/* That of a chunk, which so many elements of the same gradient follow. */
+/* The sum of powers of a chunk. `following` elements of the same gradient come after it. */
 static Partial NAME(fold)(const void *x, int64_t count, int64_t following, Order order) {
-    Partial partial = nothing(order);
-    for (int64_t i = 0; i < count; i += BLOCK)
-        partial = merge(partial, NAME(block)((const ELEMENT *)x + i, at_most(BLOCK, count - i), count - i + following, order),
-                        order);
+    const ELEMENT *element = x;
+    Partial partial = identity(order);
+    for (int64_t i = 0; i < count; i += BLOCK) {
+        int64_t left = count - i;
+        partial = merge(partial, NAME(block)(element + i, at_most(BLOCK, left), left + following, order), order);
+    }
     return partial;
 }
