@@ -1,4 +1,4 @@
-"""The command `python -m fastclip`: `run` a script with torch patched, `check` this machine, or print `info`."""
+"""The command `python -m fastclip`: `run` a script patched, `check` this machine, print `info`."""
 
 import argparse
 import sys

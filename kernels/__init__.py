@@ -1,1 +1,1 @@
-"""The kernels (installed as `fastclip.kernels`): one file an operation, in Triton for GPUs and in C for CPUs."""
+"""The kernels (installed as `fastclip.kernels`): one file an operation, Triton for GPUs, C for CPUs."""

@@ -1,7 +1,8 @@
-"""Clamp all gradients in place to [minimum, maximum], in one pass: ``g <- min(max(g, minimum), maximum)``.
+"""Clamp all gradients in place to [minimum, maximum], in one pass.
 
-A 16-byte vector is written only if one of its elements is outside the bounds. As in torch, a NaN element stays NaN, a
-NaN bound makes every element NaN, and if minimum > maximum every element becomes the maximum.
+Each element becomes ``min(max(g, minimum), maximum)``. A 16-byte vector is written only if one of its elements is out
+of bounds. As in torch, a NaN element stays NaN, a NaN bound makes every element NaN, and if minimum > maximum every
+element becomes the maximum.
 
 Launches: 1. Bytes: 1R, plus 1W of the vectors that change.
 """

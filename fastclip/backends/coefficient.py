@@ -1,4 +1,4 @@
-"""The rule of the global norm, which all backends share: from a norm to the coefficient of the gradients."""
+"""The rule of the global norm, which all backends share: from a norm to a coefficient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The native backend: kernels in C (`kernels/cpu.h`) over a table of the gradients' sizes and dtypes.
+"""The native backend: kernels in C over a table of the gradients' sizes and dtypes.
 
 The table is made once. Addresses are arguments of each call, so gradients that moved cost nothing.
 """

@@ -1,4 +1,4 @@
-"""The NumPy backend: the fallback that needs no compiler, for when the native kernels were not built.
+"""The NumPy backend: the fallback without the native kernels. It needs no compiler.
 
 Each gradient is a zero-copy view of its memory, processed in blocks. Squares are summed in fp32 over rows of at most
 ROW elements (in the lanes of BLAS), then in fp64. If the squares of a block leave the range of fp32, the block is

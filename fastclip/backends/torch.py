@@ -1,4 +1,4 @@
-"""Torch's own operations, tensor by tensor: for tensors of any kind, and for devices without a faster backend."""
+"""Torch's own operations, tensor by tensor: for tensors of any kind, on any device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was prepared for gradients in earlier calls, to be reused for gradients that are alike.
+"""The cache of what was prepared for gradients in earlier calls.
 
 Training clips alike gradients again and again, at new addresses in each step, since `zero_grad(set_to_none=True)` frees
 them. So a cache entry keeps what does not depend on addresses: the dispatch to backends, and the plans' tables of

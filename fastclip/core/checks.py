@@ -1,4 +1,4 @@
-"""What is refused before any gradient is changed, each with the culprit's name and a remedy."""
+"""What is refused before any gradient is changed: errors with the culprit's name and a remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Collecting the gradients of what the caller passed: every call begins here.
+"""Collect the gradients of what the caller passed: every call begins here.
 
 parameters --list_owners--> Owners --gradients_of--> Gradients
 """

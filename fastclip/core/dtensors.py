@@ -1,4 +1,4 @@
-"""DTensors, without importing their module: it takes a second, and a program without them never needs it."""
+"""DTensors, without the second that it takes to import their module."""
 
 from __future__ import annotations
 

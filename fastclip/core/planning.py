@@ -1,4 +1,4 @@
-"""The first time that gradients are seen: check them, dispatch them to backends, have a plan made by each backend.
+"""The first call with some gradients: check them, dispatch them to backends, make the plans.
 
 A gradient is *plain* if it is dense in memory (no gaps, no overlaps) and holds real floating-point numbers. Then an
 address and a number of elements is all that a kernel needs. Torch's own operations serve everything else: complex

@@ -1,4 +1,4 @@
-"""From gradients to what is ready to be clipped: a cache hit in all steps of a training but the first.
+"""Make gradients ready to be clipped: a cache hit in all steps of a training except the first.
 
 Gradients --cache--> Planned          the hot path
 Gradients --plan---> Planned          the first time

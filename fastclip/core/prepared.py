@@ -1,4 +1,4 @@
-"""What it takes to clip a set of gradients, whichever backends or processes it takes: the steps of every rule."""
+"""What can be done with a set of gradients that is ready: reduce, scale, clamp, clip."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether torch records or replaces its operations at the moment, and how fastclip keeps out of `torch.compile`."""
+"""Whether torch records or replaces its operations, and how to keep out of `torch.compile`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Warnings that point at the caller's own line, however deep inside of fastclip or torch they arise."""
+"""Warnings that point at the caller's own line, outside of fastclip and torch."""
 
 from __future__ import annotations
 

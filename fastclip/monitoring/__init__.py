@@ -1,4 +1,4 @@
-"""Watches training for exploding gradients: records each step, fires triggers, writes logs and draws pictures.
+"""Noticing exploding gradients: record each step, fire triggers, write logs, draw pictures.
 
 `Monitor` (monitor.py) ties the other files together. In each step it packs the loss and the result of clipping into one
 vector of numbers on the device (steps.py). The judge (judge.py) compares loss and norm with their running averages

@@ -1,4 +1,4 @@
-r"""Running averages of loss and norm, which tell what is unusual. They live on the values' device; no sync.
+r"""Running averages of loss and norm, on the values' device and without a sync.
 
 Each series (loss, norm) has a mean m and a variance v of the t values x that were added so far:
 

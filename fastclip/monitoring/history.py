@@ -1,4 +1,4 @@
-"""The history of some steps, on the host: an array for each quantity, with one entry for each step."""
+"""The history of some steps on the host: an array for each quantity, an entry for each step."""
 
 from __future__ import annotations
 

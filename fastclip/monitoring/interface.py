@@ -1,4 +1,4 @@
-"""What a trigger is: it tells from an `Observation` of a step whether it fires, and explains why in a `Report`.
+"""What a trigger is: it fires on an `Observation` of a step, and explains it in a `Report`.
 
 Whether a trigger fires is decided on the observation's device, without a sync. Then its action follows:
 

@@ -1,4 +1,4 @@
-"""A picture of training: the loss, the global norm before and after clipping, the clip rate, every layer's norm.
+"""A picture of training: loss, global norm, clip rate, and the norms of all layers over time.
 
 It must be readable for 10 layers and for 1000, so the number of cells is bounded. Layers and steps that share a cell
 show the largest of their norms. A NaN or infinity is never averaged away, but marked.

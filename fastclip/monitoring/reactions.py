@@ -1,4 +1,4 @@
-"""Does on the host what the triggers that fired ask for: warn, raise, call a function; counts the skipped steps."""
+"""What the host does about triggers that fired: warn, raise, call a function, count skips."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a monitor's rows are written: a CSV file, JSON lines, TensorBoard, or any function that takes a dict."""
+"""Where a monitor's rows are written: CSV, JSON lines, TensorBoard, or any function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step as one vector of numbers on the device, so that the host can read many steps in one transfer."""
+"""A step as one vector on the device, so that the host reads many steps in one transfer."""
 
 from __future__ import annotations
 

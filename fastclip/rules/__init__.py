@@ -1,4 +1,4 @@
-"""Clipping by any rule: group gradients, take each group's norm, and let the rule turn norms into coefficients.
+"""Clipping by any rule: group gradients, take the groups' norms, turn norms into coefficients.
 
 The files in reading order:
 

@@ -1,4 +1,4 @@
-"""The engine of the in-place functions: take the norms of groups, ask the rule, write the gradients.
+"""What all in-place rules share: take the norms of groups, ask the rule, write the gradients.
 
 Nothing here waits for a GPU. The number of launches depends neither on the number of gradients nor on that of groups.
 """

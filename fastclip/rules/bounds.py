@@ -1,4 +1,4 @@
-"""The bounds of a rule: check the caller's numbers, put them in the order of the groups, copy them to the device."""
+"""The bounds of a rule: check the numbers, order them by group, copy them to the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public functions that clip in place by any rule, and `measure_grads`, which only takes the norms.
+"""The public functions that clip in place by any rule, and `measure_grads`.
 
 Each collects the gradients, groups them, and calls `fastclip.rules.apply`. TensorFlow's three functions are rules under
 their own names.

@@ -1,4 +1,4 @@
-"""Clipping out of place by torch's own operations, so that autograd differentiates it, as meta-learning needs."""
+"""Clipping out of place, by torch's own operations, so that autograd can differentiate it."""
 
 from __future__ import annotations
 

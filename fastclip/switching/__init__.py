@@ -1,4 +1,4 @@
-"""Switching fastclip on: replace torch's functions in a program, run a script so, and show what this machine uses.
+"""Switching fastclip on: patch torch in a program, run a script patched, check what this machine uses.
 
 The files in reading order:
 

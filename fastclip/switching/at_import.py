@@ -1,4 +1,4 @@
-"""Patch torch at the end of a program's own `import torch`, in this process and in its children.
+"""Patch torch right after a program's own `import torch`, here and in child processes.
 
 This module does not import torch. So whatever the program does before it imports torch still works (setting
 `OMP_NUM_THREADS`, importing a library that has to come first), and a program without torch does not wait for it.

@@ -1,4 +1,4 @@
-"""Compare fastclip with torch and with fp64 on the devices of this machine; print a table and a verdict.
+"""Compare fastclip with torch and with fp64 on the devices of this machine; print a table.
 
 python -m fastclip check [--device cuda:0]
 """

@@ -1,4 +1,4 @@
-"""Show which backend this machine uses for each device, and compile kernels ahead of the first step."""
+"""Show which backend serves each device of this machine; compile kernels before the first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clipping as a part of the training loop: at each step of an optimizer, or together with removing a loss scale.
+"""Clipping inside of the training loop: in each step of an optimizer, or with a loss scale.
 
 - `attach` reads the arguments of `fastclip.attach`.
 - `attachment` has the class that it returns: hooks that torch calls in each step and for each state dict.

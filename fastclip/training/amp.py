@@ -1,4 +1,4 @@
-r"""Mixed precision: the loss scale is removed and gradients are clipped together, in two passes over the gradients.
+r"""Mixed precision: remove the loss scale and clip together, in two passes over the gradients.
 
 `scaler.unscale_(optimizer)` reads and writes every gradient; clipping then reads each twice and writes it: 3R + 2W.
 Here one norm, that of the scaled gradients, replaces the search for infinities: it is finite exactly if every gradient

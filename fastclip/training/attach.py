@@ -1,4 +1,4 @@
-"""`attach`: reads the arguments, and raises here rather than in the first step if they do not fit the optimizer."""
+"""`attach`: read the arguments, and raise here rather than in a step if they do not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hooks of an optimizer that has a rule attached: what they do before and after each step, and to its state dict.
+"""An attached rule: the hooks before and after each step, and the optimizer's state dict.
 
 Gradients are clipped when they are final: when `step` is called or, if it evaluates a closure, each time the closure
 returns. So gradients that several backward passes accumulate are clipped once. If `torch.amp.GradScaler` skips a step,

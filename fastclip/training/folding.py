@@ -1,4 +1,4 @@
-"""Folding: the optimizer's own step scales the gradients. The checks that this needs, and the number to divide by.
+"""Folding: the optimizer's own step scales the gradients. Its checks and its divisor.
 
 torch's fused optimizers divide each gradient by their attribute ``grad_scale`` when they read it, and write the
 quotient back. So folded clipping computes only the norm, and sets that attribute.

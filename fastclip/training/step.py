@@ -1,4 +1,4 @@
-"""One step of an optimizer: what is changed in the optimizer and its gradients for it, and undone after it."""
+"""One step of an optimizer: what is changed for it, and undone after it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""From the norms of shards, which several processes have, to the norm of the whole, by one all-reduce.
+r"""From the norms of shards to the norm of the whole, by one all-reduce.
 
 An all-reduce takes a sum, a maximum or a minimum. A p-norm goes through it as a power,
 

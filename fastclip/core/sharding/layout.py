@@ -1,4 +1,4 @@
-"""How gradients lie on their meshes: which process counts which gradient, and over what norms are reduced.
+"""How gradients lie on their meshes: which process counts which, and what is reduced over what.
 
 - A gradient that is sharded, evenly or not, is counted shard by shard: norms are reduced over the mesh dimensions on
   which any gradient is sharded.

@@ -1,4 +1,4 @@
-"""What `fastclip.core.prepared` does, done by all processes that have shards of the gradients.
+"""Gradients with shards in several processes, ready to be clipped by all of them together.
 
 The shards of a process are gradients like any others: this process reduces them by plans, and one all-reduce for each
 process group makes its norms those of whole gradients. Scaling and clamping are local.
