@@ -1,15 +1,13 @@
-"""Torch's own four clipping functions, which stay torch's own whatever `torch.nn.utils` holds.
+"""Torch's own four clipping functions, also while `torch.nn.utils` holds others.
 
-fastclip hands a call that it cannot do itself back to torch. It must not look torch's function up in
-`torch.nn.utils` for that: after `fastclip.patch()` it would find itself there, and call itself for ever. To keep the
-functions found at import is not enough either. Torch's `clip_grad_norm_` calls two helpers which it looks up in its
-module, `torch.nn.utils.clip_grad`, at each call, so with these replaced a call handed back would come in again by the
-helpers; and if fastclip is imported while torch is patched, by somebody else or by an earlier copy of fastclip, what
-it finds is not torch's.
+A call that fastclip cannot do itself goes back to torch. It must not look torch's function up in `torch.nn.utils`: after
+`fastclip.patch()` it would find fastclip's there, and recurse forever. Nor is it enough to store the functions when
+fastclip is imported. Torch's `clip_grad_norm_` looks up two helpers in its module, `torch.nn.utils.clip_grad`, at each
+call, and would find fastclip's helpers there. And if torch is already patched at the import, by somebody else or by an
+earlier copy of fastclip, what is stored is not torch's.
 
-So torch's file is executed a second time, as a module of fastclip's own which nobody else holds. The functions have
-torch's code, names and source lines, but they are other objects than those in `torch.nn.utils`: compare what they do,
-not what they are.
+So torch's file is executed a second time, as a module that nobody else has. The functions have torch's code, names and
+source lines, but they are other objects than those in `torch.nn.utils`: compare what they do, not their identity.
 """
 
 import importlib.util
@@ -23,7 +21,7 @@ __all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_
 
 
 def _own_copy() -> ModuleType:
-    """Execute torch's file of clipping functions as a module that is not in `sys.modules`."""
+    """Execute torch's file of clipping functions as a module outside of `sys.modules`."""
     spec = importlib.util.find_spec("torch.nn.utils.clip_grad")
     if spec is None or spec.loader is None:
         message = f"fastclip needs torch.nn.utils.clip_grad, which torch {torch.__version__} does not have"
@@ -34,7 +32,7 @@ def _own_copy() -> ModuleType:
 
 
 def _function(module: ModuleType, name: str) -> Callable[..., Any]:
-    """Return the function that torch offers as `torch.nn.utils.<name>`; two have an underscore before it at home."""
+    """Return the function `torch.nn.utils.<name>`. In its module two of them have a leading underscore."""
     function: Callable[..., Any] | None = getattr(module, name, None) or getattr(module, f"_{name}", None)
     if function is None:
         message = f"fastclip needs torch 2.8 or later: torch {torch.__version__} has no torch.nn.utils.{name}"
