@@ -1,10 +1,10 @@
 """Torch's own four clipping functions, also while `torch.nn.utils` holds others.
 
-A call that fastclip cannot do itself goes back to torch. It must not look torch's function up in `torch.nn.utils`: after
-`fastclip.patch()` it would find fastclip's there, and recurse forever. Nor is it enough to store the functions when
-fastclip is imported. Torch's `clip_grad_norm_` looks up two helpers in its module, `torch.nn.utils.clip_grad`, at each
-call, and would find fastclip's helpers there. And if torch is already patched at the import, by somebody else or by an
-earlier copy of fastclip, what is stored is not torch's.
+A call that fastclip cannot do itself goes back to torch. It must not look torch's function up in `torch.nn.utils`:
+after `fastclip.patch()` it would find fastclip's there, and recurse forever. Nor is it enough to store the functions
+when fastclip is imported. Torch's `clip_grad_norm_` looks up two helpers in its module, `torch.nn.utils.clip_grad`, at
+each call, and would find fastclip's helpers there. And if torch is already patched at the import, by somebody else or
+by an earlier copy of fastclip, what is stored is not torch's.
 
 So torch's file is executed a second time, as a module that nobody else has. The functions have torch's code, names and
 source lines, but they are other objects than those in `torch.nn.utils`: compare what they do, not their identity.
