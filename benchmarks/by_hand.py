@@ -1,4 +1,4 @@
-"""A clip written by hand in CUDA for one kind of list: an upper limit for the speed, without Triton or edges.
+"""A clip written by hand in CUDA: a reference for the best speed, without Triton, edges or mixed dtypes.
 
 It has the same two kernels as fastclip. All gradients have one dtype, fp32 or bf16, and consist of whole 16-byte
 vectors at 16-byte aligned addresses. torch's NVRTC compiles it.
@@ -107,7 +107,7 @@ def _kernels() -> list[Any]:
 
 
 class ByHand:
-    """The clip of a list of gradients, whose table is built once."""
+    """The clip of a list of gradients, with a table that is built once."""
 
     def __init__(self, grads: list[Tensor]) -> None:
         device = grads[0].device

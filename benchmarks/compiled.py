@@ -1,11 +1,11 @@
-"""Compile the kernels for every target, and read from the machine code what they cost. Nothing runs, on no GPU.
+"""Compile the kernels for every target, and read from the machine code what they cost, without running them.
 
     python -m benchmarks.compiled [sm_90 gfx942 ...]
 
-For each kernel and target, the table has the registers of a thread, spilled bytes, shared memory, and the programs on
-one SM (or CU): the number that is launched for it, or fewer if fewer fit. For each dtype, it has figures of the loop
-over tiles: the bytes of every global load and store, the loads in flight at once, and the instructions for each 16
-bytes loaded and for each element.
+It needs no GPU. For each kernel and target, the table has the registers of a thread, spilled bytes, shared memory, and
+the programs on one SM (or CU): the number that is launched for it, or fewer if fewer fit. For each dtype, it has
+figures of the loop over tiles: the bytes of every global load and store, the loads in flight at once, and the
+instructions for each 16 bytes loaded and for each element.
 
 The exit status is 1 if such a loop has a load or store of less than 16 bytes, or if more than one in a hundred of its
 instructions is a spill. A register that is spilled once a chunk, so that one more program fits on an SM, costs nothing.
@@ -248,7 +248,7 @@ class Instruction:
 
     @property
     def target(self) -> str | None:
-        """The label that it may jump to. ptxas also leaves loops by a CALL to a label, which does not return."""
+        """The label that it may jump to. ptxas may exit a loop by a CALL to a label, which does not return."""
         found = re.search(r"\b(?:BRA|CALL|s_c?branch).*?(\.L\w+)", self.text)
         return found[1] if found else None
 

@@ -75,7 +75,7 @@ class Gradients:
         self.settle()
 
     def settle(self) -> None:
-        """Give each parameter a gradient 16 bytes behind the last one, at an address that was not used before."""
+        """Give each parameter a gradient 16 bytes after its last one, at an address that was not used before."""
         start = self.place = self.place + 16
         for parameter, (numel, dtype), span in zip(self.parameters, self.entries, self.spans, strict=True):
             parameter.grad = self.memory[start : start + numel * dtype.itemsize].view(dtype)

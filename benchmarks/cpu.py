@@ -6,8 +6,8 @@
 nothing but clip. That shows how near each kind of gradients comes to the bandwidth of memory.
 
 pytest-benchmark measures. The contenders take turns, so that other load on the machine affects all of them. The first
-table has the medians over all turns, their ratio (torch's time over fastclip's), the ratio that is asked for, and the
-time in which the same threads read the same bytes and do nothing else. The second table has the time of each step of
+table has the medians over all turns, their ratio (torch's time over fastclip's), the target ratio (`bar`), and the time
+in which the same threads read the same bytes and do nothing else. The second table has the time of each step of
 fastclip's clip. The picture, `out/cpu.png`, shows the ratios. The exit status tells whether everything ran, not how
 fast, since machines differ.
 """
@@ -91,7 +91,7 @@ class Workload:
 
     Attributes:
         gradients: Makes the gradients.
-        idle: The ratio that is asked for if nothing is clipped; 0 for none.
+        idle: The target ratio if nothing is clipped; 0 for none.
         clipping: The same if something is clipped.
         function: The name of the function to call.
         more: Its arguments after parameters and bound.
@@ -225,7 +225,7 @@ def main(arguments: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Line:
-    """The measured times of one workload, in ms, and the ratio that is asked for."""
+    """The measured times of one workload, in ms, and the target ratio."""
 
     workload: str
     clips: bool
@@ -303,7 +303,7 @@ def _microseconds(step: Callable[[], object]) -> float:
 
 
 def _draw(lines: Sequence[Line], path: Path) -> None:
-    """Draw the ratios, with a mark at each ratio that is asked for."""
+    """Draw the ratios, with a mark at each target ratio."""
     figure = Figure(figsize=(9, 1.2 + 0.32 * len(lines)), layout="constrained")
     axes = figure.subplots()
     places = range(len(lines), 0, -1)

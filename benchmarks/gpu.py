@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         1 if fastclip is wrong anywhere, else 0.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default="", help="the workloads whose names contain this")
+    parser.add_argument("--only", default="", help="only workloads with this in their names")
     parser.add_argument("--small", action="store_true", help="small sizes and few rounds, as without a GPU")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for gpu.csv and gpu.png (default: out)")
     options = parser.parse_args(arguments)

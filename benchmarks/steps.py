@@ -105,7 +105,7 @@ class Model:
     Attributes:
         make: Makes the model.
         batch: Makes its input.
-        bars: The ratios that are asked for: clipping, and idle.
+        bars: The target ratios: clipping, and idle.
         dtype: The dtype of the model.
     """
 
@@ -170,7 +170,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Cell:
-    """Median seconds of both contenders and of listing the parameters, and the ratio that is asked for."""
+    """Median seconds of both contenders and of listing the parameters, and the target ratio."""
 
     torch: float
     fastclip: float

@@ -1,4 +1,4 @@
-"""An image classifier whose training does not diverge, with and without clipping.
+"""An image classifier, trained with and without clipping. Its training does not diverge.
 
     python examples/classifier.py
 

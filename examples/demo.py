@@ -39,7 +39,7 @@ BATCH = 8
 
 LEARNING_RATE = 1e-3
 WARM_UP_STEPS = 10  # over which the learning rate rises
-UNTIMED_STEPS = 3  # first steps, whose times do not count: they touch memory first and build kernels
+UNTIMED_STEPS = 3  # first steps, not timed: they touch memory first and build kernels
 
 # Both functions sum the squares of the same float32 gradients, in different orders. The largest tensor has
 # 4 * WIDTH**2 = 83,000 elements. torch's CPU kernel adds them in 8 lanes or more: n = 10,000 successive additions, each
@@ -90,7 +90,7 @@ class Layer(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT over bytes whose output layer shares the embedding's weight (weight tying)."""
+    """A GPT over bytes. Its output layer shares the embedding's weight (weight tying)."""
 
     def __init__(self) -> None:
         """Make the layers, with GPT-2's initial weights."""

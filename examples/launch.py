@@ -50,7 +50,7 @@ def main(
     """Train on four processes and in this one, and print losses and norms side by side.
 
     Args:
-        description: The example's docstring, whose first line is the help text.
+        description: The example's docstring. Its first line is the help text.
         train: Trains for a number of steps. Every process calls it, in a gloo process group.
         alone: Does the same in one process, in fp64.
         arguments: The command line's arguments.

@@ -1,4 +1,4 @@
-"""A recurrent network whose gradients explode, and the same network with clipping, which keeps learning.
+"""A recurrent network with exploding gradients, and the same network with clipping, which keeps learning.
 
     python examples/recurrent.py
 

@@ -1,4 +1,4 @@
-"""A regression whose loss becomes NaN under Adam. Every way of clipping prevents that, but does not replace scaling.
+"""A regression that becomes NaN under Adam. Every way of clipping prevents that, but does not replace scaling.
 
     python examples/regression.py
 
