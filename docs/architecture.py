@@ -6,7 +6,6 @@ python docs/architecture.py    writes it anew; tests/test_architecture.py fails 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -22,14 +21,15 @@ TITLES = {"": "fastclip", "kernels": "kernels/"}
 
 def modules() -> dict[str, Path]:
     """The file of each module, by its dotted name."""
-    files = {f"fastclip.{path.relative_to(ROOT / 'fastclip').with_suffix('').as_posix()}": path for path in _sources()}
-    files |= {f"fastclip.kernels.{path.stem}": path for path in (ROOT / "kernels").glob("*.py")}
-    names = {name.replace("/", ".").removesuffix(".__init__"): path for name, path in files.items()}
-    return dict(sorted(names.items()))
+    folders = ((ROOT, "fastclip/**/*.py"), (ROOT / "kernels", "*.py"))
+    files = [(path.relative_to(folder), path) for folder, pattern in folders for path in sorted(folder.glob(pattern))]
+    return {_name(place): path for place, path in files if "kernels" not in place.parts}  # which may be linked there
 
 
-def _sources() -> Iterator[Path]:
-    return (path for path in (ROOT / "fastclip").rglob("*.py") if "kernels" not in path.parts)
+def _name(place: Path) -> str:
+    """The dotted name of a module at a place in the repository, or in `kernels/`."""
+    parts = place.with_suffix("").parts
+    return ".".join(parts if parts[0] == "fastclip" else ("fastclip", "kernels", *parts)).removesuffix(".__init__")
 
 
 def layer_of(module: str) -> str:
