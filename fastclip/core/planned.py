@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property, reduce
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +68,7 @@ class Planned(Prepared):
     """Gradients of this process, in one plan for each backend and device.
 
     Attributes:
+        device, dtype: See `Prepared`.
         dispatch: Which plan each gradient is in.
         plans: The plans, ordered by their first gradients; none if no gradient has elements.
     """
@@ -75,17 +76,11 @@ class Planned(Prepared):
     __slots__ = ("_temporaries", "dispatch", "plans")
 
     def __init__(self, dispatch: Dispatch, plans: list[Plan], temporaries: Sequence[Tensor] = ()) -> None:
+        self.device = dispatch.device
+        self.dtype = dispatch.dtype
         self.dispatch = dispatch
         self.plans = plans
         self._temporaries = temporaries  # tensors that the plans know by address only, and that nobody else keeps alive
-
-    @property
-    def device(self) -> torch.device:
-        return self.dispatch.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.dispatch.dtype
 
     @property
     def devices(self) -> set[torch.device]:
@@ -135,7 +130,9 @@ class Planned(Prepared):
         else:
             pairs = zip(self.plans, self.dispatch.members, strict=True)
             moved = [plan.moved([addresses[i] for i in members]) for plan, members in pairs]
-        return None if None in moved else Planned(self.dispatch, cast("list[Plan]", moved))
+        if None in moved:
+            return None
+        return Planned(self.dispatch, moved)  # type: ignore[arg-type]  # `cast` would be a call
 
     def captured(self) -> Planned:
         """The same for a CUDA graph, which replays from memory that nothing else uses."""

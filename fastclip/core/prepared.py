@@ -13,19 +13,17 @@ from fastclip.foundation.devices import Scalar
 
 
 class Prepared(ABC):
-    """Gradients ready to be clipped together. It holds addresses, so methods that write get the gradients again."""
+    """Gradients ready to be clipped together. It holds addresses, so methods that write get the gradients again.
 
-    __slots__ = ()
+    Attributes:
+        device: The first gradient's device, on which norms are returned.
+        dtype: The dtype of torch's norm: the gradients' own, real, promoted if they differ.
+    """
 
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """The first gradient's device, on which norms are returned."""
+    __slots__ = ("device", "dtype")
 
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """The dtype of torch's norm: the gradients' own, real, promoted if they differ."""
+    device: torch.device
+    dtype: torch.dtype
 
     @property
     @abstractmethod

@@ -73,6 +73,10 @@ class Sharded(Prepared):
         grads: The gradients.
         prepare: Makes the shards of this process ready: `fastclip.core.prepare.prepare`, which is above this module.
         in_place: Whether they will be written.
+
+    Attributes:
+        device: The first gradient's; the first parameter's if this process has no gradient.
+        dtype: See `Prepared`.
     """
 
     def __init__(self, grads: Gradients, prepare: _Prepare, *, in_place: bool) -> None:
@@ -80,19 +84,11 @@ class Sharded(Prepared):
         self._plan = cast("Callable[..., Planned]", prepare)  # which is what it returns for a process's own tensors
         self._parts = local_parts(grads)
         self._layout = layout_of(grads)
-        self._device = next(chain(grads.tensors, filter(is_tensor, grads.owners.tensors))).device
+        self.dtype = self._layout.dtype
+        self.device = next(chain(grads.tensors, filter(is_tensor, grads.owners.tensors))).device
         # Before the first collective: a process that raises here alone would leave the others waiting, and what is
         # refused here is most likely refused by all.
         self._all = self._plan(self._parts, in_place=in_place) if grads.tensors else None
-
-    @property
-    def device(self) -> torch.device:
-        """The first gradient's device; the first parameter's if this process has no gradient."""
-        return self._device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._layout.dtype
 
     @property
     def devices(self) -> set[torch.device]:
