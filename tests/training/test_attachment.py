@@ -168,6 +168,19 @@ def test_kept_gradients_come_back_at_once_where_a_trigger_raises() -> None:
         oracle.assert_same_bits(grad, values)
 
 
+def test_kept_gradients_do_not_come_back_over_what_the_step_has_put_there() -> None:
+    class Freeing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            self.zero_grad()
+
+    training = Training(lambda parameters: Freeing(parameters, lr=0.5))
+    fastclip.attach(training.optimizer, global_clipnorm=0.02, keep_grads=True)
+    training.backward(0)
+    training.optimizer.step()
+    assert all(parameter.grad is None for parameter in training.model.parameters())
+
+
 def test_kept_gradients_of_a_step_that_raised_do_not_come_back_over_new_ones() -> None:
     training = Training()
     fastclip.attach(training.optimizer, global_clipnorm=0.02, keep_grads=True)
