@@ -25,14 +25,14 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from fastclip.kernels import table
-from fastclip.kernels.apply import apply_kernel
-from fastclip.kernels.clamp import clamp_kernel
-from fastclip.kernels.reduce import reduce_kernel, tensor_norms_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastclip.backends.triton import PROGRAMS_PER_SM
+from fastclip.kernels import table
+from fastclip.kernels.apply import apply_kernel
+from fastclip.kernels.clamp import clamp_kernel
+from fastclip.kernels.reduce import reduce_kernel, tensor_norms_kernel
 
 WARPS: int = table.LAUNCH_OPTIONS["num_warps"]
 VECTOR_BYTES = 16

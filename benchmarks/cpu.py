@@ -309,7 +309,7 @@ def _draw(lines: Sequence[Line], path: Path) -> None:
     places = range(len(lines), 0, -1)
     colours = ["#c8553d" if line.clips else "#1b3a5c" for line in lines]
     axes.barh(places, [line.ratio for line in lines], color=colours, height=0.6)
-    axes.plot([line.bar or np.nan for line in lines], places, "|", color="black", markersize=14, label="asked for")
+    axes.plot([line.bar or np.nan for line in lines], places, "|", color="black", markersize=14, label="target ratio")
     axes.axvline(1, color="gray", linestyle=":", label="torch")
     axes.set_yticks(places, [f"{line.workload}, {line.what}" for line in lines])
     axes.set(title=_versions(), xlabel="torch's time / fastclip's time", xlim=(0, None))

@@ -21,7 +21,7 @@ TITLES = {"": "fastclip", "kernels": "kernels/"}
 
 def modules() -> dict[str, Path]:
     """The file of each module, by its dotted name."""
-    folders = ((ROOT, "fastclip/**/*.py"), (ROOT / "kernels", "*.py"))
+    folders = ((ROOT, "fastclip/**/*.py"), (ROOT / "kernels", "*.py"), (ROOT / "kernels", "*.pyi"))
     files = [(path.relative_to(folder), path) for folder, pattern in folders for path in sorted(folder.glob(pattern))]
     return {_name(place): path for place, path in files if "kernels" not in place.parts}  # which may be linked there
 
@@ -84,17 +84,19 @@ def draw() -> str:
 
 def _from_the_top(edges: dict[str, set[str]]) -> list[str]:
     """The modules in an order in which each comes ahead of all that it imports."""
-    finished: dict[str, None] = {}
+    order: list[str] = []
+    begun: set[str] = set()
 
     def visit(module: str) -> None:
-        for target in sorted(edges[module], reverse=True):
-            if target not in finished:
+        if module not in begun:
+            begun.add(module)
+            for target in sorted(edges[module], reverse=True):
                 visit(target)
-        finished[module] = None
+            order.append(module)
 
     for module in sorted(edges, reverse=True):
         visit(module)
-    return list(finished)[::-1]
+    return order[::-1]
 
 
 def _row(text: str) -> str:

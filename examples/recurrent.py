@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from demo import VOCABULARY, read_text
 from matplotlib.figure import Figure
@@ -30,8 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fastclip
-from fastclip.monitoring.history import Array, History
-from fastclip.monitoring.interface import Report
+from fastclip import History, Report
 
 LENGTH = 200  # bytes that the gradient is propagated through
 WIDTH = 96
@@ -82,10 +82,10 @@ class Run:
         """Return the mean of the last ten losses, since a single batch is noisy."""
         return float(self.history.loss[-10:].mean())
 
-    def finite_norms(self) -> Array:
+    def finite_norms(self) -> npt.NDArray[np.float64]:
         """Return the finite norms, before clipping."""
         norm = self.history.norm
-        finite: Array = norm[np.isfinite(norm)]
+        finite: npt.NDArray[np.float64] = norm[np.isfinite(norm)]
         return finite
 
 

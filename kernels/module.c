@@ -22,7 +22,7 @@ static Parallel parallel;
 static void drop_thread_pool(void) { parallel = NULL; }
 #endif
 
-enum { RELEASE_GIL_ABOVE = 1 << 14 }; /* elements: more take longer than to release and re-acquire the GIL */
+enum { RELEASE_GIL_ABOVE = 1 << 14 }; /* elements: a call on more takes longer than to release and re-acquire the GIL */
 
 /* The arguments that all kernels share: a table, and the addresses of its gradients. */
 typedef struct {

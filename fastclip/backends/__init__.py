@@ -111,9 +111,9 @@ def choose(device: torch.device) -> Choice:
     Raises:
         RuntimeError: The forced backend does not exist or cannot serve the device.
     """
-    forced = os.environ.get(ENVIRONMENT_VARIABLE)
-    if forced:
-        return Choice(_forced(forced, device), f"forced by {ENVIRONMENT_VARIABLE}")
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    if name:
+        return Choice(_forced(name, device), f"forced by {ENVIRONMENT_VARIABLE}")
     obstacles: list[str] = []
     for backend in BACKENDS.values():
         if device.type in backend.devices:

@@ -3,9 +3,11 @@
 A backend is a module with two functions:
 
 - ``obstacle(device: torch.device) -> str | None``: why it cannot serve a device; None if it can.
-- ``plan(tensors: list[Tensor]) -> Plan``: a plan for tensors of one device that do not overlap in memory.
+- ``plan(tensors: list[Tensor]) -> Plan``: a plan for plain tensors of one device that do not overlap in memory. (All
+  others go to torch's own backend.)
 
-It may have a string ``HERE``, which says in a few words how it works on this machine.
+It may have a string ``HERE``, which says in a few words how it works on this machine. `fastclip.backends.Backend`
+declares the rest: the devices that it is for, and what its plans allow.
 """
 
 from __future__ import annotations

@@ -137,9 +137,8 @@ class NativePlan(Plan):
         inverse = 1.0
         if unscaling is not None:
             inverse = unscaling.inv_scale.item()
-            if not math.isfinite(
-                total
-            ):  # exactly if a gradient is not finite: the norm of finite ones does not overflow
+            # Exactly if a gradient is not finite: the norm of finite ones does not overflow.
+            if not math.isfinite(total):
                 unscaling.found_inf.fill_(1.0)
         total *= inverse
         return Reduction(on(_CPU, total).to(dtype), total, clip_coefficient(total, max_norm) * inverse)

@@ -112,13 +112,10 @@ class TritonPlan(Plan):
         tables = self.tables
         shared = isinstance(minimum, float) and isinstance(maximum, float)
         limits = (minimum, maximum) if shared else (-math.inf, math.inf)
-        bounds = (
-            None
-            if shared
-            else for_graphs(
-                _bounds(self.device, *(tuple(one_each(bound, len(self.rows))) for bound in (minimum, maximum)))
-            )
-        )
+        bounds = None
+        if not shared:
+            each = (tuple(one_each(bound, len(self.rows))) for bound in (minimum, maximum))
+            bounds = for_graphs(_bounds(self.device, *each))
         changed = tables.changed if watch else None
         arguments = (*_addresses(tables.chunks, self.rows, bounds, changed), *tables.ends, *limits)
         self._launch("clamp_kernel", (shared, watch), len(tables.chunks), arguments)
@@ -241,9 +238,8 @@ class Tables:
     def changed(self) -> Tensor:
         """One flag for each program: whether it clamped an element."""
         programs = _programs(self.chunks.device, "clamp_kernel")
-        return torch.zeros(
-            programs, dtype=torch.int32, device=self.chunks.device
-        )  # 0 for programs that are not launched
+        # Those of programs that are not launched stay 0.
+        return torch.zeros(programs, dtype=torch.int32, device=self.chunks.device)
 
 
 class _TableCache(threading.local):

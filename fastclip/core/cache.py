@@ -27,7 +27,7 @@ _Key: TypeAlias = tuple[object, ...]
 _CAPACITY = 16_384
 """Gradients in the cache of a thread, at about 1 KB each: a few large models that are trained in turns."""
 _LEAST = 8
-"""The size of an entry at least, in gradients: so 2048 parameters may be clipped each by itself."""
+"""An entry counts as this many gradients at least, so that 2048 entries fit: parameters that are clipped one by one."""
 
 
 class Entry:
@@ -94,5 +94,5 @@ class Cache(threading.local):
 
 
 def _may_use(dispatch: Dispatch) -> bool:
-    """Whether the plans may be used now: on the streams that they were made for, or, copied, in a capture."""
+    """Whether the plans may be used now: on their own streams, or on any stream in a capture, which gets copies."""
     return is_capturing(dispatch.device) or dispatch.is_for_the_current_streams()

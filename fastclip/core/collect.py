@@ -93,15 +93,7 @@ def as_gradients(tensors: Parameters) -> Gradients:
     Raises:
         TypeError: `tensors` is not iterable, or has an item that is not a tensor.
     """
-    return owners_as_gradients(list_owners(tensors, "tensors"))
-
-
-def owners_as_gradients(owners: Owners) -> Gradients:
-    """Take listed tensors themselves for gradients.
-
-    Raises:
-        TypeError: An item is not a tensor.
-    """
+    owners = list_owners(tensors, "tensors")
     if not all(isinstance(owner, Tensor) for owner in owners.tensors):
         raise not_a_tensor(owners.tensors, "tensors", attribute="data_ptr")
     kinds = set(map(type, owners.tensors))

@@ -40,6 +40,10 @@ class Gradients(NamedTuple):
         shape = getattr(self.owners.tensors[position], "shape", self.tensors[index].shape)
         return f"{self.argument}[{position}]{name} of shape {tuple(shape)}"
 
+    def refreshed(self) -> Gradients:
+        """The same tensors at their present addresses: their memory may have been replaced."""
+        return self if self.addresses is None else self._replace(addresses=addresses_of(self.tensors))
+
 
 def addresses_of(tensors: list[Tensor]) -> list[int] | None:
     """Where tensors of `PLAIN_TYPES` lie; None if one has no address."""

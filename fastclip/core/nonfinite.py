@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastclip.core.dtensors import local_parts
 from fastclip.core.gradients import Gradients
-from fastclip.core.sharding.sharded import local_parts
 from fastclip.foundation.devices import Scalar, is_capturing
 from fastclip.foundation.memory import pieces
 

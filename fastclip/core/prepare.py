@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from fastclip.backends import forced
 from fastclip.core.cache import Cache, Entry, TensorGuards
+from fastclip.core.first_time import plan
 from fastclip.core.gradients import Gradients
 from fastclip.core.planned import Planned
-from fastclip.core.planning import plan
 from fastclip.core.prepared import Prepared
 from fastclip.core.sharding.sharded import Sharded
 from fastclip.foundation.devices import is_capturing
@@ -58,7 +58,7 @@ _captures: list[Planned] = []
 
 
 def _captured(prepared: Planned | None) -> Planned:
-    """Give a CUDA graph workspaces of its own, given what was prepared before the capture on any stream."""
+    """Copy what was prepared before the capture, with workspaces that only the CUDA graph uses."""
     if prepared is None:
         raise RuntimeError(
             "a CUDA graph is being captured, and nothing was prepared for these gradients before: make the same call "

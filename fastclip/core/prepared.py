@@ -36,7 +36,11 @@ class Prepared(ABC):
 
     @abstractmethod
     def norms(self) -> Tensor:
-        """Read every gradient once: the 2-norm of each, fp64 if the device has it, on `device`."""
+        """Read every gradient once: the 2-norm of each, [gradients], fp64 if the device has it, on `device`.
+
+        If DTensors are among them, it is that of each parameter's gradient, [owners], and 0 for one that no process
+        has: this process may lack gradients that others have.
+        """
 
     @abstractmethod
     def scale_(self, grads: Gradients, coefficient: Scalar) -> None:

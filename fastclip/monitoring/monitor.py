@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from fastclip.core.checks import check_whole
-from fastclip.core.collect import as_gradients, owners_as_gradients
-from fastclip.core.owners import Owners, Parameters
+from fastclip.core.collect import as_gradients
+from fastclip.core.gradients import Gradients
+from fastclip.core.owners import Parameters
 from fastclip.core.prepare import prepare
 from fastclip.foundation.arguments import check_count, check_real
 from fastclip.foundation.tracing import untraced
@@ -71,9 +72,9 @@ class Monitor:
         warmup: Steps before the first z-score. A `Jump` cannot fire before.
         window: Over how many steps the clip rate is taken.
         history: How many steps are kept.
-        every: How many steps lie between two syncs if a trigger warns, raises or calls a function.
-        max_skipped: After this many skipped steps in a row the next sync raises an error, at the latest
-            ``2 * max_skipped - 1`` steps after the first of them.
+        every: Sync after every so many steps, if a trigger warns, raises or calls a function.
+        max_skipped: After this many skipped steps in a row the next sync raises an error: at the latest in the
+            ``2 * max_skipped - 1``-th of them.
 
     Raises:
         TypeError: `parameters` holds something other than tensors, a trigger is not a `Trigger`, or a setting is not a
@@ -97,7 +98,8 @@ class Monitor:
         max_skipped: int = 10,
     ) -> None:
         _check_options(decay, warmup=warmup, window=window, history=history, every=every, max_skipped=max_skipped)
-        self.owners = _checked_owners(parameters)
+        self._parameters = _checked_parameters(parameters)
+        self.owners = self._parameters.owners
         default: By = "layer" if self.owners.names else "parameter"
         self.groups = group(self.owners, default if by is None else by)
         self.names = self.owners.names or [f"parameters[{i}]" for i in range(len(self.owners.tensors))]
@@ -167,7 +169,7 @@ class Monitor:
         if loss is not None:
             self.record_loss(loss)
         with torch.no_grad():
-            weights = prepare(owners_as_gradients(self.owners), in_place=False).norms() if self.weights else None
+            weights = prepare(self._parameters.refreshed(), in_place=False).norms() if self.weights else None
             step = measured(self.steps + 1, result, norms, self._loss, weights)
             if self.skips:
                 step = self._judge.judge(step)
@@ -308,12 +310,13 @@ def _check_options(decay: float, **counts: int) -> None:
         raise ValueError(f"`decay` must be from 0 to below 1, not {decay}")
 
 
-def _checked_owners(parameters: Parameters) -> Owners:
+def _checked_parameters(parameters: Parameters) -> Gradients:
+    """Return the parameters in the place of gradients, so that their norms can be taken."""
     checked = as_gradients(parameters)
     check_whole(checked)
     if not checked.owners.tensors:
         raise ValueError("there are no parameters to monitor: an iterator that was used before is empty")
-    return checked.owners
+    return checked
 
 
 def _check_have_norms(parameters: Sequence[Tensor], names: Sequence[str]) -> None:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fastclip.backends.interface import Bounds
 from fastclip.core.checks import check_bounds, check_whole
+from fastclip.core.dtensors import present
 from fastclip.core.gradients import Gradients
 from fastclip.core.prepare import prepare
 from fastclip.core.prepared import Prepared
-from fastclip.core.sharding.sharded import present
 from fastclip.foundation.arithmetic import norm_of_norms, stable_norm
 from fastclip.foundation.devices import index_of, wide_dtype
 from fastclip.rules.formulas import AnyRule, ClipByValue

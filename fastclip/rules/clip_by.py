@@ -32,7 +32,8 @@ def clip_grads_(parameters: Parameters, rule: AnyRule | Callable[[Tensor], Tenso
     Args:
         parameters: A tensor, a module, an iterable of tensors or of (name, tensor) pairs, or parameter groups as in
             ``optimizer.param_groups``; ``.grad`` is clipped.
-        rule: One of `fastclip.rules`, or a function from the vector of the parameters' norms to coefficients.
+        rule: A rule such as `fastclip.ClipByNorm` (see `fastclip.rules.formulas`), or a function from the vector of the
+            parameters' norms to coefficients.
 
     Returns:
         The norms before clipping and the coefficients, all on the gradients' device.

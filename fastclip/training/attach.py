@@ -34,7 +34,8 @@ def attach(
 ) -> Attachment:
     r"""Clip the gradients of an optimizer at each of its steps, by a rule that is given once.
 
-    The rule is one of `fastclip.rules`, or a function from norms to coefficients. Instead of `rule` you can give one of
+    The rule is an object such as `fastclip.ClipByNorm` (see `fastclip.rules.formulas`), or a function from norms to
+    coefficients. Instead of `rule` you can give one of
     the arguments of Keras' optimizers:
 
     =====================  ===================================================================================

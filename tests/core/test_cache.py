@@ -19,7 +19,7 @@ from torch import Tensor
 import fastclip
 from fastclip import backends
 from fastclip.backends import triton
-from fastclip.core import cache, nonfinite, planning, prepare
+from fastclip.core import cache, first_time, nonfinite, prepare
 from fastclip.core.prepared import Prepared
 from fastclip.foundation import devices
 
@@ -108,7 +108,7 @@ def test_gradients_that_moved_next_to_one_another_or_into_one_another(
     """A cached plan is used for adjacent gradients. Those that overlap are scaled one after another, as torch does."""
     monkeypatch.setattr(prepare, "_cache", cache.Cache())
     anew = []
-    prepare_anew = planning.plan
+    prepare_anew = first_time.plan
 
     def noted(*arguments: Any, **keywords: Any) -> Prepared:
         anew.append(arguments)

@@ -16,7 +16,7 @@ from legs import Leg
 from torch import Tensor
 
 import fastclip
-from fastclip.core import cache, planned, planning
+from fastclip.core import cache, first_time, planned
 from fastclip.core import prepare as prepare_module
 from fastclip.core.collect import as_gradients
 from fastclip.core.gradients import Gradients
@@ -252,13 +252,13 @@ class Launches:
 @pytest.fixture
 def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every other gradient counts as on a second device; the cache is empty before, and dropped afterwards."""
-    group = planning._dispatched
+    group = first_time._dispatched
 
     def halves(values: Sequence[Tensor]) -> dict[Any, list[int]]:
         [((backend, device), members)] = group(values).items()
         return {(backend, device): members[::2], (backend, torch.device("meta")): members[1::2]}
 
-    monkeypatch.setattr(planning, "_dispatched", halves)
+    monkeypatch.setattr(first_time, "_dispatched", halves)
     monkeypatch.setattr(prepare_module, "_cache", cache.Cache())
 
 
@@ -298,7 +298,7 @@ def test_two_streams_share_no_memory_that_is_written(
     current = 0
     for module in (planned, importlib.import_module("fastclip.backends.triton")):
         monkeypatch.setattr(module, "stream_of", lambda _: current)
-    prepare_anew = planning.plan
+    prepare_anew = first_time.plan
 
     def on_a_stream(*arguments: Any, **keywords: Any) -> Planned:
         made = prepare_anew(*arguments, **keywords)

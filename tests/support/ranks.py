@@ -25,7 +25,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import fastclip
 from fastclip.core.collect import collect
-from fastclip.core.sharding.sharded import local_parts
+from fastclip.core.dtensors import local_parts
 
 Item = tuple[tuple[int, ...], tuple[str, ...]]
 """A gradient: its shape, and its placements on the mesh; without placements it is a plain tensor."""

@@ -168,6 +168,34 @@ def test_kept_gradients_come_back_at_once_where_a_trigger_raises() -> None:
         oracle.assert_same_bits(grad, values)
 
 
+def test_a_rule_that_is_assigned_later_has_its_own_groups() -> None:
+    training = Training()
+    clipper = fastclip.attach(training.optimizer, global_clipnorm=0.02)
+    training.backward(0)
+    training.optimizer.step()
+    clipper.rule = fastclip.ClipByNorm(0.02)
+    training.optimizer.zero_grad()
+    training.backward(1)
+    norms = [grad_of(parameter).norm().item() for parameter in training.model.parameters()]
+    training.optimizer.step()
+    assert clipper.result is not None
+    assert clipper.result.group_norms.tolist() == pytest.approx(norms, rel=1e-6)
+
+
+def test_a_state_dict_brings_the_names_that_its_rule_needs() -> None:
+    saved, loaded = (nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)) for _ in range(2))
+    named = torch.optim.SGD(saved.named_parameters(), lr=0.5)
+    fastclip.attach(named, fastclip.ClipByNorm(0.1, by="layer"))
+    optimizer = torch.optim.SGD(loaded.parameters(), lr=0.5)
+    clipper = fastclip.attach(optimizer, global_clipnorm=0.1)
+    with pytest.warns(UserWarning, match="takes the place of"):
+        optimizer.load_state_dict(named.state_dict())
+    loaded(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert clipper.result is not None
+    assert clipper.result.groups.labels == ("0", "1")
+
+
 def test_kept_gradients_do_not_come_back_over_what_the_step_has_put_there() -> None:
     class Freeing(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:

@@ -101,7 +101,7 @@ _CAPACITY = 256  # layouts: a few models, or each of many parameters by itself
 
 
 def layout_of(grads: Gradients) -> Layout:
-    """The layout of gradients, from a cache if it can be: that takes 30 ns a gradient whose spec is the same object.
+    """The layout of gradients; cached. A hit takes 30 ns a gradient if its spec is the same object as before.
 
     Raises:
         RuntimeError: As `_layout`.

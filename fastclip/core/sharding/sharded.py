@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import chain
-from operator import attrgetter
 from typing import Protocol, cast
 
 import torch
@@ -19,8 +18,8 @@ from torch import Tensor
 
 from fastclip.backends.coefficient import clip_coefficient, reduction
 from fastclip.backends.interface import Bounds, Reduction
-from fastclip.core.dtensors import dtensor_type, is_dtensor
-from fastclip.core.gradients import PLAIN_TYPES, Gradients, addresses_of
+from fastclip.core.dtensors import dtensor_type, local_parts, of_this_process
+from fastclip.core.gradients import Gradients
 from fastclip.core.planned import Planned
 from fastclip.core.prepared import Prepared
 from fastclip.core.sharding.collectives import all_reduce, all_reduced, code_of, groups_of
@@ -28,36 +27,6 @@ from fastclip.core.sharding.layout import is_tensor, layout_of
 from fastclip.foundation.arithmetic import combine
 from fastclip.foundation.devices import Scalar, index_of, on, wide_dtype
 from fastclip.foundation.tracing import is_traced
-
-_local = attrgetter("_local_tensor")
-
-
-def local_parts(grads: Gradients) -> Gradients:
-    """The gradients, with this process's shard in the place of each DTensor."""
-    if not grads.has_dtensors:
-        return grads
-    if set(map(type, grads.tensors)) == {dtensor_type()}:
-        parts = list(map(_local, grads.tensors))
-    else:
-        parts = [_local(grad) if is_dtensor(grad) else grad for grad in grads.tensors]
-    if set(map(type, parts)) != {Tensor}:  # the result of a collective that is under way has a method to wait for it
-        parts = [part.wait() if hasattr(part, "wait") else part for part in parts]
-    return _of_this_process(grads, parts, grads.positions)
-
-
-def _of_this_process(grads: Gradients, tensors: list[Tensor], positions: Sequence[int]) -> Gradients:
-    """Gradients of which each process has its own, even if their owners are DTensors."""
-    addresses = addresses_of(tensors) if set(map(type, tensors)).issubset(PLAIN_TYPES) else None
-    return Gradients(tensors, grads.owners, positions, grads.argument, addresses, has_dtensors=False)
-
-
-def present(grads: Gradients) -> Sequence[int]:
-    """The indices of the parameters that have a gradient, or may have one in another process."""
-    if not grads.has_dtensors:
-        return grads.positions
-    here = set(grads.positions)
-    owners = enumerate(grads.owners.tensors)
-    return [i for i, owner in owners if i in here or (is_dtensor(owner) and owner.requires_grad)]
 
 
 class _Prepare(Protocol):
@@ -181,7 +150,7 @@ class Sharded(Prepared):
         if not chosen:
             return None
         tensors, positions = [grads.tensors[i] for i in chosen], [grads.positions[i] for i in chosen]
-        return self._plan(_of_this_process(grads, tensors, positions), in_place=False)
+        return self._plan(of_this_process(grads, tensors, positions), in_place=False)
 
     @cached_property
     def _summed(self) -> Gradients:
@@ -195,7 +164,7 @@ class Sharded(Prepared):
             sums = sums.div_(addends.divisor).to(mine[0].device)
             for i, whole in zip(addends.members, torch.split(sums, [tensor.numel() for tensor in mine]), strict=True):
                 tensors[i] = whole
-        return _of_this_process(self._parts, tensors, self._parts.positions)
+        return of_this_process(self._parts, tensors, self._parts.positions)
 
 
 def _norm(counted: Planned | None, p: float, neutral: float) -> Scalar:
