@@ -168,6 +168,18 @@ def test_norms_of_a_model(leg: Leg, rng: np.random.Generator) -> None:
     assert history.steps.tolist() == [1, 2, 3]
 
 
+def test_weights_that_lie_elsewhere_by_the_next_step() -> None:
+    """Their memory is replaced by that of a checkpoint, say; the old one stays, with other values."""
+    weights = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(3))]
+    monitor = fastclip.Monitor(weights, weights=True)
+    monitor.update(fastclip.measure_grads(weights))
+    old = weights[0].data
+    weights[0].data = torch.full((4,), 3.0)
+    monitor.update(fastclip.measure_grads(weights))
+    assert old.tolist() == [1.0] * 4
+    assert monitor.read().weights == pytest.approx(np.array([[2.0, 3**0.5], [6.0, 3**0.5]]))
+
+
 def test_a_gradient_that_is_missing_is_neither_zero_nor_non_finite() -> None:
     monitor = fastclip.Monitor(named(1, 1, 1))
     monitor.update(result_of([3.0, 0.0, 4.0], present=[0, 2]))
