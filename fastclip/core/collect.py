@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastclip.core.checks import PROCESS_GROUPS, check_not_used_up, check_whole
 from fastclip.core.dtensors import dtensor_type
-from fastclip.core.gradients import PLAIN_TYPES, Gradients, addresses_of
+from fastclip.core.gradients import PLAIN_TYPES, Gradients, of_one_process
 from fastclip.core.owners import (
     Owners,
     Parameters,
@@ -108,5 +108,4 @@ def _gradients(
         classes = kinds if len(tensors) == len(owners.tensors) else kinds.union(map(type, owners.tensors))
         if any(issubclass(kind, dtensor) for kind in classes):
             return Gradients(tensors, owners, positions, argument, None, has_dtensors=True)
-    addresses = addresses_of(tensors) if kinds.issubset(PLAIN_TYPES) else None
-    return Gradients(tensors, owners, positions, argument, addresses, has_dtensors=False)
+    return of_one_process(tensors, kinds, owners, positions, argument)

@@ -45,6 +45,14 @@ class Gradients(NamedTuple):
         return self if self.addresses is None else self._replace(addresses=addresses_of(self.tensors))
 
 
+def of_one_process(
+    tensors: list[Tensor], kinds: set[type], owners: Owners, positions: Sequence[int], argument: str
+) -> Gradients:
+    """Gradients none of which is a DTensor, given their classes. Their owners may be DTensors all the same."""
+    addresses = addresses_of(tensors) if kinds.issubset(PLAIN_TYPES) else None
+    return Gradients(tensors, owners, positions, argument, addresses, has_dtensors=False)
+
+
 def addresses_of(tensors: list[Tensor]) -> list[int] | None:
     """Where tensors of `PLAIN_TYPES` lie; None if one has no address."""
     try:

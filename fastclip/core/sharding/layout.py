@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fastclip.core.dtensors import is_dtensor
+from fastclip.core.dtensors import dtensor_type
 from fastclip.core.gradients import Gradients
 from fastclip.core.planned import promoted
 from fastclip.core.sharding.collectives import Share
@@ -128,7 +128,8 @@ def _kinds(tensors: Sequence[Tensor]) -> tuple[_Kind, ...]:
     try:
         return tuple(map(_spec, tensors))
     except AttributeError:  # not all are DTensors
-        return tuple(_spec(tensor) if is_dtensor(tensor) else tensor.dtype for tensor in tensors)
+        dtensor = dtensor_type() or ()
+        return tuple(_spec(tensor) if isinstance(tensor, dtensor) else tensor.dtype for tensor in tensors)
 
 
 def _kinds_of_owners(grads: Gradients) -> tuple[_Kind, ...]:

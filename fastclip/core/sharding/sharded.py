@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fastclip.backends.coefficient import clip_coefficient, reduction
 from fastclip.backends.interface import Bounds, Reduction
-from fastclip.core.dtensors import dtensor_type, local_parts, of_this_process
-from fastclip.core.gradients import Gradients
+from fastclip.core.dtensors import dtensor_type, local_parts
+from fastclip.core.gradients import Gradients, of_one_process
 from fastclip.core.planned import Planned
 from fastclip.core.prepared import Prepared
 from fastclip.core.sharding.collectives import all_reduce, all_reduced, code_of, groups_of
@@ -150,7 +150,7 @@ class Sharded(Prepared):
         if not chosen:
             return None
         tensors, positions = [grads.tensors[i] for i in chosen], [grads.positions[i] for i in chosen]
-        return self._plan(of_this_process(grads, tensors, positions), in_place=False)
+        return self._plan(_with(grads, tensors, positions), in_place=False)
 
     @cached_property
     def _summed(self) -> Gradients:
@@ -164,7 +164,11 @@ class Sharded(Prepared):
             sums = sums.div_(addends.divisor).to(mine[0].device)
             for i, whole in zip(addends.members, torch.split(sums, [tensor.numel() for tensor in mine]), strict=True):
                 tensors[i] = whole
-        return of_this_process(self._parts, tensors, self._parts.positions)
+        return _with(self._parts, tensors, self._parts.positions)
+
+
+def _with(grads: Gradients, tensors: list[Tensor], positions: Sequence[int]) -> Gradients:
+    return of_one_process(tensors, set(map(type, tensors)), grads.owners, positions, grads.argument)
 
 
 def _norm(counted: Planned | None, p: float, neutral: float) -> Scalar:
