@@ -6,7 +6,8 @@ import sys
 import warnings
 from types import FrameType
 
-_OURS = frozenset({"fastclip", "torch", "typing_extensions"})  # torch marks deprecated functions by the last
+# torch marks deprecated functions by typing_extensions, and `patched()` is a context manager of contextlib.
+_OURS = frozenset({"fastclip", "torch", "typing_extensions", "contextlib"})
 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:

@@ -40,13 +40,13 @@ class CSVFile(Sink):
             ValueError: The file has other columns.
         """
         columns = list(rows[0])
-        ends_in_line = _ends_in_line(self.path)
+        is_truncated = _is_truncated(self.path)
         with self.path.open("a+", newline="", encoding="utf-8") as file:
             file.seek(0)
             header = next(csv.reader(file), None)
             if header not in (None, columns):
                 raise ValueError(f"{self.path} has other columns than this monitor's rows: write to another file")
-            if ends_in_line:
+            if is_truncated:
                 file.write("\n")
             writer = csv.DictWriter(file, columns)
             if header is None:
@@ -70,7 +70,7 @@ class JSONLines(Sink):
     def write(self, rows: Sequence[Row]) -> None:
         """Append a line for each row."""
         lines = [json.dumps({key: _as_json(value) for key, value in row.items()}, allow_nan=False) for row in rows]
-        separator = "\n" if _ends_in_line(self.path) else ""
+        separator = "\n" if _is_truncated(self.path) else ""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(separator + "".join(f"{line}\n" for line in lines))
 
@@ -123,7 +123,7 @@ def as_sink(sink: object) -> Sink:
     raise TypeError(f"a sink must be CSVFile, JSONLines, TensorBoard or a function that takes a dict, not {sink!r}")
 
 
-def _ends_in_line(path: Path) -> bool:
+def _is_truncated(path: Path) -> bool:
     """Whether a file's last line has no newline, because the run that wrote it was killed."""
     if not path.exists() or not path.stat().st_size:
         return False

@@ -20,7 +20,6 @@ import functools
 import inspect
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from fastclip.core import clipping
 from fastclip.foundation import originals
 from fastclip.foundation.arguments import check_norm_dtype
 from fastclip.foundation.tracing import untraced
+from fastclip.foundation.warn import warn_caller
 
 _Function = Callable[..., Any]
 
@@ -234,7 +234,7 @@ def _warn_of_left(left: list[str]) -> None:
             f"fastclip.unpatch() did not put back {', '.join(left)}: something else was put there after "
             "fastclip.patch(), and was left in place. Undo that, then call fastclip.unpatch() again."
         )
-        _warn(message)
+        warn_caller(message)
 
 
 def _warn_of_early_binding() -> None:
@@ -245,7 +245,7 @@ def _warn_of_early_binding() -> None:
             "torch's own function already, and will go on to call it. Call fastclip.patch() before that import, or "
             "start the script by `python -m fastclip run`."
         )
-        _warn(message)
+        warn_caller(message)
 
 
 def _early_bindings() -> Iterator[tuple[str, list[str]]]:
@@ -263,15 +263,3 @@ def _early_bindings() -> Iterator[tuple[str, list[str]]]:
         attributes = dict(vars(module))
         if not about_to_go.isdisjoint(map(id, attributes.values())):  # faster than the comprehension below
             yield name, [attribute for attribute, value in attributes.items() if id(value) in about_to_go]
-
-
-def _warn(message: str) -> None:
-    """Warn at the first line outside this module and contextlib: that line belongs to the program."""
-    level = 1
-    frame = sys._getframe()
-    own = {frame.f_code.co_filename, contextlib.__file__}
-    caller = frame.f_back
-    while caller is not None and caller.f_code.co_filename in own:
-        caller = caller.f_back
-        level += 1
-    warnings.warn(message, stacklevel=level + 1)
