@@ -122,7 +122,7 @@ def value_limits(grads: Gradients, rule: ClipByValue, groups: Groups) -> tuple[B
         RuntimeError: A gradient cannot be clamped, or a bound is beyond its dtype.
         ValueError: The bounds do not fit the groups.
     """
-    limits = rule.for_groups(groups.labels).limits([groups.of[position] for position in grads.positions])
+    limits = rule.for_groups(groups.labels).limits(groups.of, grads.positions)
     check_bounds(grads, *limits)
     return limits
 

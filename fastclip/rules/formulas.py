@@ -54,7 +54,7 @@ class _RuleWithBounds:
             ValueError: A group has no bound, or a bound belongs to no group.
         """
         ordered = {name: in_order(name, getattr(self, name), labels) for name in self.bounds}
-        return replace(self, **ordered) if any(not isinstance(b, float) for b in ordered.values()) else self
+        return replace(self, **ordered) if any(isinstance(getattr(self, b), Mapping) for b in self.bounds) else self
 
     def settings(self, labels: Sequence[Hashable]) -> dict[str, Any]:
         """Return the fields as plain data for a checkpoint. `by` is left out if it is a function."""
@@ -210,14 +210,15 @@ class ClipByValue(_RuleWithBounds):
             raise ValueError(f"`{name}` must be a number, not NaN")
         return number
 
-    def limits(self, group_of: Sequence[int]) -> tuple[Bounds, Bounds]:
+    def limits(self, group_of: Sequence[int], positions: Sequence[int]) -> tuple[Bounds, Bounds]:
         """Return minimum and maximum: each one number for all gradients, or one for each.
 
         Args:
-            group_of: The position of each gradient's group.
+            group_of: The position of each parameter's group.
+            positions: The position of each gradient's parameter.
         """
         low, high = (
-            bound if isinstance(bound, float) else [bound[group] for group in group_of]
+            bound if isinstance(bound, float) else [bound[group_of[position]] for position in positions]
             for bound in (self.clip_value_min, self.clip_value_max)
         )
         return low, high
