@@ -58,11 +58,17 @@ class Plan(Protocol):
     def moved(self, addresses: list[int]) -> Plan | None:
         """Return a plan for gradients that differ from this plan's by their addresses only.
 
-        Return None if a gradient at these addresses has no memory, overlaps another one, or is not aligned.
+        Return None if a gradient at these addresses has no memory, overlaps another one, or is not aligned. Only plans
+        of backends that are `by_address` are asked.
         """
+        raise NotImplementedError("a plan that holds tensors is never cached")
 
     def captured(self) -> Plan:
-        """Return a plan for the same gradients with a workspace of its own, so that a CUDA graph may replay it."""
+        """Return a plan for the same gradients with a workspace of its own, so that a CUDA graph may replay it.
+
+        Only plans of backends that are `by_address` are asked.
+        """
+        raise NotImplementedError("a plan that holds tensors is never cached")
 
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype, unscaling: Unscaling | None = None) -> Reduction:
         """Read every gradient once for the p-norm of all. For p = 0 it is the number of tensors that are not all zero.

@@ -84,12 +84,6 @@ class NumpyPlan(Plan):
     def __init__(self, views: list[View]) -> None:
         self.views = views
 
-    def moved(self, addresses: list[int]) -> NumpyPlan:
-        raise NotImplementedError("a plan that views memory is never cached")
-
-    def captured(self) -> NumpyPlan:
-        raise RuntimeError("a CUDA graph cannot clip gradients on the CPU: clip them outside of the graph")
-
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype, unscaling: Unscaling | None = None) -> Reduction:
         norms = self._norms(p)
         # The 0-norm of a gradient counts its nonzero elements. That of all gradients counts those with any.

@@ -34,12 +34,6 @@ class TorchPlan(Plan):
         self.tensors = tensors
         self.device = tensors[0].device
 
-    def moved(self, addresses: list[int]) -> TorchPlan:
-        raise NotImplementedError("a plan that holds tensors is never cached")
-
-    def captured(self) -> TorchPlan:
-        raise NotImplementedError("a plan that holds tensors is never cached")
-
     @torch.no_grad()
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype, unscaling: Unscaling | None = None) -> Reduction:
         norms = [_norm(tensor, p) for tensor in self.tensors]

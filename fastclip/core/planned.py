@@ -70,7 +70,7 @@ class Planned(Prepared):
     Attributes:
         device, dtype: See `Prepared`.
         dispatch: Which plan each gradient is in.
-        plans: The plans, ordered by their first gradients; none if no gradient has elements.
+        plans: The plans, in the order of `dispatch.members`; none if no gradient has elements.
     """
 
     __slots__ = ("_temporaries", "dispatch", "plans")

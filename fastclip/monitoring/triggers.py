@@ -145,8 +145,8 @@ class NonFinite(Trigger):
         if self.watches_weights:
             return ~(step.weights < math.inf).all()
         i = 0 if self.of == "loss" else 1
-        missing = torch.zeros_like(step.values[i], dtype=torch.bool)
-        return ~(step.values[i].abs() < math.inf) if step.known[i] else missing
+        exceeds = ~(step.values[i].abs() < math.inf)
+        return exceeds if step.known[i] else torch.zeros_like(exceeds)
 
     def explain(self, step: Observation) -> tuple[float, float, str]:
         """Return the loss and infinity, or the number of parameters that are not finite and 0; and a message."""

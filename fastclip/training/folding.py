@@ -32,7 +32,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
     """
     kind = type(optimizer)
     has_torch_s_step = any(step_without_hooks(kind) is step_without_hooks(dividing) for dividing in _DIVIDING)
-    if not has_torch_s_step or not all(group.get("fused") for group in optimizer.param_groups):
+    if not has_torch_s_step or _first_not_fused(optimizer.param_groups) is not None:
         raise ValueError(
             "fold=True takes torch's own Adam, AdamW, SGD or Adagrad, made with fused=True: their steps divide the "
             f"gradients by `grad_scale`, and that of this {kind.__name__} does not. Without fold=True, fastclip scales "
