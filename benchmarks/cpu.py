@@ -35,7 +35,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import fastclip
-from benchmarks.workloads import Shape, gpt, resnet50
+from benchmarks.workloads import Shape, gpt, gradients_of, resnet50
 from fastclip.core.collect import collect
 from fastclip.core.prepare import prepare
 
@@ -132,7 +132,7 @@ WORKLOADS = {
 
 def _read(parameters: list[Tensor]) -> Callable[..., object]:
     """Return a function that reads the gradients' bytes by as many threads as torch has, and does little else."""
-    words = [grad.flatten().view(torch.uint8).numpy() for grad in _grads(parameters)]
+    words = [grad.flatten().view(torch.uint8).numpy() for grad in gradients_of(parameters)]
     words = [array[: array.nbytes // 8 * 8].view(np.uint64) for array in words]
     pieces = [array[i : i + READ // 8] for array in words for i in range(0, len(array), READ // 8)]
     ends = np.cumsum([len(piece) for piece in pieces])
@@ -146,10 +146,6 @@ def _read(parameters: list[Tensor]) -> Callable[..., object]:
             np.bitwise_or.reduce(piece)
 
     return lambda *_: list(pool.map(share, shares))
-
-
-def _grads(parameters: list[Tensor]) -> list[Tensor]:
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 CONTENDERS: dict[str, Callable[[Workload, list[Tensor]], Callable[..., object]]] = {
@@ -185,7 +181,7 @@ def test_call(benchmark: Any, workload: str, clips: bool, turn: int, contender: 
     parameters = _parameters(workload)
     if contender == "read" and (clips or sum(p.numel() for p in parameters) < LARGE):
         pytest.skip("a read is compared only with large gradients that are not clipped")
-    bounds = row.bounds(_grads(parameters), clips)
+    bounds = row.bounds(gradients_of(parameters), clips)
     call = CONTENDERS[contender](row, parameters)
 
     def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import fastclip
+from benchmarks.workloads import gradients_of
 
 WORKLOADS = {
     "150 x 1000": [1000] * 150,
@@ -54,7 +55,7 @@ class Candidate:
     @property
     def grads(self) -> list[Tensor]:
         """The parameters' gradients."""
-        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        return gradients_of(self.parameters)
 
     def refill(self, values: Sequence[Tensor]) -> None:
         """Set the values of the gradients in place."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fastclip
+from benchmarks.workloads import gradients_of
 
 UNTIMED = 20  # steps at the start
 LEAST = 30  # timed steps of each contender, however long they take
@@ -164,7 +165,7 @@ class Training:
 
     def norm_now(self) -> float:
         """Return the norm of the gradients after the last step."""
-        grads = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        grads = gradients_of(self.module.parameters())
         return fastclip.get_total_norm(grads, norm_dtype=torch.float64).item()
 
 

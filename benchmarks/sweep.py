@@ -32,7 +32,8 @@ from torch import Tensor
 
 from benchmarks.clock import Clock
 from benchmarks.workloads import exact_norm, gradients_of, models, parameters_of, published, refill
-from fastclip.backends.triton import PROGRAMS_PER_SM, SEGMENTS, prime_below
+from fastclip.backends.interface import ELEMENT_TYPES
+from fastclip.backends.triton import PROGRAMS_PER_SM, prime_below
 from fastclip.foundation.devices import stream_of
 
 KERNELS = Path(str(importlib.import_module("fastclip.kernels").__file__)).parent
@@ -89,7 +90,7 @@ class Launches:
         modules = configuration.modules()
         table, device = modules["table"], grads[0].device
         layout = table.lay_out(
-            np.array([grad.numel() for grad in grads]), np.array([SEGMENTS[grad.dtype] for grad in grads])
+            np.array([grad.numel() for grad in grads]), np.array([ELEMENT_TYPES[grad.dtype] for grad in grads])
         )
         self.chunks = torch.from_numpy(layout.chunks).to(device)
         self.rows = torch.tensor([[grad.data_ptr(), grad.numel()] for grad in grads], device=device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -107,7 +107,7 @@ def refill(grads: Sequence[Tensor]) -> None:
         grad.normal_(generator=generator)
 
 
-def gradients_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Return the parameters' gradients."""
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from fastclip.foundation.devices import Scalar
 
+ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+"""The dtypes that kernels take, and the index of each in their tables; see `kernels/table.py` and `kernels/cpu.h`."""
+
 Bounds: TypeAlias = float | Sequence[float]
 """A bound of values: one for all gradients, or one for each gradient."""
 
@@ -55,20 +58,20 @@ class Plan(Protocol):
 
     device: torch.device
 
-    def moved(self, addresses: list[int]) -> Plan | None:
+    def moved(self, addresses: list[int]) -> Plan | None:  # noqa: ARG002 - plans that hold addresses use it
         """Return a plan for gradients that differ from this plan's by their addresses only.
 
-        Return None if a gradient at these addresses has no memory, overlaps another one, or is not aligned. Only plans
-        of backends that are `by_address` are asked.
+        Return None if a gradient at these addresses has no memory, overlaps another one, or is not aligned; or if the
+        plan holds tensors.
         """
-        raise NotImplementedError("a plan that holds tensors is never cached")
+        return None
 
     def captured(self) -> Plan:
         """Return a plan for the same gradients with a workspace of its own, so that a CUDA graph may replay it.
 
-        Only plans of backends that are `by_address` are asked.
+        Only plans of backends that are `by_address` are cached, and so captured.
         """
-        raise NotImplementedError("a plan that holds tensors is never cached")
+        raise RuntimeError("a plan that holds tensors is never cached, and so cannot be captured")
 
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype, unscaling: Unscaling | None = None) -> Reduction:
         """Read every gradient once for the p-norm of all. For p = 0 it is the number of tensors that are not all zero.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastclip.backends.coefficient import clip_coefficient
-from fastclip.backends.interface import Bounds, Plan, Reduction, Unscaling, one_each
+from fastclip.backends.interface import ELEMENT_TYPES, Bounds, Plan, Reduction, Unscaling, one_each
 from fastclip.foundation.devices import Scalar, on
 from fastclip.foundation.memory import address_of
 
@@ -25,9 +25,6 @@ try:
 except ImportError as error:
     native: Any = None  # type: ignore[no-redef]
     _missing = "they were not built" if find_spec("fastclip.kernels.native") is None else str(error)
-
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-"""The position of each dtype among the element types of `kernels/cpu.h`."""
 
 CHUNK = 16_384  # elements, as in `kernels/cpu.h`
 TASK = 1 << 18  # bytes that a thread takes at a time
@@ -71,7 +68,7 @@ if native is not None:
 def plan(tensors: list[Tensor]) -> NativePlan:
     """Prepare plain CPU tensors that do not overlap."""
     counts = np.fromiter(map(Tensor.numel, tensors), np.int64, len(tensors))
-    table = lay_out(counts, np.array([TYPES[tensor.dtype] for tensor in tensors], np.int64))
+    table = lay_out(counts, np.array([ELEMENT_TYPES[tensor.dtype] for tensor in tensors], np.int64))
     return NativePlan(table, bool(counts.sum() > ALONE), list(map(Tensor.data_ptr, tensors)))
 
 
@@ -82,7 +79,7 @@ def lay_out(counts: np.ndarray[Any, Any], types: np.ndarray[Any, Any]) -> bytes:
 
     Args:
         counts: The number of elements of each gradient, [gradients].
-        types: The index of each gradient's dtype in `TYPES`, [gradients].
+        types: The index of each gradient's dtype in `ELEMENT_TYPES`, [gradients].
     """
     chunks = -(-counts // CHUNK)
     row = np.repeat(np.arange(len(counts)), chunks)
@@ -125,11 +122,11 @@ class NativePlan(Plan):
         return torch.get_num_threads() if self.is_long else 1
 
     def clip_(self, p: float, max_norm: float, dtype: torch.dtype) -> Tensor:
-        if dtype not in TYPES:
+        if dtype not in ELEMENT_TYPES:
             return self.clip_(p, max_norm, torch.float64).to(dtype)
         norm, address = _empty(dtype)
         threads = torch.get_num_threads() if self.is_long else 1
-        native.clip(self.table, self.addresses, p, max_norm, address, TYPES[dtype], threads)
+        native.clip(self.table, self.addresses, p, max_norm, address, ELEMENT_TYPES[dtype], threads)
         return norm
 
     def reduce(self, p: float, max_norm: float, dtype: torch.dtype, unscaling: Unscaling | None = None) -> Reduction:

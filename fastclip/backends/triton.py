@@ -20,12 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import Bounds, Plan, Reduction, Unscaling, one_each
+from fastclip.backends.interface import ELEMENT_TYPES, Bounds, Plan, Reduction, Unscaling, one_each
 from fastclip.foundation.devices import Scalar, for_graphs, on, stream_of, upload
 from fastclip.foundation.memory import overlapping
-
-SEGMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-"""The index of each dtype in `fastclip.kernels.table.ELEMENT_SIZES` and `TYPES`."""
 
 PROGRAMS_PER_SM = {"reduce_kernel": 4, "tensor_norms_kernel": 4, "apply_kernel": 5, "clamp_kernel": 4}
 """The number of programs that an SM has registers for, in every variant of the kernel."""
@@ -87,7 +84,7 @@ class TritonPlan(Plan):
         partials = tables.counts if p == 0 else tables.partials
         memory = _addresses(tables.chunks, self.rows, partials, tables.ticket, tables.state, norm)
         scaling = _addresses(*(unscaling or (None, None)))
-        arguments = (*memory, *tables.ends, p, max_norm, kind, tables.types[SEGMENTS[dtype]], *scaling)
+        arguments = (*memory, *tables.ends, p, max_norm, kind, tables.types[ELEMENT_TYPES[dtype]], *scaling)
         self._launch("reduce_kernel", (kind, dtype, unscaling is None), len(tables.chunks), arguments)
         return Reduction(norm, tables.total, tables.coefficient)
 
@@ -172,7 +169,7 @@ class Tables:
 
         from fastclip.kernels import table
 
-        segments = np.array([SEGMENTS[dtype] for dtype in dtypes])
+        segments = np.array([ELEMENT_TYPES[dtype] for dtype in dtypes])
         layout = table.lay_out(np.array(numels), segments)
         self.chunks = upload(layout.chunks, device)
         self.ends = layout.ends

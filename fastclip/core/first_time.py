@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from fastclip.backends import GENERAL, Backend, for_device
+from fastclip.backends.interface import ELEMENT_TYPES
 from fastclip.core.checks import check_dtypes, check_writable
 from fastclip.core.gradients import PLAIN_TYPES, Gradients
 from fastclip.core.planned import Dispatch, Planned
 from fastclip.foundation.memory import overlapping
 from fastclip.foundation.tracing import is_traced
-
-_PLAIN_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
 def plan(grads: Gradients, *, in_place: bool) -> Planned:
@@ -82,7 +81,7 @@ def _is_plain(grad: Tensor) -> bool:
     return (
         type(grad) in PLAIN_TYPES
         and grad.layout is torch.strided
-        and grad.dtype in _PLAIN_DTYPES
+        and grad.dtype in ELEMENT_TYPES
         and grad.device.type != "meta"
         and not grad.is_neg()
         and (grad.is_contiguous() or _is_dense(grad))

@@ -13,13 +13,13 @@ from functools import cached_property
 from typing import Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fastclip.core.owners import Owners
 from fastclip.foundation.arithmetic import norm_of_norms
 from fastclip.foundation.devices import for_graphs, index_of, upload
+from fastclip.foundation.memory import Int64s
 from fastclip.foundation.tracing import cached_tensors
 
 By: TypeAlias = Literal["global", "parameter", "layer", "group"] | Callable[[str], Hashable] | Sequence[Hashable]
@@ -27,7 +27,6 @@ By: TypeAlias = Literal["global", "parameter", "layer", "group"] | Callable[[str
 that differ only after the last dot), one of the optimizer's parameter groups ("group"); or a function from a
 parameter's name to its group's label; or the labels themselves, one for each parameter."""
 
-_Positions: TypeAlias = npt.NDArray[np.int64]
 _WIDTH = 64  # the largest number of norms that one row of `_levels` combines
 
 
@@ -145,7 +144,7 @@ def _levels(of: tuple[int, ...], count: int, device: torch.device) -> tuple[Tens
             return tuple(levels)
 
 
-def _level(groups: _Positions, count: int) -> tuple[_Positions, _Positions]:
+def _level(groups: Int64s, count: int) -> tuple[Int64s, Int64s]:
     """Put the members of each group into rows of at most `_WIDTH`, given the group of each member.
 
     A long group takes several rows, and the next level combines their norms. A short row is padded with the position

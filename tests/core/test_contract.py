@@ -16,7 +16,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from gradients import grad_of, parameters
+from gradients import GradHolder, grad_of, parameters
 from legs import Leg
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad as torchs
@@ -248,13 +248,6 @@ def test_some_that_are_frozen_and_some_without_gradients_are_nothing_to_warn_of(
     CALLING[call]([nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2), requires_grad=False)])
     frozen = one([3.0, 4.0], leg).requires_grad_(False)  # its gradient is assigned by hand
     CALLING[call]([frozen])
-
-
-class GradHolder:
-    """An object that has a gradient, but is no tensor: torch requires nothing else."""
-
-    def __init__(self, grad: Tensor | None) -> None:
-        self.grad = grad
 
 
 @pytest.mark.parametrize("call", CALLING)

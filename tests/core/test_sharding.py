@@ -25,7 +25,7 @@ import fastclip
 INF = math.inf
 ORDERS = (2.0, INF, -INF, 1.0, 0.0, 3.0, 0.5, -1.0)
 
-# Even, uneven, and empty shards; on some rank all shards are empty.
+# Even, uneven, and empty shards.
 ROWS: list[Item] = [((8, 4), ("S0",)), ((5, 3), ("S0",)), ((3, 7), ("S1",)), ((2,), ("S0",)), ((4, 3), ("R",))]
 GRID: list[Item] = [
     ((8, 6), ("S0", "S1")),

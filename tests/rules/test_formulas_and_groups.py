@@ -13,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from gradients import parameters
+from gradients import grads_of, parameters
 from torch import Tensor, nn
 
 import fastclip
@@ -29,10 +29,6 @@ NORM_RULES = (ClipByNorm, ClipByGlobalNorm, ClipGradNorm, ClipAtThreshold)
 @pytest.fixture(autouse=True)
 def _numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTCLIP_BACKEND", "numpy")
-
-
-def grads_of(made: Sequence[Tensor]) -> list[Tensor]:
-    return [parameter.grad for parameter in made if parameter.grad is not None]
 
 
 def threes(count: int) -> list[nn.Parameter]:

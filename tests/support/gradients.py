@@ -6,7 +6,7 @@ So a read outside a gradient makes the norm NaN, and tests can detect a write ou
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -47,6 +47,18 @@ def grad_of(parameter: Tensor) -> Tensor:
     """The gradient, which is not None."""
     assert parameter.grad is not None
     return parameter.grad
+
+
+def grads_of(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The gradients that are not None."""
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+class GradHolder:
+    """An object that has a gradient, but is no tensor: torch requires nothing else."""
+
+    def __init__(self, grad: Tensor | None) -> None:
+        self.grad = grad
 
 
 def parameters(gradients: Sequence[Tensor]) -> list[nn.Parameter]:

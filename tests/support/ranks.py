@@ -16,6 +16,7 @@ import oracle
 import pytest
 import torch
 import torch.distributed as dist
+from gradients import GradHolder, grads_of
 from processes import join
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -90,11 +91,6 @@ def made(
 ) -> list[nn.Parameter]:
     """A parameter for each item."""
     return [parameter_of(values(shape, i, dtype, scale), mesh, short) for i, (shape, short) in enumerate(items)]
-
-
-def grads_of(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients that are not None."""
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -283,13 +279,6 @@ def measured(value: float, rank: int) -> tuple[float, bool]:
     norm = fastclip.clip_grad_norm_(parameters, math.inf)
     fastclip.clip_grads_with_norm_(parameters, math.inf, norm)
     return whole(norm).item(), (local_bits(parameters), [grad._version for grad in grads_of(parameters)]) != before
-
-
-class GradHolder:
-    """An object that has a gradient, but is no tensor."""
-
-    def __init__(self, grad: Tensor | None) -> None:
-        self.grad = grad
 
 
 def of_holders(p: float) -> bool:

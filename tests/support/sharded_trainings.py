@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import paths
 import torch
 import torch.distributed as dist
-from ranks import grads_of
+from gradients import grads_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -261,8 +261,7 @@ def _fsdp1(strategy: ShardingStrategy, *, originals: bool) -> tuple[nn.Module, f
         x, target = _data(torch.float32)  # the same on each process: the average of the gradients is the gradient
         (net(x) - target).square().mean().backward()
         nets.append(net)
-    whole = [parameter.grad for parameter in nets[1].parameters() if parameter.grad is not None]
-    return nets[0], torch.nn.utils.get_total_norm(whole).item()
+    return nets[0], torch.nn.utils.get_total_norm(grads_of(nets[1].parameters())).item()
 
 
 def _step_attached(net: nn.Module) -> None:
@@ -294,9 +293,9 @@ def refused(strategy: str, originals: bool) -> dict[str, str]:
     net, _ = _fsdp1(ShardingStrategy[strategy], originals=originals)
     # Plans that these calls cache for gradients like these must not avoid the error.
     fastclip.clip_grad_value_(net, 1e9)
-    fastclip.get_total_norm(grads_of(list(net.parameters())))
+    fastclip.get_total_norm(grads_of(net.parameters()))
     alike = [parameter.detach().clone() for parameter in net.parameters() if parameter.grad is not None]
-    for parameter, grad in zip(alike, grads_of(list(net.parameters())), strict=True):
+    for parameter, grad in zip(alike, grads_of(net.parameters()), strict=True):
         parameter.grad = grad.clone()
     fastclip.clip_grad_norm_(alike, 1e9)
     fastclip.clip_by_norm_(alike, 1e9)

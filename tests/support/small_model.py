@@ -9,6 +9,7 @@ import oracle
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.5),
@@ -59,3 +60,15 @@ class Training:
         """Check that the weights are the same as the other's, to the bit."""
         for own, theirs in zip(self.model.parameters(), other.model.parameters(), strict=True):
             oracle.assert_same_bits(own.detach(), theirs.detach())
+
+
+class Syncs(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so
+    """Counts the numbers that are copied to the host: on a GPU each is a sync."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))

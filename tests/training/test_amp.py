@@ -12,12 +12,11 @@ import pytest
 import torch
 from gradients import embedded, parameters, random_values, twin
 from legs import CPU, Leg
-from small_model import OPTIMIZERS, Training
+from small_model import OPTIMIZERS, Syncs, Training
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastclip
 
@@ -138,20 +137,10 @@ def test_a_scale_that_is_no_power_of_two(leg: Leg, rng: np.random.Generator) -> 
     oracle.assert_close(scaled[0], before / 1000 * (0.5 / (exact + oracle.EPS)), 1e-6, leg)
 
 
-class Syncs(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so
-    """Counts the numbers that are copied to the host: on a GPU each is a sync."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.legs("torch", "interpreter", "ptx", "gpu")
 def test_nothing_waits(leg: Leg) -> None:
     optimizer, scaler = optimizer_of([torch.ones(5, device=leg.device)]), scaler_for(leg)
-    with Syncs() as syncs:  # type: ignore[no-untyped-call]  # torch leaves it so
+    with Syncs() as syncs:
         fastclip.unscale_and_clip_grad_norm_(scaler, optimizer, 0.5)
     assert syncs.count == 0
 

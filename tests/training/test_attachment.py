@@ -18,10 +18,9 @@ import pytest
 import torch
 from gradients import grad_of
 from legs import Leg
-from small_model import OPTIMIZERS, Training
+from small_model import OPTIMIZERS, Syncs, Training
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastclip
 from fastclip.core.owners import Owners, list_owners
@@ -295,18 +294,6 @@ def test_read_afterwards() -> None:
     assert clipper.result is not None
     assert clipper.result.coefficients is not None
     assert clipper.result.coefficients.tolist() == [1.0]
-
-
-class Syncs(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so
-    """Counts the numbers that are copied to the host: on a GPU each is a sync."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.legs("torch", "interpreter", "ptx", "gpu")
