@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -100,13 +99,13 @@ class History:
         """The number of parameters that are not finite themselves, [S]; 0 if the monitor does not take their norms."""
         return _count(~np.isfinite(self.weights))
 
-    @cached_property
+    @property
     def group_norms(self) -> Array:
         """The 2-norm of each group's gradients, [S, G]; NaN also if a group has no gradient."""
         norms = _combined(np.where(self.present, self.norms, 0.0), self.groups)
         return np.where(self.group_present, norms, math.nan)
 
-    @cached_property
+    @property
     def group_present(self) -> Array:
         """Which groups had a gradient, [S, G]."""
         order, starts = _runs(self.groups)
