@@ -37,10 +37,10 @@ gpu: $(READY)
 KERNEL_FLAGS := -std=gnu11 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror
 sanitize: tests/backends/drive.c $(wildcard kernels/*.c kernels/*.h)
 	@mkdir -p out
-	$(CC) $(KERNEL_FLAGS) -O3 kernels/cpu.c $< -o out/drive -lm -lpthread && out/drive 60
-	$(CC) $(KERNEL_FLAGS) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all kernels/cpu.c $< \
+	$(CC) $(KERNEL_FLAGS) -O3 kernels/cpu.c kernels/adapt.c $< -o out/drive -lm -lpthread && out/drive 60
+	$(CC) $(KERNEL_FLAGS) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all kernels/cpu.c kernels/adapt.c $< \
 	  -o out/drive-memory -lm -lpthread && out/drive-memory 40
-	$(CC) $(KERNEL_FLAGS) -O1 -g -fsanitize=thread kernels/cpu.c $< -o out/drive-threads -lm -lpthread && out/drive-threads 20
+	$(CC) $(KERNEL_FLAGS) -O1 -g -fsanitize=thread kernels/cpu.c kernels/adapt.c $< -o out/drive-threads -lm -lpthread && out/drive-threads 20
 
 .venv/installed: pyproject.toml constraints.txt setup.py $(wildcard kernels/*.c kernels/*.h)
 	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fastclip needs Python 3.10 or newer: name one with PYTHON=")'
@@ -76,5 +76,5 @@ own-environment:
 	  || { echo 'Linked (fastclip/kernels), rather than installed: pip cannot do that there' && ln -sfn ../kernels fastclip/kernels; }
 	@"$(PY)" -c '$(HAS_NATIVE)' \
 	  || $(CC) $(subst -Werror,,$(KERNEL_FLAGS)) -O3 -shared -fPIC -DPy_LIMITED_API=0x030A0000 -I"$(INCLUDE)" \
-	    kernels/module.c kernels/cpu.c -o kernels/native.abi3.so \
+	    kernels/module.c kernels/cpu.c kernels/adapt.c -o kernels/native.abi3.so \
 	  || echo 'The kernels for the CPU cannot be compiled here: NumPy serves it' >&2

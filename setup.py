@@ -15,8 +15,8 @@ setup(
     ext_modules=[
         Extension(
             "fastclip.kernels.native",
-            sources=["kernels/module.c", "kernels/cpu.c"],
-            depends=[f"kernels/{name}.h" for name in ("cpu", "level", "elements", "reduce", "apply", "clamp")],
+            sources=["kernels/module.c", "kernels/cpu.c", "kernels/adapt.c"],
+            depends=[f"kernels/{name}.h" for name in ("cpu", "level", "elements", "reduce", "apply", "clamp", "adapt")],
             # No fused multiply-adds: the result has the same bits whatever the processor. No paths of the machine that
             # builds it, which -g brings: the same sources make the same file.
             extra_compile_args=["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],

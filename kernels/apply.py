@@ -36,7 +36,18 @@ def _scale(pointers, mask, factor, power, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _factors(coefficient, TYPE: tl.constexpr):
+def scale_chunk(address, numel, chunk, factor, power, LIMIT: tl.constexpr, TYPE: tl.constexpr):
+    """Scale one chunk of a tensor: at most LIMIT vectors of its body and, for chunk 0, its edge."""
+    body, vectors = body_of(address, numel, chunk, LIMIT, TYPE)
+    for tile in range(tl.cdiv(vectors, TILE_VECTORS)):
+        pointers, mask = tile_of(body, vectors, tile, TYPE)
+        _scale(pointers, mask, factor, power, TYPE)
+    pointers, mask = edge_of(address, numel, chunk, TYPE)
+    _scale(pointers, mask, factor, power, TYPE)
+
+
+@triton.jit
+def factors_of(coefficient, TYPE: tl.constexpr):
     """Split a coefficient into two factors of the type of the product, neither of them subnormal.
 
     A norm far above 2**126 gives a coefficient that is subnormal in fp32.
@@ -52,7 +63,7 @@ def _apply_groups(chunks, rows, coefficients, stride, begin, end, TYPE: tl.const
     lane = tl.arange(0, TILE_VECTORS)[:, None]
     for group in range(first_group(begin), groups_of(begin, end), tl.num_programs(0)):
         pointers, mask, tensor = group_of(chunks, rows, begin, end, group, lane, TYPE)
-        factor, power = _factors(tl.load(coefficients + tensor * stride), TYPE)
+        factor, power = factors_of(tl.load(coefficients + tensor * stride), TYPE)
         _scale(pointers, mask & (factor * power != 1), factor, power, TYPE)
 
 
@@ -60,14 +71,9 @@ def _apply_groups(chunks, rows, coefficients, stride, begin, end, TYPE: tl.const
 def _apply_chunks(chunks, rows, coefficients, stride, begin, end, TYPE: tl.constexpr):
     for reverse in range(first_chunk(begin), end, tl.num_programs(0)):
         address, numel, tensor, chunk = locate(chunks, rows, begin + end - 1 - reverse)
-        factor, power = _factors(tl.load(coefficients + tensor * stride), TYPE)
+        factor, power = factors_of(tl.load(coefficients + tensor * stride), TYPE)
         if factor * power != 1:
-            body, vectors = body_of(address, numel, chunk, CHUNK_VECTORS, TYPE)
-            for tile in range(tl.cdiv(vectors, TILE_VECTORS)):
-                pointers, mask = tile_of(body, vectors, tile, TYPE)
-                _scale(pointers, mask, factor, power, TYPE)
-            pointers, mask = edge_of(address, numel, chunk, TYPE)
-            _scale(pointers, mask, factor, power, TYPE)
+            scale_chunk(address, numel, chunk, factor, power, CHUNK_VECTORS, TYPE)
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "coefficients", "stride"])

@@ -178,13 +178,23 @@ struct Work {
     /* reduce */
     Order order;
     Partial *partial; /* [chunks] */
-    /* apply and clamp */
+    /* apply, clamp and clip_units */
     const double *coefficient, *low, *high;
     int64_t stride;
     int was_outside;
+    /* clip_units */
+    char *const *weight;
+    double eps;
 };
 
 static const int64_t itemsize[TYPES] = {4, 2, 2, 8}; /* bytes an element */
+
+/* The elements of a chunk: up to the next one of the same gradient, or to the gradient's end. */
+static int64_t length_of(const Table *table, int64_t index) {
+    Chunk chunk = table->chunk[index];
+    int is_last = index + 1 == table->chunks || table->chunk[index + 1].row != chunk.row;
+    return (is_last ? table->row[chunk.row].count : table->chunk[index + 1].start) - chunk.start;
+}
 
 static void run_tasks(void *argument) {
     Work *work = argument;
@@ -197,9 +207,8 @@ static void run_tasks(void *argument) {
         for (int64_t i = 0; i < end - begin; i++) {
             int64_t index = work->backwards ? end - 1 - i : begin + i;
             Chunk chunk = table->chunk[index];
-            Row row = table->row[chunk.row];
-            char *x = work->address[chunk.row] + chunk.start * itemsize[row.type];
-            work->kernel(work, index, x, at_most(CHUNK, row.count - chunk.start));
+            char *x = work->address[chunk.row] + chunk.start * itemsize[table->row[chunk.row].type];
+            work->kernel(work, index, x, length_of(table, index));
         }
     }
 }
@@ -279,6 +288,27 @@ int clamp(const Level *level, const Table *table, char *const *address, const do
           int64_t stride, Team team) {
     Work work = {.level = level, .table = table, .address = address, .kernel = clamp_chunk, .low = low, .high = high,
                  .stride = stride};
+    run_in_pool(&work, team);
+    return work.was_outside;
+}
+
+static void clip_unit(Work *work, int64_t chunk, void *x, int64_t count) {
+    const Order squares = {SQUARES, 2};
+    Chunk own = work->table->chunk[chunk];
+    int64_t type = work->table->row[own.row].type;
+    double norm = norm_of(work->level->fold[type](x, count, 0, squares), squares);
+    const char *w = work->weight[own.row] + own.start * itemsize[type];
+    double weight = norm_of(work->level->fold[type](w, count, 0, squares), squares);
+    double limit = work->coefficient[own.row * work->stride] * (weight < work->eps ? work->eps : weight);
+    if (!(norm > limit)) return; /* true for a NaN, too */
+    work->level->scale[type](x, count, limit / (norm > 1e-6 ? norm : 1e-6));
+    __atomic_store_n(&work->was_outside, 1, __ATOMIC_RELAXED);
+}
+
+int clip_units(const Level *level, const Table *table, char *const *address, char *const *weight, const double *ratio,
+               int64_t stride, double eps, Team team) {
+    Work work = {.level = level, .table = table, .address = address, .kernel = clip_unit, .weight = weight,
+                 .coefficient = ratio, .stride = stride, .eps = eps};
     run_in_pool(&work, team);
     return work.was_outside;
 }

@@ -26,7 +26,8 @@ enum {
 
 typedef struct { int64_t count, type; } Row; /* one gradient: the number of its elements, and their type */
 
-typedef struct { int64_t row, start; } Chunk; /* up to CHUNK elements of one gradient, from `start` on */
+/* Elements of one gradient, from `start` on: up to CHUNK of them, or, for `clip_units`, a unit of any length. */
+typedef struct { int64_t row, start; } Chunk;
 
 typedef struct {
     int64_t rows, chunks, tasks;
@@ -80,6 +81,11 @@ void apply(const Level *level, const Table *table, char *const *address, const d
  * outside the bounds. Returns whether there was any. */
 int clamp(const Level *level, const Table *table, char *const *address, const double *low, const double *high,
           int64_t stride, Team team);
+
+/* Each chunk of the table is a unit: with x its norm and w the norm of the same elements of the weights, it is scaled by
+ * T / max(x, 1e-6) if x > T = ratio[i * stride] * max(w, eps), where i is its gradient. Returns whether any was. */
+int clip_units(const Level *level, const Table *table, char *const *address, char *const *weight, const double *ratio,
+               int64_t stride, double eps, Team team);
 
 /* Whether every gradient has memory, it is aligned to the element size, and no two overlap. Returns -1 if there is no
  * memory for the check. Each gradient has at least one element. */

@@ -1,4 +1,4 @@
-/* fastclip.kernels.native: Python bindings of the kernels in cpu.h. The method table at the end documents them.
+/* fastclip.kernels.native: Python bindings of the kernels in cpu.h and adapt.h. The method table at the end documents them.
  *
  * The module trusts its only caller, fastclip/backends/native.py: a table is the bytes that `lay_out` there returns,
  * and an address is valid. It is built against the stable ABI, and links only libc and libm. The thread pool is
@@ -12,6 +12,7 @@
 #include <pthread.h>
 #endif
 
+#include "adapt.h"
 #include "cpu.h"
 
 static const Level *level;
@@ -128,6 +129,37 @@ static PyObject *native_clamp(PyObject *self, PyObject *const *arguments, Py_ssi
     return PyBool_FromLong(was_outside);
 }
 
+static PyObject *native_clip_units(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
+    (void)self;
+    if (count != 7) return PyErr_Format(PyExc_TypeError, "clip_units takes 7 arguments, not %zd", count);
+    char *const *weights = PyLong_AsVoidPtr(arguments[2]);
+    const double *ratios = PyLong_AsVoidPtr(arguments[3]);
+    int64_t stride = PyLong_AsLongLong(arguments[4]);
+    double eps = PyFloat_AsDouble(arguments[5]);
+    if (PyErr_Occurred()) return NULL;
+    Call call;
+    if (begin(&call, arguments[0], arguments[1], arguments[6])) return NULL;
+    int was_above = clip_units(level, &call.table, call.address, weights, ratios, stride, eps, call.team);
+    end(&call);
+    return PyBool_FromLong(was_above);
+}
+
+static PyObject *native_adapt(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
+    (void)self;
+    if (count != 8) return PyErr_Format(PyExc_TypeError, "adapt takes 8 arguments, not %zd", count);
+    int kind = (int)PyLong_AsLong(arguments[0]);
+    double *state = PyLong_AsVoidPtr(arguments[1]), *results = PyLong_AsVoidPtr(arguments[7]), numbers[8];
+    const double *norms = PyLong_AsVoidPtr(arguments[3]);
+    int64_t width = PyLong_AsLongLong(arguments[2]), groups = PyLong_AsLongLong(arguments[4]);
+    double total = PyFloat_AsDouble(arguments[5]);
+    Py_ssize_t size = PyTuple_Size(arguments[6]);
+    if (size > 8) return PyErr_Format(PyExc_ValueError, "a rule has 8 numbers at most, not %zd", size);
+    for (Py_ssize_t i = 0; i < size; i++) numbers[i] = PyFloat_AsDouble(PyTuple_GetItem(arguments[6], i));
+    if (PyErr_Occurred()) return NULL;
+    adapt(kind, state, width, norms, groups, total, numbers, results);
+    Py_RETURN_NONE;
+}
+
 static PyObject *native_are_apart(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
     (void)self;
     if (count != 2) return PyErr_Format(PyExc_TypeError, "are_apart takes 2 arguments, not %zd", count);
@@ -233,6 +265,13 @@ static PyMethodDef methods[] = {
      "clamp(table, addresses, low, high, threads)\n--\n\n"
      "Clamp all gradients to two floats, or each to its own bounds, fp64 at two addresses. Return whether any\n"
      "element was outside."},
+    {"clip_units", FAST(native_clip_units), METH_FASTCALL,
+     "clip_units(table, addresses, weights, ratios, stride, eps, threads)\n--\n\n"
+     "Clip each chunk by the norm of the weights there. `weights` is the address of their addresses, and `ratios` that\n"
+     "of a number for each gradient. Return whether any was clipped."},
+    {"adapt", FAST(native_adapt), METH_FASTCALL,
+     "adapt(kind, state, width, norms, groups, total, numbers, results)\n--\n\n"
+     "Update the state of an adaptive rule, and store coefficients and thresholds. Memory is given by addresses."},
     {"are_apart", FAST(native_are_apart), METH_FASTCALL,
      "are_apart(table, addresses)\n--\n\n"
      "Return whether every gradient has memory, it is aligned to the element size, and no two overlap."},

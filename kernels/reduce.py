@@ -176,7 +176,7 @@ def _reduce_chunk(edge, edge_mask, body, vectors, scale, neutral, p, KIND: tl.co
 
 
 @triton.jit
-def _norm(address, numel, chunk, p, KIND: tl.constexpr, TYPE: tl.constexpr, LIMIT: tl.constexpr):
+def norm_of_chunk(address, numel, chunk, p, KIND: tl.constexpr, TYPE: tl.constexpr, LIMIT: tl.constexpr):
     """The norm (fp64) of one chunk of a tensor: at most LIMIT vectors of its body and, for chunk 0, its edge."""
     WIDE: tl.constexpr = tl.float64 if TYPE == tl.float64 or KIND == "power" else tl.float32
     BITS: tl.constexpr = tl.int64 if WIDE == tl.float64 else tl.int32
@@ -219,7 +219,7 @@ def _norms_of_group(pointers, mask, p, KIND: tl.constexpr, TYPE: tl.constexpr):
 def _reduce_chunks(chunks, rows, partials, begin, end, p, KIND: tl.constexpr, TYPE: tl.constexpr):
     for index in range(first_chunk(begin), end, tl.num_programs(0)):
         address, numel, _, chunk = locate(chunks, rows, index)
-        norm = _norm(address, numel, chunk, p, KIND, TYPE, CHUNK_VECTORS)
+        norm = norm_of_chunk(address, numel, chunk, p, KIND, TYPE, CHUNK_VECTORS)
         if KIND == "zero":
             tl.atomic_add(partials + (index - chunk), norm, sem="relaxed")
         else:
@@ -302,7 +302,7 @@ def reduce_kernel(
     _reduce_groups(chunks, rows, partials, fp64_end, fp64_small_end, p, KIND, tl.float64)
     # acq_rel: a program's stores happen before its ticket, and every ticket before the last program's loads.
     if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        total = _norm(partials.to(tl.int64), fp64_small_end, begin, p, KIND, tl.float64, MAX_VECTORS)
+        total = norm_of_chunk(partials.to(tl.int64), fp64_small_end, begin, p, KIND, tl.float64, MAX_VECTORS)
         _store_results(total, state, norm, inv_scale, found_inf, max_norm, NORM)
         tl.store(ticket, 0)  # for the next launch
         if KIND == "zero":
@@ -317,4 +317,4 @@ def tensor_norms_kernel(partials, slices, norms, tensors: tl.int64):
         first = tl.load(slices + 2 * tensor)
         count = tl.load(slices + 2 * tensor + 1)
         address = partials.to(tl.int64) + 8 * first
-        tl.store(norms + tensor, _norm(address, count, 0, 2.0, "two", tl.float64, MAX_VECTORS))
+        tl.store(norms + tensor, norm_of_chunk(address, count, 0, 2.0, "two", tl.float64, MAX_VECTORS))

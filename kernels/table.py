@@ -71,14 +71,25 @@ def lay_out(numels: Int64s, segments: Int64s) -> Layout:
     counts = -(-numels * np.asarray(ELEMENT_SIZES)[segments] // CHUNK_BYTES)
     parts = 2 * segments + (numels <= SMALL_ELEMENTS.value)
     order = np.argsort(parts, kind="stable")
-    ordered = counts[order]
-    firsts = np.cumsum(ordered) - ordered
-    chunks = np.repeat(order << 32, ordered) + np.arange(ordered.sum()) - np.repeat(firsts, ordered)
+    chunks, firsts = _map(order, counts[order])
     slices = np.empty((len(numels), 2), dtype=np.int64)
     slices[order, 0] = firsts
     slices[:, 1] = counts
     ends = np.cumsum([counts[parts == part].sum() for part in range(2 * len(ELEMENT_SIZES))])
     return Layout(chunks, tuple(ends.tolist()), slices)
+
+
+def lay_out_units(counts: Int64s, segments: Int64s) -> tuple[Int64s, tuple[int, ...]]:
+    """Build a map as `Layout.chunks` whose chunks are units, ``counts[i]`` of tensor i. Return it and its four ends."""
+    order = np.argsort(segments, kind="stable")
+    units, _ = _map(order, counts[order])
+    return units, tuple(np.cumsum([counts[segments == i].sum() for i in range(len(ELEMENT_SIZES))]).tolist())
+
+
+def _map(order: Int64s, counts: Int64s) -> tuple[Int64s, Int64s]:
+    """Return the map of tensors in an order, given the number of chunks of each, and the first chunk of each."""
+    firsts = np.cumsum(counts) - counts
+    return np.repeat(order << 32, counts) + np.arange(counts.sum()) - np.repeat(firsts, counts), firsts
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import Plan
+from fastclip.backends.interface import Adaptation, Plan
 from fastclip.foundation.warn import warn_caller
 
 ENVIRONMENT_VARIABLE = "FASTCLIP_BACKEND"
@@ -26,7 +26,7 @@ ENVIRONMENT_VARIABLE = "FASTCLIP_BACKEND"
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to reduce, scale and clamp; see `fastclip.backends.interface`. Its module is imported on first use.
+    """One way to do what `fastclip.backends.interface` asks for. Its module is imported on first use.
 
     Attributes:
         name: Its name in `FASTCLIP_BACKEND`, and that of its module.
@@ -50,6 +50,11 @@ class Backend:
         """Prepare tensors of one device that do not overlap."""
         plan: Plan = self._module.plan(tensors)
         return plan
+
+    def adapt(self, adaptation: Adaptation, state: Tensor, norms: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the coefficients and the thresholds of an adaptive rule, and update its state."""
+        results: tuple[Tensor, Tensor] = self._module.adapt(adaptation, state, norms, total)
+        return results
 
     def here(self) -> str:
         """How it works on this machine, in a few words."""

@@ -1,10 +1,13 @@
 """What a backend must offer.
 
-A backend is a module with two functions:
+A backend is a module with three functions:
 
 - ``obstacle(device: torch.device) -> str | None``: why it cannot serve a device; None if it can.
 - ``plan(tensors: list[Tensor]) -> Plan``: a plan for plain tensors of one device that do not overlap in memory. (All
   others go to torch's own backend.)
+- ``adapt(adaptation: Adaptation, state: Tensor, norms: Tensor, total: Tensor) -> tuple[Tensor, Tensor]``: one step of
+  an adaptive rule. It takes the norms of groups, [groups], and the norm of all gradients, 0-dim, both fp64 on one
+  device; updates the state of earlier steps, [groups, width]; and returns coefficients and thresholds, each [groups].
 
 It may have a string ``HERE``, which says in a few words how it works on this machine. `fastclip.backends.Backend`
 declares the rest: the devices that it is for, and what its plans allow.
@@ -53,8 +56,20 @@ class Unscaling(NamedTuple):
     found_inf: Tensor
 
 
+class Adaptation(NamedTuple):
+    """What an adaptive rule computes.
+
+    Attributes:
+        kind: "quantile", "z_score" or "ema".
+        numbers: Its settings, in the order of the function of that kind in `fastclip.backends.thresholds`.
+    """
+
+    kind: str
+    numbers: tuple[float, ...]
+
+
 class Plan(Protocol):
-    """Gradients of one device, ready to be reduced, scaled and clamped together."""
+    """Gradients of one device, ready to be reduced, scaled, clamped and clipped by unit together."""
 
     device: torch.device
 
@@ -102,6 +117,22 @@ class Plan(Protocol):
 
         With `watch`, return flags on the device: one of them is set if any element was out of bounds. They are valid
         until the next call.
+        """
+
+    def clip_units_(self, weights: Plan, counts: Sequence[int], ratios: Tensor, eps: float) -> Tensor:
+        """Scale each unit whose norm x is above ``T = ratio * max(w, eps)`` by ``T / max(x, 1e-6)``.
+
+        Gradient i consists of ``counts[i]`` units of equal length, which follow each other in memory, unless the plan
+        holds tensors; w is the norm of the same elements of its weight.
+
+        Args:
+            weights: A plan of this backend for the weights, whose numbers of elements and dtypes are the gradients'.
+            counts: The number of units of each gradient: the size of its dimension 0.
+            ratios: The largest ratio of the norms of gradient and weight, [gradients]: fp64 on any device.
+            eps: The least w.
+
+        Returns:
+            Flags on the device: one of them is set if any unit was scaled. They are valid until the next call.
         """
 
 

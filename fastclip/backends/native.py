@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+from collections.abc import Sequence
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,15 +18,18 @@ import torch
 from torch import Tensor
 
 from fastclip.backends.coefficient import clip_coefficient
-from fastclip.backends.interface import ELEMENT_TYPES, Bounds, Plan, Reduction, Unscaling, one_each
+from fastclip.backends.interface import ELEMENT_TYPES, Adaptation, Bounds, Plan, Reduction, Unscaling, one_each
 from fastclip.foundation.devices import Scalar, on
-from fastclip.foundation.memory import address_of
+from fastclip.foundation.memory import Int64s, address_of
 
 try:
     from fastclip.kernels import native
 except ImportError as error:
     native: Any = None  # type: ignore[no-redef]
     _missing = "they were not built" if find_spec("fastclip.kernels.native") is None else str(error)
+
+KINDS = ("quantile", "z_score", "ema")
+"""The kinds of adaptive rules, in the order of `kernels/adapt.h`."""
 
 CHUNK = 16_384  # elements, as in `kernels/cpu.h`
 TASK = 1 << 18  # bytes that a thread takes at a time
@@ -72,7 +77,7 @@ def plan(tensors: list[Tensor]) -> NativePlan:
     return NativePlan(table, bool(counts.sum() > ALONE), list(map(Tensor.data_ptr, tensors)))
 
 
-def lay_out(counts: np.ndarray[Any, Any], types: np.ndarray[Any, Any]) -> bytes:
+def lay_out(counts: Int64s, types: Int64s, lengths: int | Int64s = CHUNK) -> bytes:
     """Lay out a table: the numbers of rows, chunks, tasks and elements, then the rows, the chunks and the tasks.
 
     See `Table` in `kernels/cpu.h`.
@@ -80,12 +85,14 @@ def lay_out(counts: np.ndarray[Any, Any], types: np.ndarray[Any, Any]) -> bytes:
     Args:
         counts: The number of elements of each gradient, [gradients].
         types: The index of each gradient's dtype in `ELEMENT_TYPES`, [gradients].
+        lengths: The number of elements of a chunk, one for all gradients or [gradients].
     """
-    chunks = -(-counts // CHUNK)
+    chunks = -(-counts // lengths)
     row = np.repeat(np.arange(len(counts)), chunks)
-    start = (np.arange(len(row)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * CHUNK
+    length = np.broadcast_to(lengths, counts.shape)[row]
+    start = (np.arange(len(row)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * length
     itemsize = np.array([4, 2, 2, 8])[types[row]]
-    ends = np.cumsum(np.minimum(CHUNK, counts[row] - start) * itemsize)
+    ends = np.cumsum(np.minimum(length, counts[row] - start) * itemsize)
     # A task ends with the chunk that reaches its size.
     firsts = np.flatnonzero(np.diff(ends // TASK, prepend=-1, append=np.iinfo(np.int64).max))
     head = [len(counts), len(row), len(firsts) - 1, counts.sum()]
@@ -163,6 +170,33 @@ class NativePlan(Plan):
             low, high = (int(bound.ctypes.data) for bound in bounds)
             changed = native.clamp(self.table, self.addresses, low, high, self._threads)
         return torch.tensor([changed], device=_CPU) if watch else None
+
+    def clip_units_(self, weights: Plan, counts: Sequence[int], ratios: Tensor, eps: float) -> Tensor:
+        table = _lay_out_units(self.table, tuple(counts))
+        of_weights = np.array(weights.addresses)  # type: ignore[attr-defined]  # it is a NativePlan, too
+        own = on(_CPU, ratios).contiguous()
+        places = int(of_weights.ctypes.data), own.data_ptr(), min(own.dim(), 1)
+        changed = native.clip_units(table, self.addresses, *places, eps, self._threads)
+        return torch.tensor([changed], device=_CPU)
+
+
+@lru_cache(maxsize=64)
+def _lay_out_units(table: bytes, counts: tuple[int, ...]) -> bytes:
+    """A table whose chunks are units of equal length: ``counts[i]`` of gradient i of another table."""
+    rows = np.frombuffer(table, np.int64)[4 : 4 + 2 * len(counts)].reshape(-1, 2)
+    return lay_out(rows[:, 0], rows[:, 1], rows[:, 0] // np.array(counts))
+
+
+def adapt(adaptation: Adaptation, state: Tensor, norms: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """See `fastclip.backends.interface`."""
+    groups, width = state.shape
+    norms = norms.contiguous()
+    results = torch.empty(2, groups, dtype=torch.float64, device=_CPU)
+    addresses = (address_of(tensor) for tensor in (state, norms, results))
+    of_state, of_norms, of_results = addresses
+    kind, numbers = KINDS.index(adaptation.kind), adaptation.numbers
+    native.adapt(kind, of_state, width, of_norms, groups, total.item(), numbers, of_results)
+    return results[0], results[1]
 
 
 _templates: dict[torch.dtype, Tensor] = {}

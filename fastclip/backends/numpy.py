@@ -8,7 +8,7 @@ summed again in fp64. Torch converts 16-bit floats block by block: NumPy lacks b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,9 +18,13 @@ from torch import Tensor
 
 from fastclip.backends.coefficient import clip_coefficient, reduction
 from fastclip.backends.interface import Bounds, Plan, Reduction, Unscaling, one_each
+from fastclip.backends.thresholds import adapt
+from fastclip.backends.units import clip_units_
 from fastclip.foundation.arithmetic import stable_norm
 from fastclip.foundation.devices import Scalar, on
 from fastclip.foundation.memory import address_of
+
+__all__ = ["adapt", "obstacle", "plan"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -52,8 +56,8 @@ class View:
     def __init__(self, tensor: Tensor) -> None:
         self.dtype = tensor.dtype
         self.is_wide = tensor.dtype == torch.float64
-        flat = tensor.detach().as_strided((tensor.numel(),), (1,))
-        self._memory: Array = (flat.view(torch.int16) if tensor.dtype.itemsize == 2 else flat).numpy()
+        self.flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+        self._memory: Array = (self.flat.view(torch.int16) if self.dtype.itemsize == 2 else self.flat).numpy()
 
     def blocks(self) -> Iterator[slice]:
         """The blocks, as slices of the elements."""
@@ -119,6 +123,13 @@ class NumpyPlan(Plan):
                 for block in view.blocks():
                     changed |= _clamp(view, block, *bounds)
         return torch.tensor([changed], device=self.device) if watch else None
+
+    @torch.no_grad()
+    def clip_units_(self, weights: Plan, counts: Sequence[int], ratios: Tensor, eps: float) -> Tensor:
+        own = on(self.device, ratios).expand(len(self.views)).unbind()
+        places = zip(self.views, weights.views, counts, strict=True)  # type: ignore[attr-defined]  # it is a NumpyPlan
+        rows = [(view.flat.view(count, -1), weight.flat.view(count, -1)) for view, weight, count in places]
+        return torch.stack([clip_units_(*pair, ratio, eps) for pair, ratio in zip(rows, own, strict=True)])
 
 
 def _norm(x: Array, p: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 
 import torch
@@ -9,9 +10,13 @@ from torch import Tensor
 
 from fastclip.backends.coefficient import reduction
 from fastclip.backends.interface import Bounds, Plan, Reduction, Unscaling, one_each
+from fastclip.backends.thresholds import adapt
+from fastclip.backends.units import clip_units_
 from fastclip.foundation.arithmetic import IN_FP32, combine, stable_norm
 from fastclip.foundation.devices import Scalar, on, wide_dtype
 from fastclip.foundation.memory import pieces
+
+__all__ = ["adapt", "obstacle", "plan"]
 
 _OVERFLOW_PROOF = (1.0, 2.0, float("inf"), float("-inf"))
 """Orders whose powers neither overflow nor underflow in fp64, for elements of narrower dtypes."""
@@ -68,6 +73,12 @@ class TorchPlan(Plan):
                 flags.append(reduce(torch.logical_or, outside))
             tensor.clamp_(min=low, max=high)
         return torch.stack(flags) if watch else None
+
+    @torch.no_grad()
+    def clip_units_(self, weights: Plan, counts: Sequence[int], ratios: Tensor, eps: float) -> Tensor:  # noqa: ARG002
+        own = on(self.device, ratios).expand(len(self.tensors)).unbind()
+        pairs = zip(self.tensors, weights.tensors, own, strict=True)  # type: ignore[attr-defined]  # it is a TorchPlan
+        return torch.stack([clip_units_(_real(grad), _real(weight), ratio, eps) for grad, weight, ratio in pairs])
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -14,19 +14,27 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property, lru_cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastclip.backends.interface import ELEMENT_TYPES, Bounds, Plan, Reduction, Unscaling, one_each
+from fastclip.backends.interface import ELEMENT_TYPES, Adaptation, Bounds, Plan, Reduction, Unscaling, one_each
 from fastclip.foundation.devices import Scalar, for_graphs, on, stream_of, upload
 from fastclip.foundation.memory import overlapping
 
-PROGRAMS_PER_SM = {"reduce_kernel": 4, "tensor_norms_kernel": 4, "apply_kernel": 5, "clamp_kernel": 4}
+PROGRAMS_PER_SM = {
+    "reduce_kernel": 4,
+    "tensor_norms_kernel": 4,
+    "apply_kernel": 5,
+    "clamp_kernel": 4,
+    "clip_units_kernel": 2,
+    "adapt_kernel": 2,  # with windows of up to 4096
+}
 """The number of programs that an SM has registers for, in every variant of the kernel."""
 PROGRAMS_ON_CPU = 5  # without a GPU: odd and small, so that programs take several chunks and unequal shares
+NUMBERS = 8  # the settings that `adapt_kernel` takes
 CACHED_TABLES = 512  # in each thread: some programs clip each parameter by itself
 CACHED_ROWS = 2048  # gradients whose addresses stay on the device, in each table: for several models of equal sizes
 
@@ -118,36 +126,94 @@ class TritonPlan(Plan):
         self._launch("clamp_kernel", (shared, watch), len(tables.chunks), arguments)
         return changed
 
-    def _launch(self, kernel: str, variant: tuple[object, ...], most: int, arguments: tuple[Any, ...]) -> None:
-        """Launch a kernel on the gradients' device and the tables' stream, with at most `most` programs.
-
-        Triton inspects all arguments to find the compiled variant of a kernel, which takes longer than the launch. Here
-        the variant follows from `variant` alone: all other arguments are numbers of fixed types that Triton does not
-        specialise on. So the compiled kernel is cached by it and launched directly.
-        """
-        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
-            with torch.cuda.device(self.device):  # Triton launches on the current device
-                self._launch(kernel, variant, most, arguments)
-            return
+    def clip_units_(self, weights: Plan, counts: Sequence[int], ratios: Tensor, eps: float) -> Tensor:
         tables = self.tables
-        key = (kernel, variant, tables.driver and tables.driver.active)
-        launch = tables.launches.get(key)
-        if launch is not None:
-            launch(*arguments, stream=tables.stream)
-            return
-        programs = min(most, _programs(self.device, kernel))
+        units = tables.units(tuple(counts))
+        own = on(self.device, ratios)
+        stride = own.stride(0) if own.dim() else 0
+        of_weights = weights.rows  # type: ignore[attr-defined]  # it is a TritonPlan
+        memory = _addresses(units.map, self.rows, of_weights, units.counts, own)
+        arguments = (*memory, stride, tables.flags.data_ptr(), *units.ends, eps)
+        self._launch("clip_units_kernel", (), len(units.map), arguments)
+        return tables.flags[: len(units.map)]  # the flags of the programs that were launched
+
+    def _launch(self, kernel: str, variant: tuple[object, ...], most: int, arguments: tuple[Any, ...]) -> None:
+        tables = self.tables
         try:
-            compiled = _kernel(kernel)[programs, 1, 1](*arguments, **tables.options)
+            tables.launcher.launch(kernel, variant, most, arguments, tables.stream)
         except BaseException:  # an interrupted interpreter may leave the workspace in any state
             tables.allocate()
             raise
-        if tables.driver:
-            tables.launches[key] = compiled[programs, 1, 1]
+
+
+class Launcher:
+    """Launches kernels on one device.
+
+    Triton inspects all arguments to find the compiled variant of a kernel, which takes longer than the launch. Here the
+    variant follows from names and numbers that the caller gives: all other arguments are numbers of fixed types that
+    Triton does not specialise on. So the compiled kernel is cached by the variant and launched directly.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        from triton.runtime import driver
+
+        from fastclip.kernels.table import LAUNCH_OPTIONS
+
+        self.device = device
+        self._driver = None if os.environ.get("TRITON_INTERPRET") == "1" else driver
+        self._options = LAUNCH_OPTIONS
+        self._launches: dict[tuple[object, ...], Callable[..., object]] = {}
+
+    def launch(
+        self, kernel: str, variant: tuple[object, ...], most: int, arguments: tuple[Any, ...], stream: int
+    ) -> None:
+        """Launch a kernel on a stream with at most `most` programs."""
+        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):  # Triton launches on the current device
+                self.launch(kernel, variant, most, arguments, stream)
+            return
+        key = (kernel, variant, most, self._driver and self._driver.active)
+        launch = self._launches.get(key)
+        if launch is not None:
+            launch(*arguments, stream=stream)
+            return
+        programs = min(most, _programs(self.device, kernel))
+        compiled = _kernel(kernel)[programs, 1, 1](*arguments, **self._options)
+        if self._driver:
+            self._launches[key] = compiled[programs, 1, 1]
+
+
+_launcher = lru_cache(maxsize=64)(Launcher)
+
+
+def adapt(adaptation: Adaptation, state: Tensor, norms: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """See `fastclip.backends.interface`."""
+    from fastclip.kernels.adapt import GROUPS
+
+    groups, width = state.shape
+    norms = norms.contiguous()
+    results = torch.empty(2, groups, dtype=torch.float64, device=state.device)
+    least = GROUPS.value
+    is_quantile = adaptation.kind == "quantile"
+    lanes = max(least, 1 << (int(adaptation.numbers[0]) - 1).bit_length()) if is_quantile else least
+    most = min(groups if is_quantile else -(-groups // least), _programs(state.device, "adapt_kernel"))
+    numbers = (*adaptation.numbers, *(0.0,) * (NUMBERS - len(adaptation.numbers)))
+    arguments = (*_addresses(state, norms, total, results), groups, width, *numbers, adaptation.kind, lanes)
+    _launcher(state.device).launch("adapt_kernel", (adaptation.kind, lanes), most, arguments, stream_of(state.device))
+    return results[0], results[1]
 
 
 def _addresses(*memory: Tensor | None) -> list[int | None]:
     """Addresses as the kernels take them: see `fastclip.kernels.table`."""
     return [None if tensor is None else tensor.data_ptr() for tensor in memory]
+
+
+class Units(NamedTuple):
+    """The units of some gradients; see `fastclip.kernels.table.lay_out_units`. Both tensors are on the device."""
+
+    map: Tensor
+    ends: tuple[int, ...]
+    counts: Tensor
 
 
 class Tables:
@@ -158,15 +224,12 @@ class Tables:
         partials: Workspace: the norm of each chunk, fp64.
         ticket: Workspace: the number of programs that have finished; 0 between launches.
         state: Workspace: the last norm and its coefficient, fp64. `total` and `coefficient` are views of it.
-        driver: Triton's driver; None under its interpreter.
+        launcher: Launches kernels, with the variants that were launched before.
         stream: The handle of the stream that they are used on; 0 if the device has no streams.
         types: Triton's name of each dtype, by its segment.
-        launches: The compiled kernel of each variant that was launched before.
     """
 
     def __init__(self, device: torch.device, stream: int, numels: Sequence[int], dtypes: Sequence[torch.dtype]) -> None:
-        from triton.runtime import driver
-
         from fastclip.kernels import table
 
         segments = np.array([ELEMENT_TYPES[dtype] for dtype in dtypes])
@@ -175,18 +238,18 @@ class Tables:
         self.ends = layout.ends
         self.allocate()
         self.stream = stream
-        self.driver = None if os.environ.get("TRITON_INTERPRET") == "1" else driver
-        self.launches: dict[tuple[object, ...], Callable[..., object]] = {}
-        self.options = table.LAUNCH_OPTIONS
+        self.launcher = Launcher(device)
         self.types = table.TYPES
         self._layout = layout
+        self._segments = segments
+        self._units: dict[tuple[int, ...], Units] = {}
         self._numels = np.array(numels)
         self._itemsizes = np.asarray(table.ELEMENT_SIZES)[segments]
         self._rows: OrderedDict[tuple[int, int], tuple[list[int], Tensor]] = OrderedDict()
 
     def allocate(self) -> None:
         """Allocate the workspace, in the state that every launch expects and leaves behind."""
-        for scratch in ("changed", "counts"):
+        for scratch in ("changed", "counts", "flags"):
             self.__dict__.pop(scratch, None)
         device, chunks = self.chunks.device, len(self.chunks)
         self.partials = torch.empty(chunks, dtype=torch.float64, device=device)
@@ -231,11 +294,29 @@ class Tables:
         """The first chunk and the number of chunks of each tensor, on the device."""
         return upload(self._layout.slices, self.chunks.device)
 
+    def units(self, counts: tuple[int, ...]) -> Units:
+        """The units of the gradients, given how many each has; cached."""
+        if counts not in self._units:
+            from fastclip.kernels.table import lay_out_units
+
+            own, device = np.array(counts), self.chunks.device
+            units, ends = lay_out_units(own, self._segments)
+            self._units[counts] = Units(upload(units, device), ends, upload(own, device))
+        return self._units[counts]
+
     @cached_property
     def changed(self) -> Tensor:
         """One flag for each program: whether it clamped an element."""
-        programs = _programs(self.chunks.device, "clamp_kernel")
+        return self._flags("clamp_kernel")
+
+    @cached_property
+    def flags(self) -> Tensor:
+        """One flag for each program: whether it scaled a unit."""
+        return self._flags("clip_units_kernel")
+
+    def _flags(self, kernel: str) -> Tensor:
         # Those of programs that are not launched stay 0.
+        programs = _programs(self.chunks.device, kernel)
         return torch.zeros(programs, dtype=torch.int32, device=self.chunks.device)
 
 
@@ -274,9 +355,9 @@ def _kind(p: float) -> str:
 
 
 def _kernel(name: str) -> Any:
-    from fastclip.kernels import apply, clamp, reduce
+    from fastclip.kernels import adapt, apply, clamp, reduce, units
 
-    return next(getattr(module, name) for module in (reduce, apply, clamp) if hasattr(module, name))
+    return next(getattr(module, name) for module in (reduce, apply, clamp, units, adapt) if hasattr(module, name))
 
 
 @cache

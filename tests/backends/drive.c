@@ -1,9 +1,9 @@
-/* Drives the CPU's kernels (kernels/cpu.h) by random tables, without Python or torch, so that sanitizers see all code.
+/* Drives the CPU's kernels (kernels/cpu.h and adapt.h) by random tables, without Python or torch, so that sanitizers see all code.
  *
  *     drive [seeds]        exit status 1, with the seed and the fault, at the first wrong result
  *
  * Threads are pthreads: ThreadSanitizer knows these, but not those of OpenMP. Compared with a reference in long double:
- * norms of every order, scaled values and clamped values. Checked, too: any number of threads and any instruction set
+ * norms of every order, scaled values, clamped values, units and quantiles. Checked, too: any number of threads and any instruction set
  * give the same bits; memory around gradients does not change; and no write happens where none is needed, as the
  * gradients are in read-only pages then.
  */
@@ -15,6 +15,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "../../kernels/adapt.h"
 #include "../../kernels/cpu.h"
 
 enum { MOST_ROWS = 90, GUARD = 64 };
@@ -262,6 +263,115 @@ static void check_writes(const Set *set, Team team) {
     free(before), free(after);
 }
 
+static double norm_of_elements(const char *x, int64_t type, int64_t count) {
+    long double sum = 0;
+    for (int64_t j = 0; j < count; j++) {
+        long double v = load(x + j * size_of[type], type);
+        sum += v * v;
+    }
+    return (double)sqrtl(sum);
+}
+
+/* Clips units, on every level and by several threads, beside weights that lie as the gradients do. */
+static void check_units(const Set *set, Team team) {
+    Table table = table_of(set);
+    int64_t units[MOST_ROWS], columns[MOST_ROWS], count = 0;
+    for (int64_t i = 0; i < table.rows; i++) {
+        units[i] = 1 + below(set->row[i].count);
+        while (set->row[i].count % units[i]) units[i]--;
+        columns[i] = set->row[i].count / units[i], count += units[i];
+    }
+    Chunk *chunk = malloc((size_t)count * sizeof *chunk), *last = chunk;
+    int64_t *task = malloc((size_t)(count + 1) * sizeof *task), tasks = 0;
+    for (int64_t i = 0; i < table.rows; i++)
+        for (int64_t j = 0; j < units[i]; j++) *last++ = (Chunk){.row = i, .start = j * columns[i]};
+    for (int64_t i = 0; i < count; i += 1 + below(30)) task[tasks++] = i;
+    task[tasks] = count;
+    table.chunk = chunk, table.chunks = count, table.task = task, table.tasks = tasks;
+    char *before = malloc(set->bytes), *after = malloc(set->bytes), *weights = malloc(set->bytes), *weight[MOST_ROWS];
+    memcpy(before, set->memory, set->bytes);
+    memcpy(weights, set->memory, set->bytes);
+    double ratio[MOST_ROWS], eps = below(2) ? 1e-3 : 1;
+    for (int64_t i = 0; i < table.rows; i++) {
+        double half = 0.5;
+        weight[i] = weights + (set->address[i] - set->memory);
+        ratio[i] = below(3) ? 2 * uniform() : 1e-3;
+        (*levels())->scale[set->row[i].type](weight[i], set->row[i].count * below(2), half);
+    }
+    int was_above = 0, is_above = 0;
+    for (const Level *const *level = levels(); *level; level++)
+        for (team.threads = 1; team.threads <= 3; team.threads += 2) {
+            memcpy(set->memory, before, set->bytes);
+            was_above = clip_units(*level, &table, set->address, weight, ratio, 1, eps, team);
+            if (*level == *levels() && team.threads == 1) memcpy(after, set->memory, set->bytes);
+            CHECK(!memcmp(after, set->memory, set->bytes), "%s with %u threads writes something else", (*level)->name,
+                  team.threads);
+        }
+    const char *end = set->memory;
+    for (int64_t i = 0; i < table.rows; i++) {
+        int64_t type = set->row[i].type, size = size_of[type];
+        CHECK(!memcmp(end, before + (end - set->memory), (size_t)(set->address[i] - end)), "before %lld", (long long)i);
+        end = set->address[i] + set->row[i].count * size;
+        for (int64_t j = 0; j < set->row[i].count; j += columns[i]) {
+            char *now = set->address[i] + j * size, *old = before + (now - set->memory);
+            double norm = norm_of_elements(old, type, columns[i]);
+            double own = norm_of_elements(weight[i] + j * size, type, columns[i]), limit = ratio[i] * (own < eps ? eps : own);
+            double slack = 2 * tolerance[type];
+            is_above |= norm > limit * (1 + slack);
+            if (!(norm > limit * (1 - slack)))
+                CHECK(!memcmp(now, old, (size_t)(columns[i] * size)), "a unit of norm %.17g, below %.17g", norm, limit);
+            if (!(norm > limit * (1 + slack))) continue;
+            for (int64_t k = 0; k < columns[i]; k++) {
+                double v = load(old + k * size, type), w = load(now + k * size, type), wanted = v * (limit / fmax(norm, 1e-6));
+                CHECK(isnan(wanted) ? isnan(w) : fabs(w - wanted) <= spacing(wanted, type) + fabs(wanted) * slack,
+                      "type %lld: %.17g, not %.17g", (long long)type, w, wanted);
+            }
+        }
+    }
+    CHECK(!memcmp(end, before + (end - set->memory), (size_t)(set->memory + set->bytes - end)), "memory at the end");
+    CHECK(was_above || !is_above, "a unit was clipped, and nobody is told");
+    memcpy(set->memory, before, set->bytes);
+    free(before), free(after), free(weights), free(chunk), free(task);
+}
+
+static int ascending(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* Quantiles beside those of a sorted copy, with the state in memory of just its size; the other rules for memory only. */
+static void check_adapt(void) {
+    enum { GROUPS = 3, STEPS = 60 };
+    int64_t window = 1 + below(20), width = 2 + 2 * window;
+    double *state = malloc((size_t)(GROUPS * width) * sizeof *state), seen[GROUPS][STEPS], norms[GROUPS], q = uniform();
+    double *results = malloc(2 * GROUPS * sizeof *results);
+    int64_t held[GROUPS] = {0};
+    for (int64_t i = 0; i < GROUPS * width; i++) state[i] = i % width ? INFINITY : 0;
+    const double numbers[8] = {(double)window, q, 1, INFINITY, 1, 1, 1, 0};
+    for (int step = 0; step < STEPS; step++) {
+        for (int i = 0; i < GROUPS; i++) {
+            norms[i] = below(8) ? (double)(1 + below(12)) : below(3) ? 0 : below(2) ? NAN : INFINITY;
+            if (norms[i] > 0 && norms[i] < INFINITY) seen[i][held[i]++] = norms[i];
+        }
+        adapt(QUANTILE, state, width, norms, GROUPS, 1, numbers, results);
+        for (int i = 0; i < GROUPS; i++) {
+            int64_t count = held[i] < window ? held[i] : window;
+            double sorted[STEPS], exact = INFINITY;
+            memcpy(sorted, seen[i] + held[i] - count, (size_t)count * sizeof *sorted);
+            qsort(sorted, (size_t)count, sizeof *sorted, ascending);
+            double place = q * (double)(count - 1), below_it = floor(place), weight = place - below_it;
+            if (count) exact = sorted[(int)below_it] * (1 - weight) + sorted[(int)ceil(place)] * weight;
+            CHECK(is_close(results[GROUPS + i], exact, 1e-12), "step %d, q %g of %lld: %.17g, not %.17g", step, q,
+                  (long long)count, results[GROUPS + i], exact);
+        }
+    }
+    const double of_score[8] = {0.9, 2, 5, INFINITY, (double)below(3), 1, (double)below(2), 4}, of_ema[5] = {1.1, 0.9, 5, 1, 0};
+    double rows[GROUPS * 4] = {0};
+    for (int step = 0; step < STEPS; step++) adapt(Z_SCORE, rows, 4, norms, GROUPS, 1, of_score, results);
+    for (int step = 0; step < STEPS; step++) adapt(EMA, rows, 2, norms, GROUPS, 1, of_ema, results);
+    free(state), free(results);
+}
+
 /* In read-only pages. */
 static void check_that_nothing_is_written(const Set *set, Team team) {
     Table table = table_of(set);
@@ -313,7 +423,9 @@ int main(int count, char **arguments) {
         check_norms(&set, team);
         check_places(&set);
         check_writes(&set, team);
+        check_units(&set, team);
         check_that_nothing_is_written(&set, team);
+        check_adapt();
         drop(&set);
     }
     /* Several callers at once, each with its own gradients. */

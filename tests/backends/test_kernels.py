@@ -589,3 +589,94 @@ def test_prime_below() -> None:
     from fastclip.backends.triton import prime_below
 
     assert [prime_below(n) for n in (2, 3, 4, 25, 432, 528, 592, 1216)] == [2, 3, 3, 23, 431, 523, 587, 1213]
+
+
+# ---- Units, and adaptive thresholds
+
+
+def clip_units(grads: Sequence[Tensor], weights: Sequence[Tensor], ratios: Tensor, programs: int) -> list[int]:
+    """Clip the rows of gradients by those of their weights; return each program's flag."""
+    from fastclip.kernels import table
+    from fastclip.kernels.units import clip_units_kernel
+
+    device = grads[0].device
+    counts = np.array([len(grad) for grad in grads])
+    units, ends = table.lay_out_units(counts, np.array([DTYPES.index(grad.dtype) for grad in grads]))
+    rows, of_weights = (
+        torch.tensor([[tensor.data_ptr(), tensor.numel()] for tensor in tensors], device=device)
+        for tensors in (grads, weights)
+    )
+    flags = torch.full((programs,), POISON, dtype=torch.int32, device=device)
+    numbers = torch.from_numpy(units).to(device), rows, of_weights, torch.from_numpy(counts).to(device), ratios
+    arguments = (*addresses(*numbers), int(ratios.numel() > 1), flags.data_ptr(), *ends, 1e-3)
+    clip_units_kernel[(programs,)](*arguments, **table.LAUNCH_OPTIONS)
+    values: list[int] = flags.tolist()
+    return values
+
+
+def test_units_by_any_number_of_programs(leg: Leg, rng: np.random.Generator) -> None:
+    """Units of a few elements and of more than a tile, at any address; the bits do not depend on the programs."""
+    shapes = [(3, 5), (2, 700), (6, 1), (1, 2 * tile_elements(torch.float64) + 3)]
+    originals, weights = (
+        [
+            embedded(random_values(rng, shape, dtype) * 2.0 ** rng.integers(-2, 3), offset, device=leg.device)
+            for offset, dtype in enumerate(DTYPES)
+            for shape in shapes
+        ]
+        for _ in range(2)
+    )
+    ratios = torch.from_numpy(rng.choice([0.1, 1.0, 1e6], len(originals))).to(leg.device)
+    seen = []
+    for programs in (1, 5):
+        tensors = [twin(tensor) for tensor in originals]
+        flags = clip_units(tensors, weights, ratios, programs)
+        assert set(flags) <= {0, 1}
+        assert sum(flags) > 0
+        seen.append(tensors)
+    for others in seen[1:]:
+        for mine, first in zip(others, seen[0], strict=True):
+            oracle.assert_same_bits(mine, first)
+    for tensor, original, weight, ratio in zip(seen[0], originals, weights, ratios.tolist(), strict=True):
+        g, w = oracle.as_numpy(original), oracle.as_numpy(weight)
+        norms, limits = np.linalg.norm(g, axis=1), ratio * np.maximum(np.linalg.norm(w, axis=1), 1e-3)
+        expected = g * np.where(norms > limits, limits / np.maximum(norms, 1e-6), 1.0)[:, None]
+        oracle.assert_close(tensor, expected, product_tolerance(leg, tensor.dtype) + 2.0**-18, leg)
+        assert_untouched_around(tensor, original)
+    assert clip_units([twin(tensor) for tensor in originals], weights, ratios * 1e9, 3) == [0, 0, 0]
+
+
+SETTINGS = {
+    "quantile": (37.0, 0.3, 1.5, 20.0, 2.0, 1.0, 1.0, 0.0),
+    "z_score": (0.9, 1.5, 4.0, 20.0, 0.0, 1.0, 0.0, 3.0),
+    "ema": (1.05, 0.9, 3.0, 2.0, 0.0, 0.0, 0.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_thresholds_by_any_number_of_programs(leg: Leg, kind: str, rng: np.random.Generator) -> None:
+    """As many groups as several programs take, with results that were NaN; as torch's operations compute them."""
+    from fastclip.backends.interface import Adaptation
+    from fastclip.backends.thresholds import adapt
+    from fastclip.kernels import table
+    from fastclip.kernels.adapt import NUMBERS, adapt_kernel
+
+    numbers = SETTINGS[kind]
+    settings = Adaptation(kind, numbers[: {"quantile": 7, "z_score": 8, "ema": 5}[kind]])
+    assert len(numbers) == len(NUMBERS)
+    groups = 7 if kind == "quantile" else 600
+    first = {"quantile": [0.0, *[INF] * 75], "z_score": [0.0] * 4, "ema": [0.0, INF]}[kind]
+    states = [torch.tensor([first] * groups, dtype=torch.float64, device=leg.device) for _ in range(3)]
+    expected_state = states[0].clone()
+    for step in range(12 if leg.name == "gpu" else 6):
+        values = rng.lognormal(0.0, 1.0, groups)
+        values[rng.random(groups) < 0.1] = rng.choice([0.0, math.nan, INF])
+        norms = torch.from_numpy(values).to(leg.device)
+        total = torch.tensor(INF if step == 2 else 3.0, dtype=torch.float64, device=leg.device)
+        expected = torch.stack(adapt(settings, expected_state, norms, total))
+        for state, programs in zip(states, (1, 2, 5), strict=True):
+            results = torch.full((2, groups), math.nan, dtype=torch.float64, device=leg.device)
+            memory = addresses(state, norms, total, results)
+            options = table.LAUNCH_OPTIONS | {"KIND": kind, "LANES": 512}
+            adapt_kernel[(programs,)](*memory, groups, len(first), *numbers, **options)
+            torch.testing.assert_close(results, expected, rtol=1e-12, atol=0.0, equal_nan=True)
+            torch.testing.assert_close(state, expected_state, rtol=1e-12, atol=1e-300, equal_nan=True)

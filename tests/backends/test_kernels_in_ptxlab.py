@@ -283,3 +283,82 @@ def test_a_ticket_of_weaker_order_is_found(
 ) -> None:
     package = mutant("reduce.py", 'sem="acq_rel"', f"sem={order}").__name__
     assert status_of_races(package, 90, tmp_path) == ptxlab.RACE_FOUND
+
+
+# A process as above, which launches the kernels of units and of quantiles several times.
+RUN_UNITS = f"""
+import sys
+import numpy as np
+import ptxlab
+
+kernel = ptxlab.Kernel(open(sys.argv[1]).read(), {1 << 16}, sanitize="thread")
+shapes = [(9, 1003), (5, 30), (2, 6001)]
+for seed in range(3):
+    grads = [np.full(shape, 2, np.float32) for shape in shapes]
+    weights = [np.full(shape, 1, np.float32) for shape in shapes]
+    units = np.array([i << 32 | unit for i, shape in enumerate(shapes) for unit in range(shape[0])])
+    rows, of_weights = (np.array([[t.ctypes.data, t.size] for t in tensors]) for tensors in (grads, weights))
+    counts, ratios, flags = np.array([shape[0] for shape in shapes]), np.full(3, 0.5), np.full(4, -1, np.int32)
+    arrays = (units, rows, of_weights, counts, ratios, flags)
+    ranges = [(array.ctypes.data, array.nbytes) for array in (*arrays, *grads, *weights)]
+    starts = [start for start, _ in ranges[:6]]
+    arguments = [*starts[:5], 1, starts[5], *[len(units)] * 4, 1e-3]
+    kernel.launch((4,), arguments, ranges, resident=4, jitter=20, seed=seed)
+    assert all(np.allclose(grad, 0.5) for grad in grads) and flags.tolist() == [1] * 4, flags
+print("right")
+"""
+WINDOW = 300
+RUN_QUANTILES = f"""
+import sys
+import numpy as np
+import ptxlab
+
+kernel = ptxlab.Kernel(open(sys.argv[1]).read(), {1 << 16}, sanitize="thread")
+groups, width = 5, {2 + 2 * WINDOW}
+random = np.random.default_rng(0)
+state = np.full((groups, width), np.inf)
+state[:, 0] = {WINDOW}
+state[:, 2 : 2 + {WINDOW}] = seen = random.integers(1, 50, (groups, {WINDOW}))
+state[:, 2 + {WINDOW} :] = np.sort(seen)
+for seed in range(6):
+    norms, total, results = random.integers(1, 50, groups) + 0.0, np.ones(1), np.full(2 * groups, np.nan)
+    seen = np.concatenate([seen[:, 1:], norms[:, None]], 1)
+    ranges = [(array.ctypes.data, array.nbytes) for array in (state, norms, total, results)]
+    arguments = [*(start for start, _ in ranges), groups, width, {WINDOW}, 0.37, 1, np.inf, 1, 1, 1, 0]
+    kernel.launch((3,), arguments, ranges, resident=3, jitter=20, seed=seed)
+    assert np.allclose(results[groups:], np.quantile(seen, 0.37, axis=1), rtol=1e-12), results
+    assert np.array_equal(state[:, 2 + {WINDOW} :], np.sort(seen))
+print("right")
+"""
+
+
+def status_of(run: str, package: str, file: str, kernel: str, folder: Path, **constants: object) -> int:
+    """The exit status of a script under the sanitizer, given a kernel. Without a race, its values are right."""
+    ptxlab.activate(90)
+    compiled = getattr(importlib.import_module(f"{package}.{file}"), kernel)
+    by_type = {"fp64": 0.0, "i64": 0}  # a parameter without an annotation is an address, of more than 32 bits
+    values = [by_type.get(p.annotation_type, 1 << 40) for p in compiled.params if p.name not in constants]
+    options = importlib.import_module(f"{package}.table").LAUNCH_OPTIONS | constants
+    ptx = folder / "kernel.ptx"
+    ptx.write_text(compiled.warmup(*values, grid=(1,), **options).asm["ptx"])
+    done = ptxlab.run_under_sanitizer(["-c", run, str(ptx)])
+    assert done.returncode == ptxlab.RACE_FOUND or done.stdout == "right\n", done.stderr[:2000]
+    return done.returncode
+
+
+def test_units_do_not_race(tmp_path: Path) -> None:
+    """A program writes a unit when all its warps have read it."""
+    assert status_of(RUN_UNITS, "fastclip.kernels", "units", "clip_units_kernel", tmp_path) == 0
+
+
+def test_windows_do_not_race(tmp_path: Path) -> None:
+    constants: dict[str, object] = {"KIND": "quantile", "LANES": 512}
+    assert status_of(RUN_QUANTILES, "fastclip.kernels", "adapt", "adapt_kernel", tmp_path, **constants) == 0
+
+
+def test_a_window_read_without_a_barrier_is_found(
+    mutant: Callable[[str, str, str], ModuleType], tmp_path: Path
+) -> None:
+    package = mutant("adapt.py", "    tl.debug_barrier()", "    pass").__name__
+    constants: dict[str, object] = {"KIND": "quantile", "LANES": 512}
+    assert status_of(RUN_QUANTILES, package, "adapt", "adapt_kernel", tmp_path, **constants) == ptxlab.RACE_FOUND
