@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from fastclip.monitoring.monitor import Monitor
     from fastclip.monitoring.sinks import CSVFile, JSONLines, Sink, TensorBoard
     from fastclip.monitoring.triggers import Above, Jump, NonFinite, Vanishing
+    from fastclip.rules.adaptive import ClipByEMA, ClipByQuantile, ClipByZScore
     from fastclip.rules.apply import ClipResult
+    from fastclip.rules.by_weight import ClipByWeightNorm
     from fastclip.rules.clip_by import clip_by_global_norm_, clip_by_norm_, clip_by_value_, clip_grads_, measure_grads
     from fastclip.rules.formulas import ClipAtThreshold, ClipByGlobalNorm, ClipByNorm, ClipByValue, ClipGradNorm, Rule
     from fastclip.rules.out_of_place import clip_by_global_norm
@@ -33,9 +35,13 @@ _HOMES = {
     "Attachment": "fastclip.training.attachment",
     "CSVFile": "fastclip.monitoring.sinks",
     "ClipAtThreshold": "fastclip.rules.formulas",
+    "ClipByEMA": "fastclip.rules.adaptive",
     "ClipByGlobalNorm": "fastclip.rules.formulas",
     "ClipByNorm": "fastclip.rules.formulas",
+    "ClipByQuantile": "fastclip.rules.adaptive",
     "ClipByValue": "fastclip.rules.formulas",
+    "ClipByWeightNorm": "fastclip.rules.by_weight",
+    "ClipByZScore": "fastclip.rules.adaptive",
     "ClipGradNorm": "fastclip.rules.formulas",
     "ClipResult": "fastclip.rules.apply",
     "History": "fastclip.monitoring.history",
@@ -74,9 +80,13 @@ __all__ = [
     "Attachment",
     "CSVFile",
     "ClipAtThreshold",
+    "ClipByEMA",
     "ClipByGlobalNorm",
     "ClipByNorm",
+    "ClipByQuantile",
     "ClipByValue",
+    "ClipByWeightNorm",
+    "ClipByZScore",
     "ClipGradNorm",
     "ClipResult",
     "History",

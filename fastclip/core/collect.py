@@ -5,7 +5,7 @@ parameters --list_owners--> Owners --gradients_of--> Gradients
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from operator import attrgetter
 
 from torch import Tensor
@@ -98,6 +98,26 @@ def as_gradients(tensors: Parameters) -> Gradients:
         raise not_a_tensor(owners.tensors, "tensors", attribute="data_ptr")
     kinds = set(map(type, owners.tensors))
     return _gradients(owners.tensors, kinds, owners, range(len(owners.tensors)), "tensors")
+
+
+def weights_of(grads: Gradients, positions: Sequence[int]) -> Gradients:
+    """The parameters at some positions in the place of their gradients, so that their norms can be taken.
+
+    Raises:
+        TypeError: A parameter is not a tensor.
+    """
+    owners = grads.owners
+    tensors = [owners.tensors[position] for position in positions]
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise not_a_tensor(owners.tensors, grads.argument, attribute="data_ptr")
+    return _gradients(tensors, set(map(type, tensors)), owners, positions, grads.argument)
+
+
+def some_of(grads: Gradients, chosen: Container[int]) -> Gradients:
+    """The gradients of the parameters at the chosen positions."""
+    indices = [i for i, position in enumerate(grads.positions) if position in chosen]
+    tensors, positions = [grads.tensors[i] for i in indices], [grads.positions[i] for i in indices]
+    return _gradients(tensors, set(map(type, tensors)), grads.owners, positions, grads.argument)
 
 
 def _gradients(

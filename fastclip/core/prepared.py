@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,6 +50,10 @@ class Prepared(ABC):
     @abstractmethod
     def clamp_(self, grads: Gradients, minimum: Bounds, maximum: Bounds, *, watch: bool = False) -> list[Tensor]:
         """Clamp all gradients. With `watch`, return flags: any of them is set if any element was out of bounds."""
+
+    def flags_of_all(self, flags: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Flags that are set if those of any process are; with DTensors a collective."""
+        return flags
 
     def clip_(self, grads: Gradients, p: float, max_norm: float, dtype: torch.dtype) -> Tensor:
         """Clip the gradients by the norm of all of them, and return the norm."""

@@ -70,6 +70,16 @@ def check_real(name: str, value: object) -> None:
         raise TypeError(f"`{name}` must be a real number, not {value!r}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raise unless a value is True or False.
+
+    Raises:
+        TypeError: `value` is something else.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"`{name}` must be True or False, not {value!r}")
+
+
 def check_count(name: str, value: object) -> None:
     """Raise unless a value is a positive integer.
 

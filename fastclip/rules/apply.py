@@ -5,23 +5,30 @@ Nothing here waits for a GPU. The number of launches depends neither on the numb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from fastclip.backends.interface import Bounds
 from fastclip.core.checks import check_bounds, check_whole
+from fastclip.core.collect import some_of, weights_of
 from fastclip.core.dtensors import present
 from fastclip.core.gradients import Gradients
+from fastclip.core.owners import Owners
 from fastclip.core.prepare import prepare
 from fastclip.core.prepared import Prepared
+from fastclip.core.units import check_units, clip_units_, has_units
 from fastclip.foundation.arithmetic import norm_of_norms, stable_norm
-from fastclip.foundation.devices import index_of, wide_dtype
-from fastclip.rules.formulas import AnyRule, ClipByValue
-from fastclip.rules.groups import Groups
+from fastclip.foundation.devices import index_of, on, wide_dtype
+from fastclip.rules.by_weight import ClipByWeightNorm
+from fastclip.rules.catalogue import AnyRule
+from fastclip.rules.formulas import ClipByValue, Measured
+from fastclip.rules.groups import Groups, group
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,11 @@ class ClipResult:
         present: The positions of the parameters that have a gradient.
         groups: The parameters of each group, and the groups' labels.
         group_norms: The 2-norm of each group, [groups], fp64.
-        coefficients: The factor of each group, [groups], fp64; None if nothing was clipped by norm.
-        changed: 0-dim bool: whether a value was outside the bounds; None if values were not clamped.
+        coefficients: The factor of each group, [groups], fp64; None if nothing was clipped by the norm of a group.
+        thresholds: The norm above which each group is scaled, [groups], fp64, infinite if nothing limits its own norm
+            (in the warm-up of `ClipByEMA` the global norm limits it); None if the rule has none.
+        changed: 0-dim bool: whether a value was outside the bounds, or a unit above its own; None if neither values nor
+            units were clipped.
     """
 
     norm: Tensor
@@ -45,11 +55,12 @@ class ClipResult:
     groups: Groups
     group_norms: Tensor
     coefficients: Tensor | None = None
+    thresholds: Tensor | None = None
     changed: Tensor | None = None
 
     @cached_property
     def clipped(self) -> Tensor:
-        """0-dim bool, on the device: whether a coefficient was not 1, or a value was outside the bounds."""
+        """0-dim bool, on the device: whether a coefficient was not 1, or a value or unit was out of bounds."""
         if self.coefficients is not None:
             return (self.coefficients != 1).any()
         return torch.zeros((), dtype=torch.bool, device=self.norm.device) if self.changed is None else self.changed
@@ -58,7 +69,7 @@ class ClipResult:
     def clipped_norm(self) -> Tensor | None:
         """The 2-norm of all gradients after clipping: 0-dim, fp64, on the device. It does not read the gradients.
 
-        None if values were clamped: the norms before do not determine the norm after.
+        None if values or units were clipped: the norms before do not determine the norm after.
         """
         if self.changed is not None:
             return None
@@ -66,6 +77,22 @@ class ClipResult:
             return self.norm
         norms = self.group_norms * self.coefficients
         return norms[0].abs() if len(norms) == 1 else stable_norm(norms, 2.0)
+
+
+def groups_of(rule: AnyRule | None, owners: Owners) -> Groups:
+    """Return the groups of a rule. By unit, each parameter is a group whose units are clipped one by one.
+
+    Raises:
+        TypeError: The rule's `by` is not a grouping.
+        ValueError: Its `by` needs names or parameter groups that were not given, or has another number of labels.
+    """
+    if rule is None:
+        return group(owners, "global")
+    return group(owners, "parameter" if _is_by_unit(rule) else rule.by)
+
+
+def _is_by_unit(rule: AnyRule | None) -> TypeGuard[ClipByWeightNorm]:
+    return isinstance(rule, ClipByWeightNorm) and rule.by == "unit"
 
 
 @torch.no_grad()
@@ -86,10 +113,12 @@ def apply_rule(
         groups: The groups of the gradients' owners.
         each: Whether to take the norm of each parameter even if the rule does not need it.
         scale: The loss scale in the gradients (one element): norms are those without it.
-        write: Whether to scale the gradients; False leaves that to the caller. Values are always clamped.
+        write: Whether to scale the gradients; False leaves that to the caller. Values and units are always clipped.
     """
     if isinstance(rule, ClipByValue):
         return _clamp(grads, rule, groups, each=each, scale=scale)
+    if _is_by_unit(rule):
+        return _clip_units(grads, rule, groups, scale=scale)
     if rule is not None:
         rule = rule.for_groups(groups.labels)
     check_whole(grads)
@@ -97,10 +126,46 @@ def apply_rule(
         return _empty_result(grads, groups)
     prepared = prepare(grads, in_place=rule is not None)
     norm, norms, group_norms = _take_norms(prepared, grads, groups, each=each, scale=scale)
-    coefficients = None if rule is None else _coefficients(rule, group_norms)
-    if coefficients is not None and write:
+    if rule is None:
+        return ClipResult(norm, norms, present(grads), groups, group_norms)
+    weights = _weight_norms(grads, groups) if isinstance(rule, ClipByWeightNorm) else None
+    coefficients, thresholds = rule.decide(Measured(groups.labels, group_norms, norm, weights))
+    if write:
         prepared.scale_(grads, _per_gradient(coefficients, grads, groups))
-    return ClipResult(norm, norms, present(grads), groups, group_norms, coefficients)
+    return ClipResult(norm, norms, present(grads), groups, group_norms, coefficients, thresholds)
+
+
+def _clip_units(grads: Gradients, rule: ClipByWeightNorm, groups: Groups, *, scale: Tensor | None) -> ClipResult:
+    """Clip the units of each parameter by themselves. A parameter that is one unit is clipped as by parameter."""
+    rule = rule.for_groups(groups.labels)
+    check_whole(grads)
+    if not _has_gradients(grads):
+        return _empty_result(grads, groups)
+    weights = _weights(grads)
+    chosen = set(compress(weights.positions, map(has_units, weights.tensors)))
+    with_units, whole = some_of(grads, chosen), some_of(weights, set(weights.positions) - chosen)
+    check_units(with_units, some_of(weights, chosen))
+    prepared = prepare(grads, in_place=True)
+    norm, norms, group_norms = _take_norms(prepared, grads, groups, each=True, scale=scale)
+    limits = Measured(groups.labels, group_norms, norm, _norms_of_whole(whole, norm))
+    coefficients = rule.decide(limits).coefficients
+    ratios = rule.ratios(group_norms)[index_of(with_units.positions, norm.device)]
+    if scale is not None:
+        ratios = ratios * on(norm.device, scale.reshape(()))
+    flags = clip_units_(with_units, some_of(weights, set(with_units.positions)), ratios, rule.eps)
+    prepared.scale_(grads, _per_gradient(coefficients, grads, groups))  # marks all gradients as changed
+    changed = _any([coefficients != 1, *prepared.flags_of_all(flags)], prepared.device)
+    return ClipResult(norm, norms, present(grads), groups, group_norms, changed=changed)
+
+
+def _norms_of_whole(weights: Gradients, norm: Tensor) -> Tensor:
+    """Return the norms of parameters that are one unit each, in [parameters], and infinity for the others."""
+    norms = norm.new_full((len(weights.owners.tensors),), float("inf"))
+    if not weights.tensors and not weights.has_dtensors:  # with DTensors it is a collective
+        return norms
+    index = index_of(weights.positions, norm.device)
+    own = _per_parameter(on(norm.device, prepare(weights, in_place=False).norms()), weights)
+    return norms.index_copy(0, index, own[index])
 
 
 def _clamp(grads: Gradients, rule: ClipByValue, groups: Groups, *, each: bool, scale: Tensor | None) -> ClipResult:
@@ -150,6 +215,20 @@ def _take_norms(
     return norm, norms, norm.reshape(1) if groups.is_one else groups.combine(norms, prepared.dtype)
 
 
+def _weights(grads: Gradients) -> Gradients:
+    """Return the parameters that have a gradient or require one, which all processes agree on."""
+    here = set(grads.positions)
+    owners = enumerate(grads.owners.tensors)
+    return weights_of(grads, [i for i, owner in owners if i in here or getattr(owner, "requires_grad", False)])
+
+
+def _weight_norms(grads: Gradients, groups: Groups) -> Tensor:
+    """Return the norm of each group's parameters; see `_weights`."""
+    weights = _weights(grads)
+    prepared = prepare(weights, in_place=False)
+    return groups.combine(_per_parameter(prepared.norms(), weights), prepared.dtype)
+
+
 def _unscaled(norms: Tensor, scale: Tensor | None) -> Tensor:
     return norms if scale is None else norms / scale.to(norms.device, norms.dtype).reshape(())
 
@@ -159,26 +238,6 @@ def _per_parameter(norms: Tensor, grads: Gradients) -> Tensor:
     if len(norms) == len(grads.owners.tensors):
         return norms
     return norms.new_zeros(len(grads.owners.tensors)).index_copy(0, index_of(grads.positions, norms.device), norms)
-
-
-def _coefficients(rule: Callable[[Tensor], Tensor], norms: Tensor) -> Tensor:
-    """Return the rule's coefficient for each group.
-
-    Raises:
-        ValueError: The rule's answer is neither one coefficient for each group nor one for all.
-        Exception: torch cannot convert the answer to a tensor. The type is that of torch's error.
-    """
-    answer = rule(norms)
-    try:
-        coefficients = torch.as_tensor(answer, dtype=norms.dtype, device=norms.device).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise type(error)(f"{rule!r} returned {answer!r}, not coefficients: {error}") from None
-    if coefficients.shape not in (norms.shape, (), (1,)):
-        raise ValueError(
-            f"{rule!r} returned coefficients of shape {tuple(coefficients.shape)} for norms of shape "
-            f"{tuple(norms.shape)}: return one for each, or one for all"
-        )
-    return coefficients.expand(norms.shape)
 
 
 def _per_gradient(coefficients: Tensor, grads: Gradients, groups: Groups) -> Tensor:

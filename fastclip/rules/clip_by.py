@@ -6,8 +6,6 @@ their own names.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -17,14 +15,15 @@ from fastclip.core.owners import Parameters
 from fastclip.core.prepare import prepare
 from fastclip.foundation.devices import on
 from fastclip.foundation.tracing import untraced
-from fastclip.rules.apply import ClipResult, apply_rule, value_limits
+from fastclip.rules.apply import ClipResult, apply_rule, groups_of, value_limits
 from fastclip.rules.bounds import Bound
-from fastclip.rules.formulas import AnyRule, ClipByGlobalNorm, ClipByNorm, ClipByValue, as_rule
+from fastclip.rules.catalogue import AsRule, as_rule
+from fastclip.rules.formulas import ClipByGlobalNorm, ClipByNorm, ClipByValue
 from fastclip.rules.groups import By, group
 
 
 @untraced
-def clip_grads_(parameters: Parameters, rule: AnyRule | Callable[[Tensor], Tensor]) -> ClipResult:
+def clip_grads_(parameters: Parameters, rule: AsRule) -> ClipResult:
     r"""Clip gradients in place by a rule.
 
     .. math:: g_t \leftarrow g_t \cdot \text{rule}\big(\|g\|_2 \text{ of each group}\big)_{\text{group}(t)}
@@ -39,17 +38,20 @@ def clip_grads_(parameters: Parameters, rule: AnyRule | Callable[[Tensor], Tenso
         The norms before clipping and the coefficients, all on the gradients' device.
 
     Raises:
-        RuntimeError: A gradient cannot be written in place, or a bound is beyond its dtype.
+        RuntimeError: A gradient cannot be written in place, or a bound is beyond its dtype; or a CUDA graph is being
+            captured, and an adaptive rule has no state yet.
         TypeError: `parameters` holds something other than tensors, or `rule` is not a rule.
-        ValueError: The rule's bounds or coefficients do not fit the groups.
-        NotImplementedError: A gradient is complex, and the rule clips by value.
+        ValueError: The rule's bounds or coefficients do not fit the groups, or an adaptive rule has learned the norms
+            of other groups.
+        NotImplementedError: A gradient is complex, and the rule clips by value; or the rule is by unit, and a gradient
+            is sparse, or sharded other than by dimension 0.
 
     Example:
         >>> fastclip.clip_grads_(model, fastclip.ClipByNorm({"encoder": 1.0, "head": 0.1}, by="layer"))
     """
     checked = as_rule(rule)
     grads = collect(parameters)
-    return apply_rule(grads, checked, group(grads.owners, checked.by))
+    return apply_rule(grads, checked, groups_of(checked, grads.owners))
 
 
 @untraced

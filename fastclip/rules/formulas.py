@@ -20,7 +20,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,12 +31,12 @@ from fastclip.foundation.arguments import positive, real
 from fastclip.rules.bounds import Bound, as_tensor, by_label, check_order, in_order, read_bound
 from fastclip.rules.groups import By
 
-_R = TypeVar("_R", bound="_RuleWithBounds")
+_R = TypeVar("_R", bound="RuleWithBounds")
 
 
 @dataclass(frozen=True)
-class _RuleWithBounds:
-    """The base of every rule except `Rule`: checks the bounds when the rule is made, and puts them in group order."""
+class RuleWithBounds:
+    """The base of every rule with fixed bounds: checks them when the rule is made, and puts them in group order."""
 
     bounds: ClassVar[tuple[str, ...]]  # the names of the fields that are bounds
 
@@ -65,13 +65,46 @@ class _RuleWithBounds:
         return {name: value for name, value in values.items() if not callable(value)}
 
 
+class Measured(NamedTuple):
+    """What a rule knows about the gradients; all tensors are fp64 on one device.
+
+    Attributes:
+        labels: The groups' labels.
+        norms: The 2-norm of each group, [groups].
+        total: The 2-norm of all gradients: 0-dim.
+        weights: The 2-norm of each group's parameters, [groups]; None if the rule does not ask for them.
+    """
+
+    labels: tuple[Hashable, ...]
+    norms: Tensor
+    total: Tensor
+    weights: Tensor | None
+
+
+class Decision(NamedTuple):
+    """What a rule does to the gradients; both tensors are [groups].
+
+    Attributes:
+        coefficients: The factor of each group.
+        thresholds: The norm above which a group is scaled; None if the rule has none.
+    """
+
+    coefficients: Tensor
+    thresholds: Tensor | None
+
+
 @dataclass(frozen=True)
-class _NormRule(_RuleWithBounds, ABC):
+class _NormRule(RuleWithBounds, ABC):
     """A rule with one bound. Calling it with the groups' norms returns their coefficients."""
 
     def __call__(self, norms: Tensor) -> Tensor:
         """Return the coefficients, in the shape of `norms`."""
         return self._coefficients(norms, as_tensor(getattr(self, self.bounds[0]), norms))
+
+    def decide(self, measured: Measured) -> Decision:
+        """Return the coefficients, and the bounds as thresholds."""
+        bounds = as_tensor(getattr(self, self.bounds[0]), measured.norms)
+        return Decision(self._coefficients(measured.norms, bounds), bounds)
 
     @abstractmethod
     def _coefficients(self, norms: Tensor, bounds: Tensor) -> Tensor: ...
@@ -177,7 +210,7 @@ class ClipAtThreshold(_NormRule):
 
 
 @dataclass(frozen=True)
-class ClipByValue(_RuleWithBounds):
+class ClipByValue(RuleWithBounds):
     r"""Clamp every element to [clip_value_min, clip_value_max]; the two need not be symmetric.
 
     .. math:: g_i \leftarrow \max(\min(g_i, \text{clip\_value\_max}), \text{clip\_value\_min})
@@ -247,6 +280,26 @@ class Rule:
         """Return the coefficients."""
         return self.function(norms.clone())  # the function may work in place
 
+    def decide(self, measured: Measured) -> Decision:
+        """Return the function's coefficients. A function has no thresholds.
+
+        Raises:
+            ValueError: The function's answer is neither one coefficient for each group nor one for all.
+            Exception: torch cannot convert the answer to a tensor. The type is that of torch's error.
+        """
+        norms = measured.norms
+        answer = self(norms)
+        try:
+            coefficients = torch.as_tensor(answer, dtype=norms.dtype, device=norms.device).detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise type(error)(f"{self!r} returned {answer!r}, not coefficients: {error}") from None
+        if coefficients.shape not in (norms.shape, (), (1,)):
+            raise ValueError(
+                f"{self!r} returned coefficients of shape {tuple(coefficients.shape)} for norms of shape "
+                f"{tuple(norms.shape)}: return one for each, or one for all"
+            )
+        return Decision(coefficients.expand(norms.shape), None)
+
     def for_groups(self, labels: Sequence[Hashable]) -> Rule:  # noqa: ARG002 - the signature is that of the other rules
         """Return the rule itself: a function has no bounds to put in order."""
         return self
@@ -254,28 +307,3 @@ class Rule:
     def __repr__(self) -> str:
         name = getattr(self.function, "__qualname__", None) or repr(self.function)
         return f"Rule({name}, by={self.by!r})"
-
-
-NormRule: TypeAlias = ClipByNorm | ClipByGlobalNorm | ClipGradNorm | ClipAtThreshold | Rule
-"""A rule that turns norms into coefficients."""
-
-AnyRule: TypeAlias = NormRule | ClipByValue
-
-BY_NAME: dict[str, Any] = {
-    kind.__name__: kind for kind in (ClipByNorm, ClipByGlobalNorm, ClipGradNorm, ClipAtThreshold, ClipByValue)
-}
-"""The rules that a checkpoint can name."""
-
-
-def as_rule(rule: object) -> AnyRule:
-    """Return a rule as it is, and a function as a rule by parameter.
-
-    Raises:
-        TypeError: `rule` is neither a rule nor a function.
-    """
-    if isinstance(rule, (_RuleWithBounds, Rule)):
-        return rule  # type: ignore[return-value]  # AnyRule lists every subclass of _RuleWithBounds
-    if callable(rule) and not isinstance(rule, type):
-        return Rule(rule)
-    known = ", ".join([*BY_NAME, "Rule"])
-    raise TypeError(f"`rule` must be a rule ({known}) or a function from norms to coefficients, not {rule!r}")

@@ -10,9 +10,10 @@ from torch.optim import Optimizer
 
 from fastclip.core.owners import Owners
 from fastclip.foundation.arguments import positive, real
-from fastclip.rules.formulas import AnyRule, ClipByGlobalNorm, ClipByNorm, ClipByValue, as_rule
+from fastclip.rules.catalogue import AnyRule, AsRule, as_rule
+from fastclip.rules.formulas import ClipByGlobalNorm, ClipByNorm, ClipByValue
 from fastclip.training import folding
-from fastclip.training.attachment import Attachment
+from fastclip.training.attachment import Attachment, check_is_free
 from fastclip.training.members import Members
 from fastclip.training.optimizers import check_is_optimizer
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 def attach(
     optimizer: Optimizer,
-    rule: AnyRule | Callable[[Tensor], Tensor] | None = None,
+    rule: AsRule | None = None,
     *,
     clipnorm: float | None = None,
     clipvalue: float | None = None,
@@ -71,7 +72,8 @@ def attach(
     the device in each step.
 
     **Steps inside of backward.** An optimizer that steps inside of backward, in a hook on the accumulation of a
-    gradient, can clip by parameter or by value. Any other rule raises an error in the step.
+    gradient, can clip by parameter, by unit or by value. Any other rule, and `ClipByEMA`, whose warm-up needs the
+    global norm, raises an error in the step.
 
     **Nested steps.** If the optimizer's own ``step`` calls that of its base class, gradients are clipped once, before
     the outer step. If the optimizer's own ``step`` makes a closure, the gradients of that closure are not clipped.
@@ -106,15 +108,15 @@ def attach(
         The attachment: ``norm`` and ``clipped`` describe the last step, ``detach()`` ends it.
 
     Raises:
-        RuntimeError: In a step: it is inside of backward, and the rule is neither by parameter nor by value; or no
+        RuntimeError: In a step: it is inside of backward, and the rule needs all gradients; or no
             gradient is left, because other optimizers have stepped there; or the rule is by value, and the gradients
             carry the scale of a GradScaler.
         TypeError: `optimizer` is not a `torch.optim.Optimizer`, or wraps one; `rule` is not a rule; or `monitor` is not
             a monitor.
         ValueError: Several rules are given, or neither a rule nor a monitor; the rule's bounds do not fit; `optimizer`
-            already has an attachment; `names` or the monitor does not have its parameters; or `fold` does not work with
-            the optimizer or the rule. In ``optimizer.load_state_dict``: with `fold`, a group of the state dict is not
-            fused.
+            already has an attachment; an adaptive rule is attached to another optimizer; `names` or the monitor does
+            not have its parameters; or `fold` does not work with the optimizer or the rule. In
+            ``optimizer.load_state_dict``: with `fold`, a group of the state dict is not fused.
 
     Example:
         >>> optimizer = torch.optim.Adam(model.parameters())
@@ -132,6 +134,7 @@ def attach(
     chosen, is_off = _read_rule(rule, clipnorm, clipvalue, global_clipnorm)
     if chosen is None and monitor is None and not is_off:
         raise ValueError("nothing to attach: give a rule, one of clipnorm, clipvalue, global_clipnorm, or a monitor")
+    check_is_free(chosen)
     members = Members(names, None if monitor is None else monitor.owners)
     _, groups = members.find(optimizer, chosen)
     fold = fold and not is_off
@@ -142,7 +145,7 @@ def attach(
 
 
 def _read_rule(
-    rule: AnyRule | Callable[[Tensor], Tensor] | None,
+    rule: AsRule | None,
     clipnorm: float | None,
     clipvalue: float | None,
     global_clipnorm: float | None,

@@ -7,8 +7,10 @@ it does not call `step`, and nothing is clipped. Only a fused optimizer is calle
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -17,10 +19,13 @@ from torch.optim import Optimizer
 from fastclip.core.collect import gradients_of
 from fastclip.core.owners import Owners
 from fastclip.foundation.tracing import untraced
+from fastclip.rules.adaptive import AdaptiveRule, ClipByEMA
 from fastclip.rules.apply import ClipResult, apply_rule
-from fastclip.rules.checkpoint import from_state, state_of
-from fastclip.rules.formulas import AnyRule, ClipByValue
+from fastclip.rules.catalogue import AnyRule
+from fastclip.rules.checkpoint import from_state, load_state, state_of
+from fastclip.rules.formulas import ClipByValue
 from fastclip.rules.groups import Groups
+from fastclip.rules.memory import Memory
 from fastclip.training import folding
 from fastclip.training.members import Members
 from fastclip.training.step import Step
@@ -66,6 +71,7 @@ class Attachment:
         self._step = Step()
         self._loading: dict[str, Any] | None = None  # from a state dict that is being loaded
         self._loaded_clipped: Tensor | None = None
+        self._hold(optimizer)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -73,6 +79,11 @@ class Attachment:
             optimizer.register_load_state_dict_pre_hook(self._before_load),
             optimizer.register_load_state_dict_post_hook(self._load),
         ]
+
+    def _hold(self, optimizer: Optimizer) -> None:
+        """Remember where an adaptive rule is attached."""
+        if isinstance(self.rule, AdaptiveRule):
+            _holders[self.rule.memory] = ref(optimizer), ref(self)
 
     @property
     def clipped(self) -> Tensor | None:
@@ -182,19 +193,50 @@ class Attachment:
             _, groups = self._members.find(optimizer, rule)  # raises if the rule does not fit
             if self._folds:
                 folding.check_rule(rule, groups)
+            load_state(rule, state["rule"])
             self.rule = rule
+            self._hold(optimizer)
         if self.monitor is not None and "monitor" in state:
             self.monitor.load_state_dict(state["monitor"])
         self.norm, self._loaded_clipped, self.result = state["norm"], state["clipped"], None
         self._members.forget()  # the state dict may have brought other names
 
 
+_holders: WeakKeyDictionary[Memory, tuple[ref[Optimizer], ref[Attachment]]] = WeakKeyDictionary()
+"""Where each adaptive rule was attached last."""
+
+
+def check_is_free(rule: AnyRule | None) -> None:
+    """Raise if an adaptive rule is attached to another optimizer: it would learn the norms of both as of one.
+
+    Raises:
+        ValueError: It is.
+    """
+    if isinstance(rule, AdaptiveRule) and _is_held(rule):
+        gc.collect()  # an optimizer that nobody holds any more may be in reference cycles
+        if _is_held(rule):
+            raise ValueError(
+                f"{rule} is attached to another optimizer, and learns the norms there: make another rule for this one, "
+                "or detach() it there first"
+            )
+
+
+def _is_held(rule: AdaptiveRule) -> bool:
+    optimizer, attachment = (known() for known in _holders.get(rule.memory, (_nothing, _nothing)))
+    if optimizer is None or not isinstance(attachment, Attachment) or not attachment.is_attached:
+        return False
+    return isinstance(attachment.rule, AdaptiveRule) and attachment.rule.memory is rule.memory
+
+
+def _nothing() -> None: ...
+
+
 def _check_applies_now(rule: AnyRule | None, loss_scale: Tensor | None) -> None:
     """Raise if the rule needs gradients that are not there yet, or gradients without a loss scale.
 
     Raises:
-        RuntimeError: The step is inside of backward and the rule is neither by parameter nor by value; or the rule is
-            by value and the gradients carry a loss scale.
+        RuntimeError: The step is inside of backward and the rule needs all gradients; or the rule is by value and the
+            gradients carry a loss scale.
     """
     if isinstance(rule, ClipByValue):
         if loss_scale is not None:
@@ -202,9 +244,14 @@ def _check_applies_now(rule: AnyRule | None, loss_scale: Tensor | None) -> None:
                 f"{rule} is attached, but the gradients still carry the scale of GradScaler: call "
                 "scaler.unscale_(optimizer) before scaler.step(optimizer)"
             )
-    elif rule is not None and rule.by != "parameter" and torch._C._current_graph_task_id() >= 0:
+    elif rule is not None and torch._C._current_graph_task_id() >= 0 and _needs_all(rule):
         raise RuntimeError(
             f"{rule} is attached to an optimizer that steps inside of backward, where the other gradients are "
             "not there yet: attach a rule by parameter (clipnorm=1.0) or by value (clipvalue=1.0), or step after "
             "backward"
         )
+
+
+def _needs_all(rule: AnyRule) -> bool:
+    """Whether a rule needs the gradients of several parameters at once; an EMA's warm-up needs their global norm."""
+    return isinstance(rule, ClipByEMA) or rule.by not in ("parameter", "unit")

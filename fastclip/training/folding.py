@@ -15,7 +15,8 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from fastclip.core.gradients import Gradients
 from fastclip.foundation.devices import on
-from fastclip.rules.formulas import AnyRule, ClipByValue
+from fastclip.rules.catalogue import AnyRule
+from fastclip.rules.formulas import ClipByValue
 from fastclip.rules.groups import Groups
 from fastclip.training.optimizers import step_without_hooks
 
@@ -44,9 +45,9 @@ def check_rule(rule: AnyRule | None, groups: Groups) -> None:
     """Raise unless the rule has one coefficient for all gradients.
 
     Raises:
-        ValueError: There is no rule, the rule clips by value, or it has several groups.
+        ValueError: There is no rule, the rule clips by value or by unit, or it has several groups.
     """
-    if rule is None or isinstance(rule, ClipByValue) or not groups.is_one:
+    if rule is None or isinstance(rule, ClipByValue) or rule.by == "unit" or not groups.is_one:
         raise ValueError(
             f"fold=True hands the optimizer one coefficient for all gradients, which {rule} does not have: give a rule "
             "by the global norm, such as global_clipnorm=1.0, or leave fold=True out"

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastclip.core.owners import Owners, list_owners
-from fastclip.rules.formulas import AnyRule
-from fastclip.rules.groups import Groups, group
+from fastclip.rules.apply import groups_of
+from fastclip.rules.catalogue import AnyRule
+from fastclip.rules.groups import Groups
 
 
 class Members:
@@ -88,7 +89,7 @@ def _in_order_of(watched: Owners, owners: Owners) -> Owners:
 
 def _grouped(owners: Owners, rule: AnyRule | None) -> Groups:
     """Return the groups of a rule, after a check that its bounds fit them."""
-    groups = group(owners, "global" if rule is None else rule.by)
+    groups = groups_of(rule, owners)
     if rule is not None:
         rule.for_groups(groups.labels)
     return groups

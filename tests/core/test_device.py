@@ -9,6 +9,7 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import oracle
 import pytest
@@ -128,12 +129,27 @@ def test_pinned_memory_is_not_reused_while_the_gpu_lags(device: Device) -> None:
     assert [norm.item() for norm in norms] == [near(value) for value in exact]
 
 
+def adaptive_rules(by: Literal["global", "parameter"]) -> list[Any]:
+    """One of each kind, after a short warm-up."""
+    return [
+        fastclip.ClipByQuantile(0.5, 10, by=by),
+        fastclip.ClipByZScore(warmup=2, by=by),
+        fastclip.ClipByEMA(warmup=2, by=by),
+    ]
+
+
 def test_nothing_waits(device: Device) -> None:
     """For gradients at the same addresses, at new addresses, and of new sizes."""
 
     def call(*numels: int) -> None:
         made = device.parameters(*numels)
+        weight = nn.Parameter(torch.ones(6, numels[0], device=device.device))
+        weight.grad = torch.ones(6, numels[0], device=device.device)
+        rules = [*adaptive_rules("global"), *adaptive_rules("parameter"), fastclip.ClipByWeightNorm()]
         for _ in range(2):
+            for rule in rules:
+                fastclip.clip_grads_(made, rule)
+            fastclip.clip_grads_([weight], fastclip.ClipByWeightNorm(by="unit"))
             fastclip.clip_grad_norm_(made, 1.0)
             fastclip.clip_grad_value_(made, 0.5)
             fastclip.clip_by_norm_(made, 0.1)
@@ -164,6 +180,70 @@ def test_a_graph_clips_what_is_there_at_its_replay(device: Device) -> None:
         replay()
         assert norm.item() == near(exact)
         assert exact_norm(made) == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("by", ["global", "parameter"])
+def test_a_graph_goes_on_learning(device: Device, by: Literal["global", "parameter"]) -> None:
+    """Each replay enters its norms: the count of observations is on the device."""
+    made, again = device.parameters(3, 64, 1000), device.parameters(3, 64, 1000)
+    for captured, eager in zip(adaptive_rules(by), adaptive_rules(by), strict=True):
+        results, thresholds = [], []
+
+        def work(rule: Any = captured) -> Tensor:
+            thresholds = fastclip.clip_grads_(made, rule).thresholds
+            assert thresholds is not None
+            return thresholds
+
+        for step in range(7):
+            for parameter, other in zip(made, again, strict=True):
+                grad_of(parameter).normal_(std=1 + step)
+                grad_of(other).copy_(grad_of(parameter))
+            if step == 0:
+                work()
+            elif step == 1 and device.is_gpu:
+                state = captured.state_dict()
+                result, replay = device.captured(work)
+                oracle.assert_same_bits(captured.state_dict()["rows"], state["rows"])  # a capture runs nothing
+                replay()
+            elif step == 1:
+                result, replay = device.captured(work)
+            else:
+                result.fill_(math.nan)
+                replay()
+            if step:
+                results.append(result.tolist())
+            expected = fastclip.clip_grads_(again, eager).thresholds
+            assert expected is not None
+            thresholds.append(expected.tolist())
+        assert results == thresholds[1:]
+        oracle.assert_same_bits(captured.state_dict()["rows"], eager.state_dict()["rows"])
+
+
+def test_a_graph_clips_units(device: Device) -> None:
+    weight = nn.Parameter(torch.ones(50, 400, device=device.device))
+    weight.grad = torch.ones(50, 400, device=device.device)
+    rule = fastclip.ClipByWeightNorm(0.5, by="unit")
+
+    def work() -> Tensor:
+        return fastclip.clip_grads_([weight], rule).norm
+
+    work()
+    norm, replay = device.captured(work)
+    for value in (3.0, 0.25, 7.0):
+        weight.grad.fill_(value)
+        norm.fill_(math.nan)
+        replay()
+        assert norm.item() == pytest.approx(value * math.sqrt(20_000))
+        torch.testing.assert_close(weight.grad, torch.full_like(weight.grad, min(value, 0.5)))
+
+
+def test_a_rule_without_state_is_refused_in_a_capture(device: Device) -> None:
+    made = device.parameters(64)
+    fastclip.clip_grads_(made, fastclip.ClipByQuantile())
+    if not device.is_gpu:
+        return  # nothing is captured on the CPU
+    with pytest.raises(RuntimeError, match="once ahead of the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        fastclip.clip_grads_(made, fastclip.ClipByQuantile())
 
 
 def test_a_capture_of_what_was_not_prepared_is_refused(device: Device) -> None:

@@ -240,8 +240,12 @@ def test_what_is_refused(four: Pool) -> None:
     pending = (
         "parameters[1] of shape (4, 4) is a sum yet to be made (a DTensor with a Partial placement), and to clamp "
     )
+    misplaced = "parameters[1] of shape (4, 4) has a gradient placed by (Partial(sum), Replicate()), and not as it is"
+    cut = (
+        "parameters[1] of shape (4, 4) is placed by (Shard(dim=1), Replicate()), which cuts its units into parts: shard"
+    )
     for messages in four.run(ranks.refused):
-        for message, beginning in zip(messages, (maximum, pending, pending), strict=True):
+        for message, beginning in zip(messages, (maximum, pending, pending, misplaced, cut), strict=True):
             assert message.startswith(beginning)
 
 
@@ -310,11 +314,44 @@ LAYERS: list[Item] = [
         fastclip.ClipByValue([-0.1, -1.0, -0.5], 2.0, by="layer"),
         fastclip.Rule(ranks.halve_the_largest),
         fastclip.ClipByNorm({"layer0": 0.1, "layer1": 1.0, "layer2": 0.2}, by="layer"),
+        fastclip.ClipByQuantile(0.5, 10, factor=0.5, include_current=True, by="parameter"),
+        fastclip.ClipByZScore(cap=0.5, by="layer"),
+        fastclip.ClipByEMA(max_norm=0.3),
     ],
     ids=repr,
 )
 def test_rules(four: Pool, rule: object) -> None:
     assert same(four.run(ranks.by_rule, (2, 2), LAYERS, rule))
+
+
+@pytest.mark.parametrize("by", ["parameter", "unit"])
+def test_rules_by_weights(four: Pool, by: str) -> None:
+    """By unit, shards of dimension 0 keep units whole; a bias is one unit, whose norm is that of all its shards."""
+    items: list[Item] = [
+        ((8, 6), ("S0", "R")),
+        ((5,), ("S0", "R")),
+        ((3, 4), ("S0", "S0")),
+        ((7, 1), ("S0", "R")),
+        ((4, 2), ("R", "R")),
+        ((6, 2, 3), ("R", "S0")),
+    ]
+    rule = fastclip.ClipByWeightNorm(0.3, by=by)
+    results = four.run(ranks.by_weights, (2, 2), items, rule)
+    assert all(result == results[0] for result in results)
+    compared, _ = results[0]
+    assert (compared[0], compared[1], compared[3]) == (
+        1,
+        0,
+        1,
+    )  # all processes know of the unit that one of them clipped
+
+
+@pytest.mark.parametrize("by", ["global", "parameter", "unit"])
+def test_rules_by_weights_whose_gradients_are_not_everywhere(two: Pool, by: str) -> None:
+    results = two.run(ranks.by_weights_of_some, by)
+    assert all(bits == results[0][0] for bits, _ in results)
+    for _, (norm, expected) in results:
+        assert norm == pytest.approx(expected, rel=1e-6)
 
 
 def test_rules_with_sums_that_are_pending(four: Pool) -> None:

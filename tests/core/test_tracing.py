@@ -66,6 +66,8 @@ CALLS: dict[str, Step] = {
     "clip_by_global_norm_": stepping(lambda owners: fastclip.clip_by_global_norm_(owners, 0.5)),
     "measure_grads": stepping(lambda owners: fastclip.measure_grads(owners).group_norms),
     "clip_grads_": stepping(lambda owners: fastclip.clip_grads_(owners, lambda norms: 1 / (1 + norms)).norm),
+    "adaptive": stepping(lambda owners: fastclip.clip_grads_(owners, fastclip.ClipByZScore(cap=0.5)).thresholds),
+    "by unit": stepping(lambda owners: fastclip.clip_grads_(owners, fastclip.ClipByWeightNorm(2.0, by="unit")).norm),
 }
 
 RECORDERS: dict[str, Callable[[Step, Tensor, Tensor], Step]] = {
@@ -148,3 +150,21 @@ def test_no_fake_tensor_is_kept(call: str) -> None:
             step(torch.zeros(2, 3), torch.zeros(2, 2))
         for found in step(*inputs(0)):
             assert type(found) is Tensor
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [fastclip.ClipByQuantile(include_current=True), fastclip.ClipByZScore(cap=0.5), fastclip.ClipByEMA(warmup=1)],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_an_adaptive_rule_learns_nothing_while_a_step_is_recorded(rule: Any) -> None:
+    step = stepping(lambda owners: fastclip.clip_grads_(owners, rule))
+    step(*inputs(0))
+    before = rule.state_dict()["rows"]
+    with FakeTensorMode():
+        step(torch.zeros(2, 3), torch.zeros(2, 2))
+    recorded = make_fx(step, tracing_mode="real")(*inputs(0))
+    recorded(*inputs(1))
+    assert torch.equal(rule.state_dict()["rows"], before)
+    step(*inputs(1))
+    assert not torch.equal(rule.state_dict()["rows"], before)

@@ -6,6 +6,7 @@ strided shard with a split factor of 2; one for each dimension of the mesh.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -383,17 +384,23 @@ def refused() -> list[str]:
     """What cannot be clipped raises before anything is changed."""
     mesh = mesh_of(2, 2)
     messages = []
+
+    def by_unit(parameters: list[nn.Parameter]) -> None:
+        fastclip.clip_grads_(parameters, fastclip.ClipByWeightNorm(by="unit"))
+
     calls: list[tuple[str, Callable[[list[nn.Parameter]], object]]] = [
         ("M", lambda parameters: fastclip.clip_grad_norm_(parameters, 1.0)),
         ("P", lambda parameters: fastclip.clip_grad_value_(parameters, 0.1)),
         ("P", lambda parameters: fastclip.clip_grads_(parameters, fastclip.ClipByValue(-0.1, 0.1))),
+        ("P", by_unit),
+        ("S1", by_unit),
     ]
     for short, call in calls:
         parameters = made(mesh, [((4, 4), ("S0", "R")), ((4, 4), (short, "R"))])
         before = local_bits(parameters)
         try:
             call(parameters)
-        except RuntimeError as error:
+        except (RuntimeError, NotImplementedError) as error:
             messages.append(str(error))
         assert local_bits(parameters) == before
     return messages
@@ -488,12 +495,13 @@ def halve_the_largest(norms: Tensor) -> Tensor:
 def by_rule(shape: tuple[int, ...], items: Sequence[Item], rule: Any) -> Bits:
     """A rule does the same with sharded gradients as with whole ones; all ranks have the same plain results."""
     sharded, single = named_pairs(mesh_of(*shape), items)
-    result, expected = fastclip.clip_grads_(sharded, rule), fastclip.clip_grads_(single, rule)
+    result, expected = fastclip.clip_grads_(sharded, rule), fastclip.clip_grads_(single, copy.deepcopy(rule))
     compared = [
         (result.norm, expected.norm),
         (result.norms, expected.norms),
         (result.group_norms, expected.group_norms),
         (result.coefficients, expected.coefficients),
+        (result.thresholds, expected.thresholds),
         (result.clipped, expected.clipped),
     ]
     for own, other in compared:
@@ -505,6 +513,55 @@ def by_rule(shape: tuple[int, ...], items: Sequence[Item], rule: Any) -> Bits:
             whole(grads_of([own])[0]), grads_of([other])[0], rtol=2.0**-18, atol=2.0**-24, equal_nan=True
         )
     return [bit for own, _ in compared if own is not None for bit in bits(own)]
+
+
+def by_weights(shape: tuple[int, ...], items: Sequence[Item], rule: fastclip.ClipByWeightNorm) -> tuple[Bits, int]:
+    """The rule does the same with shards as with whole tensors; the results' bits, and the number of collectives."""
+    mesh = mesh_of(*shape)
+    sharded, single = [], []
+    for i, (own, short) in enumerate(items):
+        weight, grad = values(own, i), values(own, 100 + i)
+        sharded.append(nn.Parameter(distributed(weight, mesh, short)))
+        sharded[-1].grad = distributed(grad, mesh, short)
+        single.append(nn.Parameter(weight))
+        single[-1].grad = grad.clone()
+    expected = fastclip.clip_grads_(single, rule)
+    count = collectives(lambda: fastclip.clip_grads_(sharded, rule))
+    for own_parameter, other in zip(sharded, single, strict=True):
+        grads = grads_of([own_parameter, other])
+        torch.testing.assert_close(whole(grads[0]), grads[1], rtol=2.0**-18, atol=0.0)
+    compared = [int(expected.clipped.item())]
+    local = local_parts(collect(sharded)).tensors[2]
+    local.mul_(2 if dist.get_rank() == 1 else 1)
+    for bound in (1e3, 0.45):  # nothing is above the first, one unit of one process above the second
+        result = fastclip.clip_grads_(sharded, fastclip.ClipByWeightNorm(bound, by=rule.by))
+        compared += [int(result.clipped.item()), *bits(result.norm)]
+    return [*compared, *(bit for grad in grads_of(sharded) for bit in bits(grad))], count
+
+
+def by_weights_of_some(by: Any) -> tuple[Bits, list[float]]:
+    """A plain bias has a gradient on the first rank only, one weight has none at all, and a gradient is transposed."""
+    mesh = mesh_of(2)
+    rule = fastclip.ClipByWeightNorm(0.1, by=by)
+    weights = [values((4, 6), 1), values((6, 4), 2), values((5,), 3), values((4, 4), 4)]
+    grads = [values((4, 6), 5), values((4, 6), 6).t(), values((5,), 7)]
+    sharded = [nn.Parameter(distributed(weight, mesh, ["S0"])) for weight in weights]
+    sharded[2] = nn.Parameter(weights[2].clone())
+    single = [nn.Parameter(weight.clone()) for weight in weights]
+    for i, grad in enumerate(grads):
+        single[i].grad = grad.clone()
+        if i < 2:
+            local = distributed(grad, mesh, ["S0"]).to_local()
+            sharded[i].grad = DTensor.from_local(local.t().contiguous().t(), mesh, [Shard(0)], run_check=False)
+        elif dist.get_rank() == 0:
+            sharded[i].grad = grad.clone()
+    expected, result = fastclip.clip_grads_(single, rule), fastclip.clip_grads_(sharded, rule)
+    for own, other in zip(sharded, single, strict=True):
+        if own.grad is not None:
+            torch.testing.assert_close(whole(own.grad), grads_of([other])[0], rtol=2.0**-18, atol=0.0)
+    if result.thresholds is not None and expected.thresholds is not None:
+        torch.testing.assert_close(result.thresholds, expected.thresholds, rtol=2.0**-18, atol=0.0)
+    return bits(result.norm), [result.norm.item(), expected.norm.item()]
 
 
 def tensorflows(items: Sequence[Item]) -> Bits:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 import fastclip
-from fastclip.rules.formulas import AnyRule
+from fastclip.rules.catalogue import AnyRule
 
 
 def on_accumulation(parameter: Tensor, hook: Callable[[Tensor], object]) -> RemovableHandle:

@@ -128,8 +128,9 @@ class Sharded(Prepared):
         if self._all is not None:
             torch.autograd.graph.increment_version(grads.tensors)
             flags = self._all.clamp_(self._parts, minimum, maximum, watch=watch)
-        if not watch:
-            return []
+        return self.flags_of_all(flags) if watch else []
+
+    def flags_of_all(self, flags: Sequence[Tensor]) -> list[Tensor]:
         changed = torch.zeros(1, dtype=torch.int64, device=self.device)
         for flag in flags:
             changed |= flag.any().to(self.device)
