@@ -41,6 +41,8 @@ class History:
         coefficient: The smallest coefficient of all groups, [S]; NaN if nothing was clipped, or only by value.
         clipped: Whether anything was clipped, [S].
         clipped_norm: The 2-norm of all gradients after clipping, [S]; NaN if they were clipped by value.
+        threshold: The norm above which all gradients are scaled, [S]; NaN if the rule clips several groups or has none,
+            infinite while nothing limits it.
         clip_rate: In what share of the last `window` steps, up to this one, anything was clipped, [S].
         window: Over how many steps the clip rate is taken; over fewer at the start of a run.
         norms: The 2-norm of each parameter's gradient, [S, P].
@@ -65,6 +67,7 @@ class History:
     coefficient: Array
     clipped: Array
     clipped_norm: Array
+    threshold: Array
     clip_rate: Array
     window: int
     norms: Array
@@ -122,8 +125,8 @@ class History:
         """Yield each step as a flat dict for sinks.
 
         The keys: "step"; "loss" and "grad_norm", each also with "_mean", "_s" and "_z"; "clipped_grad_norm", the norm
-        after clipping; "coefficient", "clipped", "clip_rate", "skipped", "nonfinite"; "grad_norm/<label>" for each
-        group; and, if the monitor takes the norms of weights, "nonfinite_weights" and "weight_norm/<label>".
+        after clipping; "threshold", "coefficient", "clipped", "clip_rate", "skipped", "nonfinite"; "grad_norm/<label>"
+        for each group; and, if the monitor takes the norms of weights, "nonfinite_weights" and "weight_norm/<label>".
         """
         columns = self._columns()
         lists = [_with_none(*column) for column in columns.values()]
@@ -138,6 +141,7 @@ class History:
             for field, averages in (("mean", self.mean), ("s", self.s), ("z", self.z)):
                 columns[f"{name}_{field}"] = averages[:, i], ~np.isnan(averages[:, i])
         columns["clipped_grad_norm"] = self.clipped_norm, self.has_clipped_norm
+        columns["threshold"] = self.threshold, ~np.isnan(self.threshold)
         columns["coefficient"] = self.coefficient, self.has_coefficient
         columns |= {
             "clipped": (self.clipped, None),

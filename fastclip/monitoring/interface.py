@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -32,6 +32,7 @@ class Observation(NamedTuple):
         values: Loss and global norm, [2].
         known: Whether there is a loss, and whether there is any gradient.
         comparison: Loss and norm compared with their running averages.
+        windows: Loss and norm compared with their last values, for each window that a trigger asks for.
         norms: The norm of each parameter's gradient, [parameters]; 0 if it has none.
         weights: The norm of each parameter, [parameters]; [0] if the monitor does not take these norms.
     """
@@ -39,6 +40,7 @@ class Observation(NamedTuple):
     values: Tensor
     known: tuple[bool, bool]
     comparison: Comparison
+    windows: Mapping[int, Comparison]
     norms: Tensor
     weights: Tensor
 
@@ -141,6 +143,11 @@ class Trigger(ABC):
     def patience(self) -> int:
         """In how many steps in a row the condition must hold before the trigger fires."""
         return 1
+
+    @property
+    def compares_with(self) -> int | None:
+        """With how many of the last values the trigger compares; None: with the running averages, or with nothing."""
+        return None
 
     @property
     def watches_weights(self) -> bool:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastclip.foundation.devices import on
-from fastclip.monitoring.averages import SERIES, Averages
+from fastclip.monitoring.averages import SERIES, Averages, Comparison
 from fastclip.monitoring.interface import Observation, Report, Trigger
 from fastclip.monitoring.steps import Layout, Step
+from fastclip.monitoring.windows import Windows
 
 
 class Judge:
@@ -21,34 +22,43 @@ class Judge:
         triggers: The triggers; those that skip come first.
         names: The names of the parameters.
         averages: The arithmetic of the running averages.
+        windows: The arithmetic of the windows that triggers compare with.
         layout: The layout of the steps' numbers.
 
     Attributes:
         triggers: The triggers.
         skipping: How many triggers skip.
         state: The state of the averages, [3, series].
+        recent: The state of the windows, [longest window, series].
         held: For how many steps in a row each trigger's condition held, up to the last step, [triggers].
     """
 
-    def __init__(self, triggers: Sequence[Trigger], names: Sequence[str], averages: Averages, layout: Layout) -> None:
+    def __init__(
+        self, triggers: Sequence[Trigger], names: Sequence[str], averages: Averages, windows: Windows, layout: Layout
+    ) -> None:
         self.triggers = triggers
         self.skipping = sum(trigger.skips for trigger in triggers)
         self.state = torch.zeros(3, len(SERIES), dtype=torch.float64)
+        self.recent = windows.first()
         self.held = torch.zeros(len(triggers))
         self._patience = torch.tensor([float(trigger.patience) for trigger in triggers])
         self._names = names
         self._averages = averages
+        self._windows = windows
         self._layout = layout
 
     def judge(self, step: Step) -> Step:
-        """Add a measured step to the averages, and return it with the two parts `before` and `fired` appended."""
+        """Add a measured step to averages and windows. Return it with `before`, `windows` and `fired` appended."""
         values, norms, weights = self._layout.split_measured(step)
         before = on(values.device, self.state)
         comparison = self._averages.compare(before, values)
         self.state = self._averages.add(before, values, comparison)
-        parts = [step.numbers, before.flatten()]
+        recent = on(values.device, self.recent)
+        windows = self._windows.compare(recent, values)
+        self.recent = self._windows.add(recent, values)
+        parts = [step.numbers, before.flatten(), *(part for window in windows.values() for part in window[:2])]
         if self.triggers:
-            parts.append(self._fired(Observation(values, step.known, comparison, norms, weights)))
+            parts.append(self._fired(Observation(values, step.known, comparison, windows, norms, weights)))
         return step._replace(numbers=torch.cat(parts))
 
     def _fired(self, step: Observation) -> Tensor:
@@ -71,16 +81,22 @@ class Judge:
         """Return the report of a trigger that fired in a judged step on the host."""
         parts = self._layout.split(step)
         comparison = self._averages.compare(parts.before.reshape(3, -1), parts.values)
-        observation = Observation(parts.values, step.known, comparison, parts.norms, parts.weights)
+        statistics = parts.windows.reshape(-1, 2, len(SERIES))
+        windows = {
+            length: Comparison(mean, s, (parts.values - mean) / s)
+            for length, (mean, s) in zip(self._windows.lengths, statistics, strict=True)
+        }
+        observation = Observation(parts.values, step.known, comparison, windows, parts.norms, parts.weights)
         value, limit, message = trigger.explain(observation)
         which = list(range(len(self._names)) if trigger.watches_weights else step.present)
         norms = (parts.weights if trigger.watches_weights else parts.norms).numpy()[which]
         return Report(step.number, trigger, value, limit, message, [self._names[i] for i in which], norms)
 
-    def restore(self, state: Tensor, held: Tensor) -> None:
-        """Continue from the averages' state and `held` of a checkpoint.
+    def restore(self, state: Tensor, recent: Tensor, held: Tensor) -> None:
+        """Continue from the averages' state, the windows' and `held` of a checkpoint.
 
-        `held` is ignored if it belongs to another number of triggers.
+        The last two are ignored if they belong to other triggers.
         """
         self.state = state.clone()
+        self.recent = self._windows.restored(recent)
         self.held = held.clone() if held.shape == self.held.shape else torch.zeros_like(self.held)

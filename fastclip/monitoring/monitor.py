@@ -32,6 +32,7 @@ from fastclip.monitoring.reactions import Reactions
 from fastclip.monitoring.record import Record
 from fastclip.monitoring.sinks import Sink, as_sink
 from fastclip.monitoring.steps import Layout, Step, measured
+from fastclip.monitoring.windows import Windows
 from fastclip.rules.apply import ClipResult
 from fastclip.rules.groups import By, group
 
@@ -69,7 +70,7 @@ class Monitor:
             parameters have names, else single parameters. Reports of triggers always name single parameters.
         weights: Whether to take the norms of the parameters too, before each step. This reads the parameters once more.
         decay: The decay of the running averages, see `fastclip.monitoring.averages`; 0.97 remembers about 30 steps.
-        warmup: Steps before the first z-score. A `Jump` cannot fire before.
+        warmup: Steps before the first z-score. A `Jump` without a window cannot fire before.
         window: Over how many steps the clip rate is taken.
         history: How many steps are kept.
         every: Sync after every so many steps, if a trigger warns, raises or calls a function.
@@ -114,8 +115,9 @@ class Monitor:
         self.every = every
         self.max_skipped = max_skipped
         averages = Averages(decay, warmup)
-        layout = Layout(len(self.names), len(self.triggers), weights=weights)
-        self._judge = Judge(self.triggers, self.names, averages, layout)
+        windows = Windows(trigger.compares_with for trigger in self.triggers if trigger.compares_with is not None)
+        layout = Layout(len(self.names), len(self.triggers), len(windows.lengths), weights=weights)
+        self._judge = Judge(self.triggers, self.names, averages, windows, layout)
         self._record = Record(self.names, self.groups, self.triggers, averages, layout, size=history, window=window)
         self._reactions = Reactions(self._judge)
         self._logs: list[Log] = []
@@ -251,6 +253,7 @@ class Monitor:
         return {
             "steps": self.steps,
             "averages": self._judge.state.cpu(),
+            "windows": self._judge.recent.cpu(),
             "skipped": self._reactions.skipped,
             "held": self._judge.held.cpu(),
             "recent": torch.tensor(list(self._record.recent), dtype=torch.bool),
@@ -266,9 +269,10 @@ class Monitor:
         if "steps" not in state or not isinstance(averages, Tensor) or averages.shape != self._judge.state.shape:
             raise ValueError("this is not what Monitor.state_dict() returned")
         self.steps = state["steps"]
-        self._judge.restore(averages, state.get("held", torch.zeros(0)))
+        nothing = torch.zeros(0)
+        self._judge.restore(averages, state.get("windows", nothing), state.get("held", nothing))
         self._reactions.restore(state.get("skipped", 0))
-        self._record.restore(state.get("recent", torch.zeros(0)))
+        self._record.restore(state.get("recent", nothing))
         self._unread.clear()
         for log in self._logs:
             log.written = self.steps

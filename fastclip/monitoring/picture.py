@@ -27,6 +27,7 @@ _DRAWABLE = (1e-100, 1e100)  # matplotlib's axes overflow beyond
 _COLOURS = "viridis"
 _MEAN = "0.5"
 _CLIPPED = "C2"
+_THRESHOLD = "C3"
 _SKIPPED = "C1"
 _MISSING = "0.85"  # grey: no gradient
 _ALARM = "#e3170a"  # red: not finite
@@ -71,9 +72,10 @@ def _draw_loss(axes: Axes, history: History) -> None:
 
 
 def _draw_norm(axes: Axes, history: History) -> None:
-    """The global norm before clipping, and after clipping if anything was clipped."""
+    """The global norm before clipping, after clipping if anything was clipped, and the threshold if there is one."""
     if history.clipped.any():
         axes.plot(history.steps, _drawable(_finite(history.clipped_norm)), color=_CLIPPED, linewidth=1)
+    axes.plot(history.steps, _drawable(_finite(history.threshold)), color=_THRESHOLD, linewidth=1)
     _draw_series(axes, history, history.norm, history.mean[:, 1], history.has_norm)
     axes.set_ylabel("global norm")
     if (history.norm > 0).any():
@@ -168,6 +170,8 @@ def _draw_legend(figure: Figure, history: History) -> None:
     marks = [Line2D([], [], color=_MEAN, linestyle="--", label="running mean")]
     if history.clipped.any() and history.has_clipped_norm.any():
         marks.append(Line2D([], [], color=_CLIPPED, label="norm after clipping"))
+    if np.isfinite(history.threshold).any():
+        marks.append(Line2D([], [], color=_THRESHOLD, label="threshold"))
     if history.skipped.any():
         marks.append(Line2D([], [], color=_SKIPPED, marker="v", linestyle="", label="skipped"))
     if history.nonfinite.any() or (history.has_loss & ~np.isfinite(history.loss)).any():

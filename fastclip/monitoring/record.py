@@ -107,6 +107,7 @@ def _numbers(parts: Parts) -> dict[str, Array]:
         "coefficient": parts.coefficient[:, 0].numpy(),
         "clipped": parts.clipped[:, 0].numpy() > 0,
         "clipped_norm": parts.clipped_norm[:, 0].numpy(),
+        "threshold": parts.threshold[:, 0].numpy(),
         "weights": parts.weights.numpy(),
     }
 

@@ -23,8 +23,8 @@ class Step(NamedTuple):
         has_coefficient: Whether gradients were clipped by norm.
         has_clipped_norm: Whether there were gradients with a known norm after clipping.
         present: The positions of the parameters that had a gradient.
-        numbers: All numbers in one vector, see `Parts`: on the device until the host reads the step. `before` and
-            `fired` are appended when the step is judged.
+        numbers: All numbers in one vector, see `Parts`: on the device until the host reads the step. `before`,
+            `windows` and `fired` are appended when the step is judged.
     """
 
     number: int
@@ -48,9 +48,11 @@ class Parts(NamedTuple):
         coefficient: The smallest coefficient of all groups, [1].
         clipped: Whether anything was clipped: 1 or 0, [1].
         clipped_norm: The global norm after clipping, [1].
+        threshold: The global norm above which gradients are scaled, [1].
         norms: The norms of the parameters' gradients, [parameters].
         weights: The norms of the parameters, [parameters]; [0] if the monitor does not take them.
         before: The state of the averages before the step, flattened, [3 x 2].
+        windows: Mean and standard deviation of each window before the step, flattened, [windows x 2 x 2].
         fired: Which triggers fired: 1 or 0, [triggers].
     """
 
@@ -58,9 +60,11 @@ class Parts(NamedTuple):
     coefficient: Tensor
     clipped: Tensor
     clipped_norm: Tensor
+    threshold: Tensor
     norms: Tensor
     weights: Tensor
     before: Tensor
+    windows: Tensor
     fired: Tensor
 
 
@@ -70,16 +74,17 @@ class Layout:
     Args:
         parameters: The number of parameters.
         triggers: The number of triggers.
+        windows: The number of windows that triggers compare with.
         weights: Whether the norms of the parameters are recorded.
     """
 
-    def __init__(self, parameters: int, triggers: int, *, weights: bool) -> None:
-        self._measured = [len(SERIES), 1, 1, 1, parameters, parameters if weights else 0]
-        self._judged = [*self._measured, 3 * len(SERIES), triggers]
+    def __init__(self, parameters: int, triggers: int, windows: int, *, weights: bool) -> None:
+        self._measured = [len(SERIES), 1, 1, 1, 1, parameters, parameters if weights else 0]
+        self._judged = [*self._measured, 3 * len(SERIES), 2 * windows * len(SERIES), triggers]
 
     def split_measured(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Return `values`, `norms` and `weights` of a measured step, which is not judged yet."""
-        values, _, _, _, norms, weights = torch.split(step.numbers, self._measured)
+        values, _, _, _, _, norms, weights = torch.split(step.numbers, self._measured)
         return values, norms, weights
 
     def split(self, step: Step) -> Parts:
@@ -115,12 +120,18 @@ def measured(
         _as_vector(None if result.coefficients is None else result.coefficients.min(), like),
         result.clipped.reshape(1),
         _as_vector(clipped_norm, like),
+        _as_vector(_threshold(result), like),
         norms,
     ]
     if weights is not None:
         parts.append(on(like.device, weights))
     has = (loss is not None, result.coefficients is not None, clipped_norm is not None)
     return Step(number, *has, result.present, torch.cat(parts))
+
+
+def _threshold(result: ClipResult) -> Tensor | None:
+    """The threshold of all gradients together; None if the rule has several groups, or no threshold."""
+    return result.thresholds if result.groups.is_one else None
 
 
 def _as_vector(number: Tensor | float | None, like: Tensor) -> Tensor:

@@ -16,32 +16,39 @@ import torch
 from torch import Tensor
 
 from fastclip.foundation.arguments import check_count, check_real
-from fastclip.monitoring.averages import SERIES
+from fastclip.monitoring.averages import SERIES, Comparison
 from fastclip.monitoring.interface import Observation, Trigger
 
 
 @dataclass(frozen=True, repr=False)
 class Jump(Trigger):
-    r"""The loss or the norm is far above its running mean (see `fastclip.monitoring.averages`).
+    r"""The loss or the norm is far above its mean.
 
     .. math:: \frac{x - m}{s} > z \quad\text{and, with a ratio,}\quad x > \text{ratio} \cdot m > 0
 
-    It does not hold during the warm-up of the averages, nor for a value that is not finite: use `NonFinite` for that.
+    Mean m and standard deviation s are the monitor's running averages (see `fastclip.monitoring.averages`), or with
+    `window` those of so many last values (see `fastclip.monitoring.windows`). ``Jump("loss", z=6, window=128,
+    action="skip")`` and the same of "norm" are the rule by which OLMo 2 and 3 skip steps.
+
+    It does not hold during the warm-up of the averages, nor before half of the window is filled, nor for a value that
+    is not finite: use `NonFinite` for that.
 
     Args:
         of: The series to watch: "loss", or the global "norm" of the gradients before clipping.
         z: By how many standard deviations the value must be above the mean.
         ratio: By what factor the value must be above the mean. If `z` is given too, both must hold.
+        window: How many of the last values to compare with, at least 2; None compares with the running averages.
         action: What to do, see `fastclip.monitoring.interface`.
 
     Raises:
-        TypeError: `z` or `ratio` is not a real number.
+        TypeError: `z` or `ratio` is not a real number, or `window` is not a whole number.
         ValueError: `of` is neither "loss" nor "norm"; neither `z` nor `ratio` is given; or one of them is out of range.
     """
 
     of: Literal["loss", "norm"]
     z: float = 0.0
     ratio: float | None = None
+    window: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,18 +62,31 @@ class Jump(Trigger):
             check_real("ratio", self.ratio)
             if not 1 < self.ratio < math.inf:
                 raise ValueError(f"`ratio` must be above 1 and finite, not {self.ratio}")
+        if self.window is not None:
+            check_count("window", self.window)
+            if self.window < 2:
+                raise ValueError("`window` must be at least 2: one value has no standard deviation")
+
+    @property
+    def compares_with(self) -> int | None:
+        """With how many of the last values the trigger compares; None: with the running averages."""
+        return self.window
+
+    def _comparison(self, step: Observation) -> Comparison:
+        return step.comparison if self.window is None else step.windows[self.window]
 
     def holds(self, step: Observation) -> Tensor:
         """Return whether the value is above the limit."""
         i = SERIES.index(self.of)
-        mean = step.comparison.mean[i]
-        holds = step.comparison.z[i] > self.z
+        comparison = self._comparison(step)
+        mean = comparison.mean[i]
+        holds = comparison.z[i] > self.z
         return holds if self.ratio is None else holds & (step.values[i] > self.ratio * mean) & (mean > 0)
 
     def explain(self, step: Observation) -> tuple[float, float, str]:
         """Return the value, the largest value that does not fire, and a message."""
         i = SERIES.index(self.of)
-        value, mean, s, z = (float(vector[i]) for vector in (step.values, *step.comparison))
+        value, mean, s, z = (float(vector[i]) for vector in (step.values, *self._comparison(step)))
         limit = max(mean + self.z * s, (self.ratio or -math.inf) * mean)
         message = f"the {self.of} is {value:.4g}, above {limit:.4g}; before it was {mean:.4g} ± {s:.2g} (z = {z:.3g})"
         return value, limit, message

@@ -108,9 +108,10 @@ def test_panels_of_what_was_clipped() -> None:
         monitor.update(fastclip.clip_grads_(model, fastclip.ClipByGlobalNorm(1.0)))
     figure = monitor.plot()
     assert [axes.get_ylabel() for axes in figure.axes] == ["global norm", "clip rate", "", "gradient norm"]
-    assert explained(figure) == ["running mean", "norm after clipping"]
+    assert explained(figure) == ["running mean", "norm after clipping", "threshold"]
     drawn = [list(np.asarray(line.get_ydata(), dtype=float)) for line in figure.axes[0].get_lines()]
     assert any(after == pytest.approx([1.0, 0.1, 0.2, 1.0]) for after in drawn)
+    assert [1.0] * 4 in drawn
     (area,) = figure.axes[1].collections
     heights = {(x, round(y, 3)) for x, y in area.get_paths()[0].vertices.tolist()}  # type: ignore[union-attr]
     assert {(1.0, 1.0), (2.0, 0.5), (3.0, 0.0), (4.0, 0.5)} <= heights

@@ -19,7 +19,7 @@ from fastclip.monitoring.history import Row
 
 KEYS = [
     *("step", "loss", "loss_mean", "loss_s", "loss_z", "grad_norm", "grad_norm_mean", "grad_norm_s", "grad_norm_z"),
-    *("clipped_grad_norm", "coefficient", "clipped", "clip_rate", "skipped", "nonfinite"),
+    *("clipped_grad_norm", "threshold", "coefficient", "clipped", "clip_rate", "skipped", "nonfinite"),
     *("grad_norm/0", "grad_norm/1"),
 ]
 
@@ -51,6 +51,7 @@ def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         "step": 1,
         "loss": 3.0,
         "clipped_grad_norm": pytest.approx(1.0),
+        "threshold": 1.0,
         "clipped": True,
         "clip_rate": 1.0,
         "skipped": False,
@@ -68,6 +69,7 @@ def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         "grad_norm_mean": rows[0]["grad_norm"],
         "grad_norm_s": pytest.approx(0.01 * math.sqrt(32)),
         "clipped_grad_norm": 0.25,
+        "threshold": 1.0,
         "coefficient": 1.0,
         "clipped": False,
         "clip_rate": 0.5,
