@@ -30,9 +30,11 @@ from triton.compiler import ASTSource
 
 from fastclip.backends.triton import PROGRAMS_PER_SM
 from fastclip.kernels import table
+from fastclip.kernels.adapt import adapt_kernel
 from fastclip.kernels.apply import apply_kernel
 from fastclip.kernels.clamp import clamp_kernel
 from fastclip.kernels.reduce import reduce_kernel, tensor_norms_kernel
+from fastclip.kernels.units import clip_units_kernel
 
 WARPS: int = table.LAUNCH_OPTIONS["num_warps"]
 VECTOR_BYTES = 16
@@ -87,7 +89,9 @@ class Variant:
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8, "partials": 8}
 """The bytes of an element. `partials` are the chunk norms, which are combined in fp64."""
 
-GROUPS = "groups"  # a loop over groups of small tensors: it reads element by element, and is not checked
+GROUPS = (
+    "groups"  # a loop over groups (of small tensors, or of a rule): it reads element by element, and is not checked
+)
 _GROUPS = (GROUPS,) * 4
 _IN_ORDER = ("fp32", "bf16", "fp16", "fp64")
 VARIANTS = {
@@ -108,6 +112,11 @@ VARIANTS = {
     "clamp, watched": Variant(clamp_kernel, {"bounds": None}, (*_IN_ORDER, *_GROUPS)),
     "clamp, each its bounds": Variant(clamp_kernel, {"flags": None}, (*_IN_ORDER, *_GROUPS)),
     "same, watched": Variant(clamp_kernel, {}, (*_IN_ORDER, *_GROUPS)),
+    "clip units": Variant(clip_units_kernel, {}, _IN_ORDER),
+    **{
+        f"adapt, {kind}": Variant(adapt_kernel, {"KIND": kind, "LANES": lanes}, (GROUPS,))
+        for kind, lanes in (("quantile", 1024), ("z_score", 512), ("ema", 512))
+    },
 }
 
 
@@ -450,6 +459,8 @@ def rows(name: str, target: str, compiled: Compiled) -> Iterator[str]:
             f"{head}  {loop.dtype:8} {_widths(loop.loads):>7} {_widths(loop.stores):>7} {ahead:8.0f} {each:10.1f} "
             f"{each * DTYPES[loop.dtype] / VECTOR_BYTES:13.1f}"
         )
+    if not compiled.loops:
+        yield head
     if compiled.spilled_scalars:
         yield (
             f"{'':22} note: {compiled.spilled_scalars} scalar registers are kept in lanes of a vector register. No "

@@ -2,6 +2,9 @@
 
     python -m benchmarks.counts [number of gradients ...]
 
+A second table has the rules of `clip_grads_`: fixed ones, and the adaptive ones that take their place. There torch's
+own operations count, too: each is a small launch on a GPU.
+
 With a GPU, torch's profiler and memory statistics count. Without one, fastclip launches its kernels through a stand-in
 driver (`tests/ptxlab`, which needs gcc and Linux). It counts them and returns at once, so fastclip's host time is the
 real one without the driver's own. torch has no such driver. Its launches are then *derived* from the limits of
@@ -35,6 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastclip
+from benchmarks.steps import RULES
 from fastclip.foundation.devices import upload
 
 COUNTS = (1, 10, 100, 1000, 2000, 10_000)
@@ -54,9 +58,19 @@ SHAPES: dict[str, list[tuple[int, torch.dtype]]] = {
 
 @dataclass
 class Counts:
-    """The costs of one call: launches, host-to-device copies, device allocations, syncs, and µs of host time."""
+    """The costs of one call.
+
+    Attributes:
+        launches: Launches of fastclip's kernels; on a GPU, of all.
+        operations: Torch's operations that compute or write something; without a GPU only.
+        copies: Copies from the host to the device.
+        allocations: Allocations on the device.
+        syncs: Waits of the host for the device.
+        microseconds: Host time.
+    """
 
     launches: int = 0
+    operations: int = 0
     copies: int = 0
     allocations: int = 0
     syncs: int = 0
@@ -97,8 +111,15 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         known = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves((args, kwargs)) if _is_tensor(tensor)}
         made = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves(result) if _is_tensor(tensor)}
         self.counts.allocations += len(made - known)
+        self.counts.operations += func._schema.is_mutable or (
+            bool(made - known) and func.overloadpacket not in _ALLOCATIONS
+        )
         self.counts.syncs += func is torch.ops.aten._local_scalar_dense.default
         return result
+
+
+_ALLOCATIONS = tuple(getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "empty_strided", "new_empty"))
+"""Torch's operations that make a tensor and launch nothing."""
 
 
 def _is_tensor(value: object) -> bool:
@@ -208,6 +229,13 @@ def measure(clip: Callable[..., Tensor], grads: Gradients, *, moved: bool, count
 
 def main(numbers: Sequence[int] = COUNTS) -> list[tuple[Counts, Counts]]:
     """Print the table. Return fastclip's and torch's counts, a pair for each row."""
+    with _kernels() as device:
+        return list(_rows(numbers, device))
+
+
+@contextmanager
+def _kernels() -> Iterator[str]:
+    """Have the kernels launched on a GPU or through the stand-in driver, without a garbage collection between."""
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -219,7 +247,7 @@ def main(numbers: Sequence[int] = COUNTS) -> list[tuple[Counts, Counts]]:
     gc.collect()
     gc.disable()
     try:
-        return list(_rows(numbers, "cuda" if on_gpu else "cpu"))
+        yield "cuda" if on_gpu else "cpu"
     finally:
         gc.enable()
         if forced is None:
@@ -228,6 +256,37 @@ def main(numbers: Sequence[int] = COUNTS) -> list[tuple[Counts, Counts]]:
             os.environ["FASTCLIP_BACKEND"] = forced
         if not on_gpu:
             ptxlab.deactivate()
+
+
+def rules(numbers: Sequence[int] = (10, 100)) -> dict[tuple[int, str], Counts]:
+    """Print the table of rules. Return the counts for each number of gradients and each rule."""
+    found = {}
+    with _kernels() as device:
+        count = _count_on_gpu if device == "cuda" else _count_without_gpu
+        print(f"\n{'gradients':>9} {'rule':28} launches operations copies allocs syncs  host us")
+        for number, (name, make) in product(numbers, RULES.items()):
+            grads, rule = Gradients(number, SHAPES["LLM-shaped"], device), make()
+            for parameter in grads.parameters:
+                _give_rows(parameter, 32)
+            counts = found[number, name] = measure(partial(_clip_by, rule), grads, moved=False, count=count)
+            print(
+                f"{number:9} {name:28} {counts.launches:8} {counts.operations:10} {counts.copies:6} "
+                f"{counts.allocations:6} {counts.syncs:5} {counts.microseconds:8.0f}",
+                flush=True,
+            )
+    return found
+
+
+def _clip_by(rule: Any, parameters: list[nn.Parameter], _: float) -> Tensor:
+    return fastclip.clip_grads_(parameters, rule).norm
+
+
+def _give_rows(parameter: nn.Parameter, columns: int) -> None:
+    """Make a long vector and its gradient matrices, which have units."""
+    grad, parameter.grad = parameter.grad, None
+    shape = (-1, columns) if parameter.numel() > 2 * columns else (-1,)
+    parameter.data = parameter.data.view(shape)
+    parameter.grad = None if grad is None else grad.view(shape)
 
 
 def _rows(numbers: Sequence[int], device: str) -> Iterator[tuple[Counts, Counts]]:
@@ -258,3 +317,4 @@ def _rows(numbers: Sequence[int], device: str) -> Iterator[tuple[Counts, Counts]
 
 if __name__ == "__main__":
     main([int(argument) for argument in sys.argv[1:]] or COUNTS)
+    rules()

@@ -1,6 +1,6 @@
 """Time the clip alone, in real training steps: the time that a user waits for.
 
-    python -m benchmarks.steps [--seconds 3] [--markdown] [name ...]
+    python -m benchmarks.steps [--seconds 3] [--markdown | --rules] [name ...]
 
 Each model trains: zero_grad, forward, backward, the clip, the optimizer's step. torch's clip and fastclip's take turns,
 step by step. Only that call is timed, on a list of the parameters. Before it, `model.parameters()` walks the modules,
@@ -10,6 +10,8 @@ allocated, as in training. They are not in a loop that does nothing but clip (`b
 Gradients are freed between steps (`zero_grad(set_to_none=True)`, torch's default) or zeroed in place. The bound is a
 hundredth of the previous norm, so that every step clips, or far above it. The first steps do not count. Times are
 medians, and a ratio is torch's time over fastclip's. The exit status tells whether everything ran, not how fast.
+
+With `--rules`, the rules of `clip_grads_` take turns instead: fixed ones, and the adaptive ones in their place.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -184,17 +188,49 @@ class Cell:
         return self.torch / self.fastclip
 
 
+def take_turns(
+    training: Training, contenders: Mapping[str, Callable[..., Tensor]], seconds: float, **setting: bool
+) -> list[float]:
+    """Train for about `seconds`, and return the median seconds of each clip."""
+    training.step(CLIPS["torch"], clips=False, frees=True)  # sets the first norm
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    start = perf_counter()
+    while min(map(len, times.values())) < UNTIMED + LEAST or perf_counter() - start < seconds:
+        for name, clip in contenders.items():
+            times[name].append(training.step(clip, **setting))
+    return [median(of_one[UNTIMED:]) for of_one in times.values()]
+
+
 def measure(model: Model, *, clips: bool, frees: bool, seconds: float) -> Cell:
     """Train for about `seconds`, and time both clips."""
     training = Training(model)
-    training.step(CLIPS["torch"], clips=False, frees=frees)  # sets the first norm
-    times: dict[str, list[float]] = {name: [] for name in CLIPS}
-    start = perf_counter()
-    while len(times["torch"]) < UNTIMED + LEAST or perf_counter() - start < seconds:
-        for name, clip in CLIPS.items():
-            times[name].append(training.step(clip, clips=clips, frees=frees))
-    theirs, ours = (median(of_one[UNTIMED:]) for of_one in times.values())
+    theirs, ours = take_turns(training, CLIPS, seconds, clips=clips, frees=frees)
     return Cell(theirs, ours, median(training.walks), model.bars[0 if clips else 1])
+
+
+RULES: dict[str, Callable[[], Any]] = {
+    "ClipGradNorm, global": lambda: fastclip.ClipGradNorm(1.0),
+    "ClipByQuantile, global": fastclip.ClipByQuantile,
+    "ClipByZScore, global": fastclip.ClipByZScore,
+    "ClipByEMA, global": partial(fastclip.ClipByEMA, by="global"),
+    "ClipByNorm, parameter": lambda: fastclip.ClipByNorm(1.0),
+    "ClipByQuantile, parameter": partial(fastclip.ClipByQuantile, window=100, by="parameter"),
+    "ClipByZScore, parameter": partial(fastclip.ClipByZScore, by="parameter"),
+    "ClipByEMA, parameter": fastclip.ClipByEMA,
+    "ClipByWeightNorm, parameter": fastclip.ClipByWeightNorm,
+    "ClipByWeightNorm, unit": partial(fastclip.ClipByWeightNorm, by="unit"),
+}
+
+
+def measure_rules(model: Model, seconds: float) -> dict[str, float]:
+    """Train for about `seconds`; return the median seconds of `clip_grad_norm_`, and of `clip_grads_` by each rule."""
+
+    def by(rule: Any) -> Callable[..., Tensor]:
+        return lambda parameters, _: fastclip.clip_grads_(parameters, rule).norm
+
+    contenders = {"clip_grad_norm_": CLIPS["fastclip"], **{name: by(make()) for name, make in RULES.items()}}
+    times = take_turns(Training(model), contenders, seconds, clips=False, frees=True)
+    return dict(zip(contenders, times, strict=True))
 
 
 def _line(name: str, frees: bool, cells: Sequence[Cell], *, markdown: bool) -> str:
@@ -220,19 +256,25 @@ def _rows(names: Sequence[str], seconds: float, *, markdown: bool) -> Iterator[t
 
 
 def main(arguments: list[str]) -> list[Cell]:
-    """Print the table, and return its cells."""
+    """Print the table, and return its cells; none with `--rules`."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.steps", description="The clip inside of training steps."
     )
     parser.add_argument("name", nargs="*", help=f"some of: {'; '.join(MODELS)}")
     parser.add_argument("--seconds", type=float, default=3.0, help="how long to train for each figure")
     parser.add_argument("--markdown", action="store_true", help="print a table for the README, of freed gradients")
+    parser.add_argument("--rules", action="store_true", help="time the rules of clip_grads_ instead")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.name) - set(MODELS))
     if unknown:
         parser.error(f"there is no {unknown[0]!r}, but {'; '.join(MODELS)}")
     cpu = fastclip.info().devices[0]
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {cpu.hardware}; {cpu.backend}: {cpu.reason}")
+    if options.rules:
+        for name in options.name or list(MODELS):
+            seconds = measure_rules(MODELS[name], options.seconds * len(RULES))
+            print(name, *(f"{1e6 * each:10.1f} us  {rule}" for rule, each in seconds.items()), sep="\n", flush=True)
+        return []
     if options.markdown:
         print("| in the step, µs | tensors | elements | clipping: torch | fastclip | ratio ", end="")
         print("| idle: torch | fastclip | ratio | walk |\n|---" + "|--:" * 9 + "|")

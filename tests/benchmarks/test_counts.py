@@ -4,6 +4,7 @@ import importlib
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -88,3 +89,19 @@ def test_launches_of_torch(counts: ModuleType, numels: list[int], cuda12: int, c
     rest = -(-len(numels) // 128) + 7
     assert counts.foreach_launches(grads, 110, 320) == 2 * cuda12 + rest
     assert counts.foreach_launches(grads, 770, 2240) == 2 * cuda13 + rest
+
+
+def test_adaptive_rules_launch_hardly_more_than_fixed_ones(
+    counts: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three launches at most, whatever the number of gradients; torch's small operations are launches, too."""
+    table = counts.rules([3, 40])
+    assert capsys.readouterr().out.count("\n") == 2 + len(table)
+    for number, name in table:
+        own = table[number, name]
+        fixed = table[number, "ClipGradNorm, global" if name.endswith("global") else "ClipByNorm, parameter"]
+        assert (own.syncs, own.copies) == (0, 0)
+        assert own.launches <= fixed.launches + (4 if "unit" in name else 2 if "Weight" in name else 1)
+        assert own == replace(table[3, name], microseconds=own.microseconds)
+        if "Weight" not in name:
+            assert own.launches + own.operations <= fixed.launches + fixed.operations + 3
