@@ -94,6 +94,46 @@ def test_recurrent(load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str
     check_picture(out)
 
 
+def test_spikes(load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "spikes.png"
+    assert load("spikes").main(["--steps", "600", "--out", str(out)]) == 0
+
+    printed = capsys.readouterr().out
+    columns = ("loss", "a spike", "the burst", "clipped", "after rise", "skipped")
+    rows = {
+        line[:18].strip(): dict(zip(columns, (float(cell.rstrip("%")) for cell in line[18:].split()), strict=True))
+        for line in printed.split("\n\n")[1].splitlines()[1:]
+    }
+    protected = ("fixed, 1.5", "quantile", "z-score", "z-score, relearn", "z-score, max", "skip")
+    for name in protected:
+        assert rows[name]["the burst"] < 0.1 < rows["fixed, 10"]["the burst"] < rows["unclipped"]["the burst"]
+    for name in ("fixed, 1.5", "fixed, 0.2", "z-score"):
+        assert rows[name]["after rise"] > 95
+    for name in ("quantile", "z-score, relearn", "z-score, max"):
+        assert rows[name]["after rise"] < 20
+        assert rows[name]["loss"] < rows["z-score"]["loss"] < rows["fixed, 0.2"]["loss"]
+    assert rows["fixed, 0.2"]["clipped"] == 100
+    assert all(rows[name]["clipped"] < 20 for name in protected)
+    assert "The triggers skipped 4 of 4 single spikes" in printed
+    assert all((row["skipped"] > 0) == (name == "skip") for name, row in rows.items())
+    check_picture(out)
+
+
+def test_spikes_skip_garbage_and_the_first_steps_of_the_rise(load: Load) -> None:
+    spikes = load("spikes")
+    plan, options = spikes.Plan(1200), spikes.parse([])
+    torch.set_num_threads(1)
+    with pytest.warns(RuntimeWarning, match="steps skipped"):
+        run = spikes.train(spikes.SETTINGS[-1], spikes.read_text(), plan, options)
+    skipped = set(run.skipped())
+    assert skipped > set(plan.singles)
+    assert plan.burst[0] in skipped
+    assert not skipped >= set(plan.burst)  # those that were skipped widen the window's deviation
+    clean = skipped - set(plan.garbage)
+    assert plan.rise + 1 in clean
+    assert clean <= set(range(plan.rise + 1, plan.rise + 11))
+
+
 def test_classifier(load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "classifier.png"
     assert load("classifier").main(["--steps", "1000", "--data", str(tmp_path), "--out", str(out)]) == 0
@@ -136,7 +176,8 @@ def test_classifier_refuses_a_pickle_that_calls_something(load: Load, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("name", "option"), [("regression", "--epochs"), ("classifier", "--steps"), ("recurrent", "--steps")]
+    ("name", "option"),
+    [("regression", "--epochs"), ("classifier", "--steps"), ("recurrent", "--steps"), ("spikes", "--steps")],
 )
 def test_refuses_options_without_a_result(load: Load, name: str, option: str) -> None:
     with pytest.raises(SystemExit) as exit_:
