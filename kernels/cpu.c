@@ -299,16 +299,16 @@ static void clip_unit(Work *work, int64_t chunk, void *x, int64_t count) {
     double norm = norm_of(work->level->fold[type](x, count, 0, squares), squares);
     const char *w = work->weight[own.row] + own.start * itemsize[type];
     double weight = norm_of(work->level->fold[type](w, count, 0, squares), squares);
-    double limit = work->coefficient[own.row * work->stride] * (weight < work->eps ? work->eps : weight);
+    double limit = work->coefficient[own.row] * (weight < work->eps ? work->eps : weight);
     if (!(norm > limit)) return; /* true for a NaN, too */
     work->level->scale[type](x, count, limit / (norm > 1e-6 ? norm : 1e-6));
     __atomic_store_n(&work->was_outside, 1, __ATOMIC_RELAXED);
 }
 
 int clip_units(const Level *level, const Table *table, char *const *address, char *const *weight, const double *ratio,
-               int64_t stride, double eps, Team team) {
+               double eps, Team team) {
     Work work = {.level = level, .table = table, .address = address, .kernel = clip_unit, .weight = weight,
-                 .coefficient = ratio, .stride = stride, .eps = eps};
+                 .coefficient = ratio, .eps = eps};
     run_in_pool(&work, team);
     return work.was_outside;
 }

@@ -83,9 +83,9 @@ int clamp(const Level *level, const Table *table, char *const *address, const do
           int64_t stride, Team team);
 
 /* Each chunk of the table is a unit: with x its norm and w the norm of the same elements of the weights, it is scaled by
- * T / max(x, 1e-6) if x > T = ratio[i * stride] * max(w, eps), where i is its gradient. Returns whether any was. */
+ * T / max(x, 1e-6) if x > T = ratio[i] * max(w, eps), where i is its gradient. Returns whether any was. */
 int clip_units(const Level *level, const Table *table, char *const *address, char *const *weight, const double *ratio,
-               int64_t stride, double eps, Team team);
+               double eps, Team team);
 
 /* Whether every gradient has memory, it is aligned to the element size, and no two overlap. Returns -1 if there is no
  * memory for the check. Each gradient has at least one element. */

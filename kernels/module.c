@@ -131,15 +131,14 @@ static PyObject *native_clamp(PyObject *self, PyObject *const *arguments, Py_ssi
 
 static PyObject *native_clip_units(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
     (void)self;
-    if (count != 7) return PyErr_Format(PyExc_TypeError, "clip_units takes 7 arguments, not %zd", count);
+    if (count != 6) return PyErr_Format(PyExc_TypeError, "clip_units takes 6 arguments, not %zd", count);
     char *const *weights = PyLong_AsVoidPtr(arguments[2]);
     const double *ratios = PyLong_AsVoidPtr(arguments[3]);
-    int64_t stride = PyLong_AsLongLong(arguments[4]);
-    double eps = PyFloat_AsDouble(arguments[5]);
+    double eps = PyFloat_AsDouble(arguments[4]);
     if (PyErr_Occurred()) return NULL;
     Call call;
-    if (begin(&call, arguments[0], arguments[1], arguments[6])) return NULL;
-    int was_above = clip_units(level, &call.table, call.address, weights, ratios, stride, eps, call.team);
+    if (begin(&call, arguments[0], arguments[1], arguments[5])) return NULL;
+    int was_above = clip_units(level, &call.table, call.address, weights, ratios, eps, call.team);
     end(&call);
     return PyBool_FromLong(was_above);
 }
@@ -266,7 +265,7 @@ static PyMethodDef methods[] = {
      "Clamp all gradients to two floats, or each to its own bounds, fp64 at two addresses. Return whether any\n"
      "element was outside."},
     {"clip_units", FAST(native_clip_units), METH_FASTCALL,
-     "clip_units(table, addresses, weights, ratios, stride, eps, threads)\n--\n\n"
+     "clip_units(table, addresses, weights, ratios, eps, threads)\n--\n\n"
      "Clip each chunk by the norm of the weights there. `weights` is the address of their addresses, and `ratios` that\n"
      "of a number for each gradient. Return whether any was clipped."},
     {"adapt", FAST(native_adapt), METH_FASTCALL,

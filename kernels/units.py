@@ -33,7 +33,7 @@ def _norm_of_unit(address, numel, chunks, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _clip_units(units, rows, weights, counts, ratios, stride, eps, changed, begin, end, TYPE: tl.constexpr):
+def _clip_units(units, rows, weights, counts, ratios, eps, changed, begin, end, TYPE: tl.constexpr):
     """Clip the units from `begin` to `end`. Return `changed`, which is set if one was scaled."""
     SIZE: tl.constexpr = TYPE.primitive_bitwidth // 8
     for index in range(first_chunk(begin), end, tl.num_programs(0)):
@@ -43,7 +43,7 @@ def _clip_units(units, rows, weights, counts, ratios, stride, eps, changed, begi
         chunks = tl.cdiv(columns * SIZE, CHUNK_VECTORS * VECTOR_BYTES).to(tl.int32)
         weight = _norm_of_unit(tl.load(weights + 2 * tensor) + offset, columns, chunks, TYPE)
         norm = _norm_of_unit(address + offset, columns, chunks, TYPE)
-        limit = tl.load(ratios + tensor * stride) * tl.where(weight < eps, eps, weight)
+        limit = tl.load(ratios + tensor) * tl.where(weight < eps, eps, weight)
         if norm > limit:
             factor, power = factors_of(limit / tl.where(norm > 1e-6, norm, 1e-6), TYPE)
             for chunk in range(chunks):
@@ -54,7 +54,7 @@ def _clip_units(units, rows, weights, counts, ratios, stride, eps, changed, begi
 
 @triton.jit(
     do_not_specialize=[
-        *("units", "rows", "weights", "counts", "ratios", "stride", "flags"),
+        *("units", "rows", "weights", "counts", "ratios", "flags"),
         *("fp32_end", "bf16_end", "fp16_end", "fp64_end"),
     ]
 )
@@ -64,7 +64,6 @@ def clip_units_kernel(
     weights,
     counts,
     ratios,
-    stride: tl.int64,
     flags,
     fp32_end: tl.int64,
     bf16_end: tl.int64,
@@ -75,14 +74,14 @@ def clip_units_kernel(
     """Clip the units of every tensor; each program stores in `flags` (int32) whether it scaled one.
 
     `weights` has the weights' rows as `rows` has the gradients'; ``counts[t]`` (int64) is the number of tensor t's
-    units, and ``ratios[t * stride]`` (fp64) its ratio.
+    units, and ``ratios[t]`` (fp64) its ratio.
     """
     units, rows, weights = pointer_to(units, tl.int64), pointer_to(rows, tl.int64), pointer_to(weights, tl.int64)
     counts, ratios = pointer_to(counts, tl.int64), pointer_to(ratios, tl.float64)
     changed = tl.full((), 0, tl.int32)
     begin = fp32_end * 0
-    changed = _clip_units(units, rows, weights, counts, ratios, stride, eps, changed, begin, fp32_end, tl.float32)
-    changed = _clip_units(units, rows, weights, counts, ratios, stride, eps, changed, fp32_end, bf16_end, tl.bfloat16)
-    changed = _clip_units(units, rows, weights, counts, ratios, stride, eps, changed, bf16_end, fp16_end, tl.float16)
-    changed = _clip_units(units, rows, weights, counts, ratios, stride, eps, changed, fp16_end, fp64_end, tl.float64)
+    changed = _clip_units(units, rows, weights, counts, ratios, eps, changed, begin, fp32_end, tl.float32)
+    changed = _clip_units(units, rows, weights, counts, ratios, eps, changed, fp32_end, bf16_end, tl.bfloat16)
+    changed = _clip_units(units, rows, weights, counts, ratios, eps, changed, bf16_end, fp16_end, tl.float16)
+    changed = _clip_units(units, rows, weights, counts, ratios, eps, changed, fp16_end, fp64_end, tl.float64)
     tl.store(pointer_to(flags, tl.int32) + tl.program_id(0), changed)

@@ -175,8 +175,8 @@ class NativePlan(Plan):
         table = _lay_out_units(self.table, tuple(counts))
         of_weights = np.array(weights.addresses)  # type: ignore[attr-defined]  # it is a NativePlan, too
         own = on(_CPU, ratios).contiguous()
-        places = int(of_weights.ctypes.data), own.data_ptr(), min(own.dim(), 1)
-        changed = native.clip_units(table, self.addresses, *places, eps, self._threads)
+        weights_at, ratios_at = int(of_weights.ctypes.data), own.data_ptr()
+        changed = native.clip_units(table, self.addresses, weights_at, ratios_at, eps, self._threads)
         return torch.tensor([changed], device=_CPU)
 
 
@@ -192,10 +192,9 @@ def adapt(adaptation: Adaptation, state: Tensor, norms: Tensor, total: Tensor) -
     groups, width = state.shape
     norms = norms.contiguous()
     results = torch.empty(2, groups, dtype=torch.float64, device=_CPU)
-    addresses = (address_of(tensor) for tensor in (state, norms, results))
-    of_state, of_norms, of_results = addresses
+    state_at, norms_at, results_at = map(address_of, (state, norms, results))
     kind, numbers = KINDS.index(adaptation.kind), adaptation.numbers
-    native.adapt(kind, of_state, width, of_norms, groups, total.item(), numbers, of_results)
+    native.adapt(kind, state_at, width, norms_at, groups, total.item(), numbers, results_at)
     return results[0], results[1]
 
 

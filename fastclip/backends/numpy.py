@@ -126,7 +126,7 @@ class NumpyPlan(Plan):
 
     @torch.no_grad()
     def clip_units_(self, weights: Plan, counts: Sequence[int], ratios: Tensor, eps: float) -> Tensor:
-        own = on(self.device, ratios).expand(len(self.views)).unbind()
+        own = on(self.device, ratios).unbind()
         places = zip(self.views, weights.views, counts, strict=True)  # type: ignore[attr-defined]  # it is a NumpyPlan
         rows = [(view.flat.view(count, -1), weight.flat.view(count, -1)) for view, weight, count in places]
         return torch.stack([clip_units_(*pair, ratio, eps) for pair, ratio in zip(rows, own, strict=True)])

@@ -76,7 +76,7 @@ class TorchPlan(Plan):
 
     @torch.no_grad()
     def clip_units_(self, weights: Plan, counts: Sequence[int], ratios: Tensor, eps: float) -> Tensor:  # noqa: ARG002
-        own = on(self.device, ratios).expand(len(self.tensors)).unbind()
+        own = on(self.device, ratios).unbind()
         pairs = zip(self.tensors, weights.tensors, own, strict=True)  # type: ignore[attr-defined]  # it is a TorchPlan
         return torch.stack([clip_units_(_real(grad), _real(weight), ratio, eps) for grad, weight, ratio in pairs])
 

@@ -129,11 +129,10 @@ class TritonPlan(Plan):
     def clip_units_(self, weights: Plan, counts: Sequence[int], ratios: Tensor, eps: float) -> Tensor:
         tables = self.tables
         units = tables.units(tuple(counts))
-        own = on(self.device, ratios)
-        stride = own.stride(0) if own.dim() else 0
+        own = on(self.device, ratios).contiguous()
         of_weights = weights.rows  # type: ignore[attr-defined]  # it is a TritonPlan
-        memory = _addresses(units.map, self.rows, of_weights, units.counts, own)
-        arguments = (*memory, stride, tables.flags.data_ptr(), *units.ends, eps)
+        memory = _addresses(units.map, self.rows, of_weights, units.counts, own, tables.flags)
+        arguments = (*memory, *units.ends, eps)
         self._launch("clip_units_kernel", (), len(units.map), arguments)
         return tables.flags[: len(units.map)]  # the flags of the programs that were launched
 

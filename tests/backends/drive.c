@@ -302,7 +302,7 @@ static void check_units(const Set *set, Team team) {
     for (const Level *const *level = levels(); *level; level++)
         for (team.threads = 1; team.threads <= 3; team.threads += 2) {
             memcpy(set->memory, before, set->bytes);
-            was_above = clip_units(*level, &table, set->address, weight, ratio, 1, eps, team);
+            was_above = clip_units(*level, &table, set->address, weight, ratio, eps, team);
             if (*level == *levels() && team.threads == 1) memcpy(after, set->memory, set->bytes);
             CHECK(!memcmp(after, set->memory, set->bytes), "%s with %u threads writes something else", (*level)->name,
                   team.threads);

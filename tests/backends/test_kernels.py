@@ -608,7 +608,7 @@ def clip_units(grads: Sequence[Tensor], weights: Sequence[Tensor], ratios: Tenso
     )
     flags = torch.full((programs,), POISON, dtype=torch.int32, device=device)
     numbers = torch.from_numpy(units).to(device), rows, of_weights, torch.from_numpy(counts).to(device), ratios
-    arguments = (*addresses(*numbers), int(ratios.numel() > 1), flags.data_ptr(), *ends, 1e-3)
+    arguments = (*addresses(*numbers, flags), *ends, 1e-3)
     clip_units_kernel[(programs,)](*arguments, **table.LAUNCH_OPTIONS)
     values: list[int] = flags.tolist()
     return values

@@ -301,8 +301,7 @@ for seed in range(3):
     counts, ratios, flags = np.array([shape[0] for shape in shapes]), np.full(3, 0.5), np.full(4, -1, np.int32)
     arrays = (units, rows, of_weights, counts, ratios, flags)
     ranges = [(array.ctypes.data, array.nbytes) for array in (*arrays, *grads, *weights)]
-    starts = [start for start, _ in ranges[:6]]
-    arguments = [*starts[:5], 1, starts[5], *[len(units)] * 4, 1e-3]
+    arguments = [*(start for start, _ in ranges[:6]), *[len(units)] * 4, 1e-3]
     kernel.launch((4,), arguments, ranges, resident=4, jitter=20, seed=seed)
     assert all(np.allclose(grad, 0.5) for grad in grads) and flags.tolist() == [1] * 4, flags
 print("right")
