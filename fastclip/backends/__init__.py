@@ -11,7 +11,7 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -99,6 +99,16 @@ def for_device(device: torch.device) -> Backend:
     if choice.fell_back:
         _warn_once(f"fastclip uses {choice.backend.summary}, for gradients on {device.type}: {choice.reason}")
     return choice.backend
+
+
+def for_each_step(device: torch.device) -> Backend:
+    """The same, cached for each value of `FASTCLIP_BACKEND`: the choice itself looks at the driver."""
+    return _for_each_step(device, forced())
+
+
+@lru_cache(maxsize=64)
+def _for_each_step(device: torch.device, _forced: object) -> Backend:
+    return for_device(device)
 
 
 @dataclass(frozen=True)

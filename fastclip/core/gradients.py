@@ -53,6 +53,12 @@ def of_one_process(
     return Gradients(tensors, owners, positions, argument, addresses, has_dtensors=False)
 
 
+def at(grads: Gradients, indices: Sequence[int]) -> Gradients:
+    """Some of the gradients of one process."""
+    tensors, positions = [grads.tensors[i] for i in indices], [grads.positions[i] for i in indices]
+    return of_one_process(tensors, set(map(type, tensors)), grads.owners, positions, grads.argument)
+
+
 def addresses_of(tensors: list[Tensor]) -> list[int] | None:
     """Where tensors of `PLAIN_TYPES` lie; None if one has no address."""
     try:

@@ -7,7 +7,6 @@ dimension 0 keep units whole.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from fastclip.backends import GENERAL
 from fastclip.core.dtensors import dtensor_type, local_parts
-from fastclip.core.gradients import Gradients, of_one_process
+from fastclip.core.gradients import Gradients, at
 from fastclip.core.prepare import prepare
 from fastclip.foundation.devices import index_of
 
@@ -86,14 +85,8 @@ def clip_units_(grads: Gradients, weights: Gradients, ratios: Tensor, eps: float
     flags = []
     for wanted, clip in ((True, _by_plans), (False, _by_torch)):
         indices = [i for i, is_alike in enumerate(are_alike) if is_alike == wanted]
-        flags += clip(_at(own, indices), _at(other, indices), ratios[index_of(indices, ratios.device)], eps)
+        flags += clip(at(own, indices), at(other, indices), ratios[index_of(indices, ratios.device)], eps)
     return flags
-
-
-def _at(grads: Gradients, indices: Sequence[int]) -> Gradients:
-    """Some of the gradients of one process."""
-    tensors, positions = [grads.tensors[i] for i in indices], [grads.positions[i] for i in indices]
-    return of_one_process(tensors, set(map(type, tensors)), grads.owners, positions, grads.argument)
 
 
 def _by_plans(grads: Gradients, weights: Gradients, ratios: Tensor, eps: float) -> list[Tensor]:

@@ -24,14 +24,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastclip.backends import GENERAL, Backend, for_device, forced
+from fastclip.backends import GENERAL, for_each_step
 from fastclip.backends.interface import Adaptation
 from fastclip.foundation.arguments import check_count, check_flag, check_real, positive
 from fastclip.foundation.tracing import is_traced
@@ -86,7 +86,7 @@ class AdaptiveRule(ABC):
         if is_traced():
             return Decision(*GENERAL.adapt(self._adaptation, self.memory.cold(len(labels), norms), norms, total))
         rows = self.memory.rows(labels, norms)
-        return Decision(*_backend(norms.device, forced()).adapt(self._adaptation, rows, norms, total))
+        return Decision(*for_each_step(norms.device).adapt(self._adaptation, rows, norms, total))
 
     def for_groups(self, labels: Sequence[Hashable]) -> AdaptiveRule:
         """Return the rule itself, after a check that its state belongs to these groups.
@@ -118,12 +118,6 @@ class AdaptiveRule(ABC):
                 f"{state.get('rule')}, and this is a {type(self).__name__}"
             )
         self.memory.load_state_dict(state)
-
-
-@lru_cache(maxsize=64)
-def _backend(device: torch.device, _forced: object) -> Backend:
-    """The backend for a device under a value of `FASTCLIP_BACKEND`; cached, since the choice looks at the driver."""
-    return for_device(device)
 
 
 @dataclass(frozen=True)

@@ -110,12 +110,8 @@ def layout_of(grads: Gradients) -> Layout:
     # Equal meshes may belong to process groups that have ended: an entry must be of this very mesh.
     mesh = next(kind.mesh for kind in chain(owners, kinds) if not isinstance(kind, torch.dtype))
     key = (id(mesh), id(owners[0]), len(owners), len(kinds))
-    inputs = (
-        mesh,
-        owners,
-        kinds,
-        tuple(grads.positions),
-    )  # stored in the entry, so that no other object gets their ids
+    # Stored in the entry, so that no other object gets their ids.
+    inputs = (mesh, owners, kinds, tuple(grads.positions))
     entry = _layouts.get(key)
     if entry is not None and entry[0] == inputs:
         return entry[1]

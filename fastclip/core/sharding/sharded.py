@@ -19,7 +19,7 @@ from torch import Tensor
 from fastclip.backends.coefficient import clip_coefficient, reduction
 from fastclip.backends.interface import Bounds, Reduction
 from fastclip.core.dtensors import dtensor_type, local_parts
-from fastclip.core.gradients import Gradients, of_one_process
+from fastclip.core.gradients import Gradients, at, of_one_process
 from fastclip.core.planned import Planned
 from fastclip.core.prepared import Prepared
 from fastclip.core.sharding.collectives import all_reduce, all_reduced, code_of, groups_of
@@ -148,15 +148,13 @@ class Sharded(Prepared):
         ]
 
     def _prepare_some(self, grads: Gradients, chosen: Sequence[int]) -> Planned | None:
-        if not chosen:
-            return None
-        tensors, positions = [grads.tensors[i] for i in chosen], [grads.positions[i] for i in chosen]
-        return self._plan(_with(grads, tensors, positions), in_place=False)
+        return self._plan(at(grads, chosen), in_place=False) if chosen else None
 
     @cached_property
     def _summed(self) -> Gradients:
         """The shards, with sums in the place of addends. Plans know their addresses only, so they are cached here."""
-        tensors = list(self._parts.tensors)
+        parts = self._parts
+        tensors = list(parts.tensors)
         for addends in self._layout.addends:
             mine = [tensors[i] for i in addends.members]
             sums = torch.cat([tensor.reshape(-1) for tensor in mine]).to(addends.share.mesh.device_type)
@@ -165,11 +163,7 @@ class Sharded(Prepared):
             sums = sums.div_(addends.divisor).to(mine[0].device)
             for i, whole in zip(addends.members, torch.split(sums, [tensor.numel() for tensor in mine]), strict=True):
                 tensors[i] = whole
-        return _with(self._parts, tensors, self._parts.positions)
-
-
-def _with(grads: Gradients, tensors: list[Tensor], positions: Sequence[int]) -> Gradients:
-    return of_one_process(tensors, set(map(type, tensors)), grads.owners, positions, grads.argument)
+        return of_one_process(tensors, set(map(type, tensors)), parts.owners, parts.positions, parts.argument)
 
 
 def _norm(counted: Planned | None, p: float, neutral: float) -> Scalar:
