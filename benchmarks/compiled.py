@@ -89,9 +89,7 @@ class Variant:
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8, "partials": 8}
 """The bytes of an element. `partials` are the chunk norms, which are combined in fp64."""
 
-GROUPS = (
-    "groups"  # a loop over groups (of small tensors, or of a rule): it reads element by element, and is not checked
-)
+GROUPS = "groups"  # a loop over groups, of small tensors or of a rule: it reads one by one, and is not checked
 _GROUPS = (GROUPS,) * 4
 _IN_ORDER = ("fp32", "bf16", "fp16", "fp64")
 VARIANTS = {

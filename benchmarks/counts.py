@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastclip
-from benchmarks.steps import RULES
+from benchmarks.steps import RULES, clip_by
 from fastclip.foundation.devices import upload
 
 COUNTS = (1, 10, 100, 1000, 2000, 10_000)
@@ -268,17 +268,13 @@ def rules(numbers: Sequence[int] = (10, 100)) -> dict[tuple[int, str], Counts]:
             grads, rule = Gradients(number, SHAPES["LLM-shaped"], device), make()
             for parameter in grads.parameters:
                 _give_rows(parameter, 32)
-            counts = found[number, name] = measure(partial(_clip_by, rule), grads, moved=False, count=count)
+            counts = found[number, name] = measure(clip_by(rule), grads, moved=False, count=count)
             print(
                 f"{number:9} {name:28} {counts.launches:8} {counts.operations:10} {counts.copies:6} "
                 f"{counts.allocations:6} {counts.syncs:5} {counts.microseconds:8.0f}",
                 flush=True,
             )
     return found
-
-
-def _clip_by(rule: Any, parameters: list[nn.Parameter], _: float) -> Tensor:
-    return fastclip.clip_grads_(parameters, rule).norm
 
 
 def _give_rows(parameter: nn.Parameter, columns: int) -> None:

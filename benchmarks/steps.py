@@ -222,13 +222,14 @@ RULES: dict[str, Callable[[], Any]] = {
 }
 
 
+def clip_by(rule: Any) -> Callable[..., Tensor]:
+    """Return a function of parameters and a bound, which it ignores, that clips by a rule and returns the norm."""
+    return lambda parameters, _: fastclip.clip_grads_(parameters, rule).norm
+
+
 def measure_rules(model: Model, seconds: float) -> dict[str, float]:
     """Train for about `seconds`; return the median seconds of `clip_grad_norm_`, and of `clip_grads_` by each rule."""
-
-    def by(rule: Any) -> Callable[..., Tensor]:
-        return lambda parameters, _: fastclip.clip_grads_(parameters, rule).norm
-
-    contenders = {"clip_grad_norm_": CLIPS["fastclip"], **{name: by(make()) for name, make in RULES.items()}}
+    contenders = {"clip_grad_norm_": CLIPS["fastclip"], **{name: clip_by(make()) for name, make in RULES.items()}}
     times = take_turns(Training(model), contenders, seconds, clips=False, frees=True)
     return dict(zip(contenders, times, strict=True))
 

@@ -32,7 +32,7 @@ SERIES = ("loss", "norm")
 
 _SMALLEST_S = 0.01  # in units of the mean
 _LARGEST_DISTANCE = 3.0  # in units of s: values farther from the mean are clamped
-_LARGEST_VALUE = 1e100  # squares of larger values may overflow, so these are not added
+LARGEST_VALUE = 1e100  # squares of larger values may overflow, so these are not added
 
 
 class Comparison(NamedTuple):
@@ -67,7 +67,7 @@ class Averages:
         mean, variance, count = state.unbind(-2)
         s = torch.addcmul(variance, mean, mean, value=_SMALLEST_S**2).sqrt()
         z = (values - mean) / s
-        return Comparison(mean, s, torch.where((count >= self.warmup) & (z.abs() < _LARGEST_VALUE), z, math.nan))
+        return Comparison(mean, s, torch.where((count >= self.warmup) & (z.abs() < LARGEST_VALUE), z, math.nan))
 
     def add(self, state: Tensor, values: Tensor, comparison: Comparison) -> Tensor:
         """Return the state after values, [series], are added, given their comparison with `state`."""
@@ -78,4 +78,4 @@ class Averages:
         weight = (1 / count).clamp(min=1 - self.decay)
         step = weight * distance
         added = torch.stack([mean + step, (1 - weight) * torch.addcmul(variance, step, distance), count])
-        return torch.where(values.abs() < _LARGEST_VALUE, added, state)
+        return torch.where(values.abs() < LARGEST_VALUE, added, state)

@@ -95,7 +95,7 @@ class Judge:
     def restore(self, state: Tensor, recent: Tensor, held: Tensor) -> None:
         """Continue from the averages' state, the windows' and `held` of a checkpoint.
 
-        The last two are ignored if they belong to other triggers.
+        Of windows of another length the last values are taken; `held` is ignored if it belongs to other triggers.
         """
         self.state = state.clone()
         self.recent = self._windows.restored(recent)

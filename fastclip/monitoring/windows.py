@@ -18,9 +18,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fastclip.monitoring.averages import SERIES, Comparison
-
-_LARGEST = 1e100
+from fastclip.monitoring.averages import LARGEST_VALUE, SERIES, Comparison
 
 
 class Windows:
@@ -48,7 +46,7 @@ class Windows:
         """Return the state after values, [series], are added."""
         if not self.lengths:
             return state
-        return torch.where(values.abs() < _LARGEST, torch.cat([state[1:], values.unsqueeze(0)]), state)
+        return torch.where(values.abs() < LARGEST_VALUE, torch.cat([state[1:], values.unsqueeze(0)]), state)
 
     def restored(self, saved: Tensor) -> Tensor:
         """Return the state of a checkpoint, whose longest window may be another: the last values that fit."""

@@ -51,6 +51,14 @@ def through_a_file(state: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
+def resume(resumed: Training, whole: Training) -> None:
+    """Load the checkpoint of a run, through a file, into another one, and let both go on."""
+    resumed.model.load_state_dict(whole.model.state_dict())
+    resumed.optimizer.load_state_dict(through_a_file(whole.optimizer.state_dict()))
+    for training in (whole, resumed):
+        train(training, range(BEFORE, BEFORE + AFTER))
+
+
 def rows_of(clipper: Any) -> Tensor:
     rows: Tensor = clipper.rule.state_dict()["rows"]
     return rows
@@ -135,10 +143,7 @@ def test_groups_are_found_by_label_in_another_order(rule: str, by: str) -> None:
         attached(resumed, RULES[rule](by=by), lambda named: named[::-1]),
     ]
     train(whole, range(BEFORE))
-    resumed.model.load_state_dict(whole.model.state_dict())
-    resumed.optimizer.load_state_dict(through_a_file(whole.optimizer.state_dict()))
-    for training in (whole, resumed):
-        train(training, range(BEFORE, BEFORE + AFTER))
+    resume(resumed, whole)
     states = [clipper.rule.state_dict() for clipper in clippers]
     assert states[1]["labels"] == states[0]["labels"][::-1]
     torch.testing.assert_close(states[1]["rows"].flip(0), states[0]["rows"], rtol=1e-5, atol=1e-9)
@@ -151,10 +156,7 @@ def test_the_names_of_a_checkpoint_are_those_of_its_rule() -> None:
     whole, resumed = Training(), Training(named=False)
     clippers: list[Any] = [fastclip.attach(t.optimizer, RULES["quantile"](by="parameter")) for t in (whole, resumed)]
     train(whole, range(BEFORE))
-    resumed.model.load_state_dict(whole.model.state_dict())
-    resumed.optimizer.load_state_dict(through_a_file(whole.optimizer.state_dict()))
-    for training in (whole, resumed):
-        train(training, range(BEFORE, BEFORE + AFTER))
+    resume(resumed, whole)
     resumed.assert_same_as(whole)
     assert clippers[1].rule.state_dict()["labels"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
 
@@ -327,10 +329,7 @@ def test_a_folded_run_resumes() -> None:
     for training in (whole, resumed):
         fastclip.attach(training.optimizer, RULES["quantile"](), fold=True)
     train(whole, range(BEFORE))
-    resumed.model.load_state_dict(whole.model.state_dict())
-    resumed.optimizer.load_state_dict(through_a_file(whole.optimizer.state_dict()))
-    for training in (whole, resumed):
-        train(training, range(BEFORE, BEFORE + AFTER))
+    resume(resumed, whole)
     resumed.assert_same_as(whole)
 
 
