@@ -82,7 +82,7 @@ class Memory:
         if self._loaded is not None:
             known = self._loaded
             _warn_of_others(known, labels)
-        first = torch.tensor([self._first], dtype=like.dtype, device="cpu").numpy()
+        first = torch.tensor([self._first], dtype=like.dtype, device="cpu").numpy()  # `cold` would wait for a GPU
         rows = upload(first, like.device).repeat(len(labels), 1)
         places = [place for place, label in enumerate(labels) if label in known]
         if places:
@@ -97,8 +97,7 @@ class Memory:
     def state_dict(self) -> dict[str, Any]:
         """Return the labels and a copy of the rows."""
         if self._loaded is not None:
-            rows = list(self._loaded.values())
-            return {"labels": list(self._loaded), "rows": torch.stack(rows) if rows else self._rows.clone()}
+            return {"labels": list(self._loaded), "rows": torch.stack(list(self._loaded.values()))}
         return {"labels": list(self.labels or ()), "rows": self._rows.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

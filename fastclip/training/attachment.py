@@ -222,13 +222,11 @@ def check_is_free(rule: AnyRule | None) -> None:
 
 
 def _is_held(rule: AdaptiveRule) -> bool:
-    optimizer, attachment = (known() for known in _holders.get(rule.memory, (_nothing, _nothing)))
-    if optimizer is None or not isinstance(attachment, Attachment) or not attachment.is_attached:
+    known = _holders.get(rule.memory)
+    optimizer, attachment = (None, None) if known is None else (known[0](), known[1]())
+    if optimizer is None or attachment is None or not attachment.is_attached:
         return False
     return isinstance(attachment.rule, AdaptiveRule) and attachment.rule.memory is rule.memory
-
-
-def _nothing() -> None: ...
 
 
 def _check_applies_now(rule: AnyRule | None, loss_scale: Tensor | None) -> None:
